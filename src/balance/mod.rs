@@ -1,0 +1,1 @@
+//! Which endpoint serves this attempt: arithmetic only; nothing here waits, locks or reads a clock.

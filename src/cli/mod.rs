@@ -1,0 +1,1 @@
+//! One file per subcommand. Alone here may anything print or end the process.

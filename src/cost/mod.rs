@@ -1,0 +1,1 @@
+//! What the traffic cost: bytes per path and the price book.

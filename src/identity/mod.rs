@@ -1,0 +1,1 @@
+//! Who is speaking, and what may they do: tokens, keys, verification, policy.

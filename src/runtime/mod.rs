@@ -1,0 +1,1 @@
+//! How tasks live and end, and what time it is.

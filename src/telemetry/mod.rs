@@ -1,0 +1,1 @@
+//! Logs and metrics, and the one list of metric names.
