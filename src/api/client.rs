@@ -25,8 +25,7 @@ use hyper_util::{
     client::legacy::{Client as HyperClient, connect::HttpConnector},
     rt::{TokioExecutor, TokioTimer},
 };
-use rustls::{ClientConfig, RootCertStore, crypto::CryptoProvider};
-use rustls_pki_types::{CertificateDer, pem::PemObject};
+use rustls::ClientConfig;
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, de::DeserializeOwned};
 use tokio::time::timeout;
@@ -38,6 +37,7 @@ use crate::{
         TokenAnswer, TokenReply,
     },
     model::{ScopeSet, ServiceName},
+    net::{Alpn, ClientTls},
 };
 
 /// The largest token answer or refusal that is read.
@@ -535,52 +535,12 @@ fn refusal(status: StatusCode, body: &[u8]) -> ClientError {
     ClientError::Refused { status, code, detail }
 }
 
-/// The system's roots and those of `ca_file`; in an image without any, Mozilla's.
+/// The system's roots and those of `ca_file`. The connector adds its own ALPN.
 fn trust(ca_file: Option<&Path>) -> Result<ClientConfig, ClientError> {
-    let extra = ca_file.map(certificates).transpose()?.unwrap_or_default();
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let broken =
-        |source: rustls::Error| ClientError::settings("TLS cannot be set up", Some(source.into()));
-    let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
-        .with_safe_default_protocol_versions()
-        .map_err(broken)?;
-    if let Some(verifier) = system(&extra, &provider).map_err(broken)? {
-        return Ok(builder
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(verifier))
-            .with_no_client_auth());
-    }
-    tracing::info!("the system has no trusted certificates; Mozilla's are used");
-    let mut roots = RootCertStore::from_iter(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
-    for certificate in extra {
-        roots.add(certificate).map_err(broken)?;
-    }
-    Ok(builder.with_root_certificates(roots).with_no_client_auth())
-}
-
-/// A verifier on the system's roots and `extra`; `None` when the system has none.
-fn system(
-    extra: &[CertificateDer<'static>],
-    provider: &Arc<CryptoProvider>,
-) -> Result<Option<rustls_platform_verifier::Verifier>, rustls::Error> {
-    use rustls_platform_verifier::Verifier;
-    let Ok(plain) = Verifier::new(Arc::clone(provider)) else { return Ok(None) };
-    if extra.is_empty() {
-        return Ok(Some(plain));
-    }
-    Verifier::new_with_extra_roots(extra.iter().cloned(), Arc::clone(provider)).map(Some)
-}
-
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, ClientError> {
-    let refused = |source: Option<Boxed>| {
-        let what = format!("{} holds no certificates in PEM form", path.display());
-        ClientError::settings(what, source)
-    };
-    let found: Result<Vec<_>, _> = CertificateDer::pem_file_iter(path)
-        .map_err(|source| refused(Some(source.into())))?
-        .collect();
-    let found = found.map_err(|source| refused(Some(source.into())))?;
-    if found.is_empty() { Err(refused(None)) } else { Ok(found) }
+    let tls = ClientTls::new(ca_file).map_err(|source| {
+        ClientError::settings("the trusted certificates cannot be used", Some(source.into()))
+    })?;
+    Ok(ClientConfig::clone(&tls.config(Alpn::None)))
 }
 
 #[cfg(test)]
@@ -632,7 +592,8 @@ mod tests {
         let path = folder.path().join("ca.pem");
         std::fs::write(&path, "nothing").unwrap();
         let error = Client::new(ClientSettings::new(Vec::new(), Some(path))).unwrap_err();
-        assert!(error.to_string().contains("ca.pem"), "{error}");
+        let cause = std::error::Error::source(&error).unwrap().to_string();
+        assert!(cause.contains("ca.pem"), "{cause}");
     }
 
     #[tokio::test]
