@@ -8,11 +8,13 @@ mod backoff;
 mod json;
 mod jwks;
 mod keys;
+mod mint;
 mod policy;
 mod verify;
 
 pub use jwks::{Fetch, FetchFault, Jwks, JwksStats, Refreshed};
 pub use keys::{Algorithm, KeyId, KeySet, KeySetError};
+pub use mint::{Mint, MintError, MintSettings, Minted, OwnClaims, write_private};
 pub use policy::{
     Access, Action, Grant, NotPermitted, PathFault, PathRule, Refused, Rule, RuleFault, Rules,
     Strictness, admit, normalise, permits,
