@@ -7,6 +7,7 @@ mod dial;
 mod listen;
 mod prefixed;
 mod spread;
+mod stream;
 mod tcp_info;
 mod tls;
 
@@ -14,6 +15,7 @@ pub use dial::{Addresses, ResolveError, Resolver, connect, connect_any};
 pub use listen::{BindError, accept, bind};
 pub use prefixed::Prefixed;
 pub use spread::{Handover, Open, Placement, Spread};
+pub use stream::{Stream, Tallied, Tally};
 pub use tcp_info::{Family, Side, TcpInfo, wire_tx};
 pub use tls::{
     Alpn, ClientTls, MinVersion, Reload, ServerTls, TlsError, install_provider,

@@ -63,7 +63,7 @@ pub struct TcpInfo {
     pub rtt_var_us: u32,
     /// Payload the peer has acknowledged, bytes.
     pub bytes_acked: u64,
-    /// Payload received, bytes, each counted once.
+    /// Payload received, bytes, each counted once; the peer's FIN counts as one.
     pub bytes_received: u64,
     /// Segments sent: data, acknowledgements, SYN, FIN, probes, repeats. Wraps.
     pub segs_out: u32,
@@ -210,7 +210,7 @@ mod tests {
         assert_eq!(client.read_to_end(&mut Vec::new()).unwrap(), 300);
 
         let info = TcpInfo::of(client.as_fd()).unwrap();
-        assert_eq!((info.bytes_sent, info.bytes_received), (1000, 300));
+        assert_eq!((info.bytes_sent, info.bytes_received), (1000, 300 + 1)); // 1: the FIN
         assert!(info.snd_mss > 0 && info.rtt_us > 0);
         // At least SYN, the data, a FIN and one acknowledgement.
         assert!(info.segs_out >= 4 && info.data_segs_out >= 1, "{info:?}");
