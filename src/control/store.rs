@@ -7,7 +7,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::identity::write_private;
+use crate::runtime::write_private;
 
 /// Why the revision could not be kept.
 #[derive(Debug, thiserror::Error)]

@@ -77,24 +77,9 @@ pub struct ParsedResponse {
 /// Most heads have fewer lines than this; they are parsed without an allocation.
 const INLINE_HEADERS: usize = 64;
 
-/// Where a line's name and value lie in the head.
-struct Line {
-    name: (usize, usize),
-    value: (usize, usize),
-}
-
-type Lines = smallvec::SmallVec<[Line; INLINE_HEADERS]>;
-
 fn offset(within: &[u8], part: &[u8]) -> (usize, usize) {
     let start = part.as_ptr().addr().wrapping_sub(within.as_ptr().addr());
     (start, start.wrapping_add(part.len()))
-}
-
-fn locate(head: &[u8], headers: &[httparse::Header<'_>]) -> Lines {
-    headers
-        .iter()
-        .map(|line| Line { name: offset(head, line.name.as_bytes()), value: offset(head, line.value) })
-        .collect()
 }
 
 fn grammar(error: httparse::Error) -> HeadError {
@@ -131,14 +116,16 @@ fn version(minor: Option<u8>) -> Version {
     if minor == Some(0) { Version::HTTP_10 } else { Version::HTTP_11 }
 }
 
-fn collect(head: &Bytes, lines: &Lines) -> Result<HeaderMap, HeadError> {
+fn collect(head: &Bytes, lines: &[httparse::Header<'_>]) -> Result<HeaderMap, HeadError> {
     // Room for what the proxy adds, so that the map is allocated once.
     let mut headers = HeaderMap::with_capacity(lines.len() + 8);
     for line in lines {
-        let name = head.get(line.name.0..line.name.1).unwrap_or_default();
-        let name = HeaderName::from_bytes(name)
+        let name = HeaderName::from_bytes(line.name.as_bytes())
             .map_err(|_source| HeadError::Grammar("a header name"))?;
-        let value = HeaderValue::from_maybe_shared(head.slice(line.value.0..line.value.1))
+        let (start, end) = offset(head, line.value);
+        // An empty value may lie anywhere, or nowhere.
+        let value = if line.value.is_empty() { Bytes::new() } else { head.slice(start..end) };
+        let value = HeaderValue::from_maybe_shared(value)
             .map_err(|_source| HeadError::Grammar("a header value"))?;
         headers.append(name, value);
     }
@@ -182,10 +169,9 @@ pub fn parse_request(
         .map_err(|_source| HeadError::Grammar("the method"))?;
     let (start, stop) = offset(&head, parsed.path.unwrap_or_default().as_bytes());
     let version = version(parsed.version);
-    let lines = locate(&head, parsed.headers);
     let uri = Uri::from_maybe_shared(head.slice(start..stop))
         .map_err(|_source| HeadError::Grammar("the request target"))?;
-    let headers = collect(&head, &lines)?;
+    let headers = collect(&head, parsed.headers)?;
     check_host(version, &headers)?;
     Ok(Some(ParsedRequest { method, uri, version, headers }))
 }
@@ -233,8 +219,7 @@ pub fn parse_response(
     let status = StatusCode::from_u16(parsed.code.unwrap_or(0))
         .map_err(|_source| HeadError::Grammar("the status code"))?;
     let version = version(parsed.version);
-    let lines = locate(&head, parsed.headers);
-    Ok(Some(ParsedResponse { status, version, headers: collect(&head, &lines)? }))
+    Ok(Some(ParsedResponse { status, version, headers: collect(&head, parsed.headers)? }))
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ use jsonwebtoken::jwk::{
     AlgorithmParameters, CommonParameters, EllipticCurve, Jwk, JwkSet, KeyAlgorithm, KeyOperations,
     PublicKeyUse, RSAKeyParameters,
 };
+use serde::Deserialize;
 
 /// More keys than any issuer of the field publishes; what is beyond is not read.
 const MAX_KEYS: usize = 64;
@@ -245,13 +246,14 @@ impl KeySet {
         if keys.is_empty() { Err(KeySetError::Empty) } else { Ok(Self { keys, source }) }
     }
 
-    /// Reads a set from JSON, as `jwks_file` has it.
+    /// Reads a set from JSON, as `jwks_uri` and `jwks_file` have it; a key that cannot be read is left out.
     ///
     /// # Errors
     /// [`KeySetError`].
     pub fn from_json(json: &serde_json::Value) -> Result<Self, KeySetError> {
-        use serde::Deserialize;
-        Self::read(JwkSet::deserialize(json).map_err(|_source| KeySetError::Shape)?)
+        let keys = json.get("keys").and_then(serde_json::Value::as_array);
+        let keys = keys.ok_or(KeySetError::Shape)?.iter().take(MAX_KEYS);
+        Self::read(JwkSet { keys: keys.filter_map(|key| Jwk::deserialize(key).ok()).collect() })
     }
 
     /// How many keys can verify.

@@ -28,7 +28,10 @@ use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::model::{ScopeSet, ServiceName};
+use crate::{
+    model::{ScopeSet, ServiceName},
+    runtime::write_private,
+};
 
 /// The `typ` of our tokens (RFC 9068 §2.1).
 const TOKEN_TYPE: &str = "at+jwt";
@@ -383,32 +386,6 @@ impl Key {
         let decoding = DecodingKey::from_jwk(&public)?;
         Ok(Self { signs_from, id, path, encoding, decoding, public })
     }
-}
-
-/// Writes a file that only its owner may read, whole or not at all: beside its place first, synced, then
-/// renamed over it.
-///
-/// # Errors
-/// Those of the file system; the old file is then untouched.
-pub fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    let folder = folder.unwrap_or_else(|| Path::new("."));
-    // One name per write, so that two writers never share a temporary file.
-    let temporary = folder.join(format!(".{}.tmp", Uuid::now_v7()));
-    let written = write_synced(&temporary, bytes).and_then(|()| fs::rename(&temporary, path));
-    if let Err(error) = written {
-        // Nothing more can be done about the rest of a failed write; its own fault matters.
-        drop(fs::remove_file(&temporary));
-        return Err(error);
-    }
-    // The rename itself must survive a power cut.
-    fs::File::open(folder)?.sync_all()
-}
-
-fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
-    file.write_all(bytes)?;
-    file.sync_all()
 }
 
 /// `now` and `span`; at the end of time, the end of time.

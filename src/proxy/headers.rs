@@ -44,7 +44,16 @@ impl Via {
     /// A name nobody else has.
     #[must_use]
     pub fn random() -> Self {
-        let name = format!("infrar-{:08x}", fastrand::u32(..));
+        Self::named(format!("infrar-{:08x}", fastrand::u32(..)))
+    }
+
+    /// The same name again, in memory of its own: workers do not share reference counts.
+    #[must_use]
+    pub fn copy(&self) -> Self {
+        Self::named(self.name.clone())
+    }
+
+    fn named(name: String) -> Self {
         let value = |version| {
             HeaderValue::try_from(format!("{version} {name}"))
                 .unwrap_or_else(|_hex_only| HeaderValue::from_static("infrar"))

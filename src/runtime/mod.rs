@@ -6,6 +6,7 @@
 //! come. No other room starts a thread or a task by itself.
 
 mod clock;
+mod files;
 mod shutdown;
 mod side;
 mod signals;
@@ -14,6 +15,7 @@ mod watchdog;
 mod worker;
 
 pub use clock::Clock;
+pub use files::write_private;
 pub use shutdown::{InFlight, Phase, Shutdown};
 pub use side::Side;
 pub use signals::{Signal, Signals};

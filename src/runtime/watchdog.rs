@@ -80,6 +80,17 @@ impl Watchdog {
         Guard { entry, pack }
     }
 
+    /// Wakes every task that waits for its guard, so that it looks around: the worker is draining.
+    pub fn rouse(&self) {
+        let mut index = 0;
+        while let Some(entry) = self.0.entry(index) {
+            index += 1;
+            if let Some(waker) = entry.waker.take() {
+                waker.wake();
+            }
+        }
+    }
+
     /// How many are registered.
     #[must_use]
     pub fn registered(&self) -> usize {

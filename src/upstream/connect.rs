@@ -3,7 +3,10 @@
 use std::{io, net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
 
 use rustls::pki_types::ServerName;
-use tokio::time::{Instant, timeout_at};
+use tokio::{
+    net::TcpStream,
+    time::{Instant, timeout_at},
+};
 use tokio_rustls::TlsConnector;
 
 use crate::{
@@ -47,6 +50,7 @@ pub struct Connector {
     tls: Option<(ServerName<'static>, Arc<ClientTls>)>,
     resolver: Resolver,
     tally: Option<Rc<dyn Tally>>,
+    tunnel_tally: Option<Rc<dyn Tally>>,
     /// Addresses that are this proxy's own listeners.
     own: Arc<[SocketAddr]>,
 }
@@ -74,13 +78,20 @@ impl Connector {
                 Some((name, Arc::clone(tls)))
             }
         };
-        Ok(Self { address, tls, resolver, tally: None, own })
+        Ok(Self { address, tls, resolver, tally: None, tunnel_tally: None, own })
     }
 
     /// Tells `tally` how many bytes its connections move.
     #[must_use]
     pub fn tallied(mut self, tally: Rc<dyn Tally>) -> Self {
         self.tally = Some(tally);
+        self
+    }
+
+    /// Tells `tally` how many bytes its tunnels move.
+    #[must_use]
+    pub fn tunnels_tallied(mut self, tally: Rc<dyn Tally>) -> Self {
+        self.tunnel_tally = Some(tally);
         self
     }
 
@@ -102,7 +113,7 @@ impl Connector {
     /// [`ConnectError`].
     pub async fn open_tunnel(&self, limit: Duration) -> Result<Stream, ConnectError> {
         let (tcp, _trip) = self.dial(limit).await?;
-        Ok(Stream::plain(tcp))
+        Ok(Stream::plain(Tallied::new(tcp, self.tunnel_tally.clone())))
     }
 
     /// A connection that speaks HTTP/1.1, and how long a round trip takes.
@@ -128,6 +139,7 @@ impl Connector {
     async fn open(&self, alpn: Alpn, limit: Duration) -> Result<(Stream, Duration), ConnectError> {
         let deadline = Instant::now() + limit;
         let (tcp, trip) = self.dial(limit).await?;
+        let tcp = Tallied::new(tcp, self.tally.clone());
         let Some((name, tls)) = &self.tls else { return Ok((Stream::plain(tcp), trip)) };
         let shake = TlsConnector::from(tls.config(alpn)).connect(name.clone(), tcp);
         match timeout_at(deadline, shake).await {
@@ -137,7 +149,7 @@ impl Connector {
         }
     }
 
-    async fn dial(&self, limit: Duration) -> Result<(Tallied, Duration), ConnectError> {
+    async fn dial(&self, limit: Duration) -> Result<(TcpStream, Duration), ConnectError> {
         let deadline = Instant::now() + limit;
         let resolving = self.resolver.resolve(self.address.host(), self.address.port());
         let addresses = timeout_at(deadline, resolving)
@@ -157,7 +169,7 @@ impl Connector {
                 _ => ConnectError::Refused(error),
             },
         )?;
-        Ok((Tallied::new(tcp, self.tally.clone()), begun.elapsed()))
+        Ok((tcp, begun.elapsed()))
     }
 
     /// DESIGN §5: the outbound port never dials the proxy's own listeners.

@@ -235,7 +235,7 @@ pub(super) async fn send(
 fn begin(mut connection: H1, outgoing: &mut Outgoing<'_>) -> Exchange {
     let write = &mut connection.write;
     write.clear();
-    encode_request_line(outgoing.method, outgoing.target, write);
+    encode_request_line(outgoing.method, outgoing.target.as_str(), write);
     encode_headers(outgoing.headers, write);
     let body = std::mem::take(&mut outgoing.body);
     let length = body.exact_len();
@@ -287,7 +287,7 @@ fn finish(
         exchange.connection.peer_idle = peer_idle(value.as_bytes());
     }
     // A body that is held back or half sent makes the connection useless after this answer.
-    let mut decoder = BodyDecoder::new(framing, home.pool().head_limits());
+    let decoder = BodyDecoder::new(framing, home.pool().head_limits());
     let body = match decoder.remaining() {
         Some(0) => {
             reusable &= exchange.upload_done();

@@ -224,12 +224,11 @@ fn head(outgoing: &mut Outgoing<'_>) -> Option<Request<()>> {
     let mut request = Request::new(());
     *request.method_mut() = outgoing.method.clone();
     *request.version_mut() = Version::HTTP_2;
-    *request.uri_mut() = Uri::builder()
-        .scheme(outgoing.scheme)
-        .authority(outgoing.authority)
-        .path_and_query(outgoing.target)
-        .build()
-        .ok()?;
+    let mut target = http::uri::Parts::default();
+    target.scheme = Some(outgoing.scheme.clone());
+    target.authority = Some(outgoing.authority.clone());
+    target.path_and_query = Some(outgoing.target.clone());
+    *request.uri_mut() = Uri::from_parts(target).ok()?;
     *request.headers_mut() = outgoing.headers.clone();
     request.headers_mut().remove(http::header::HOST);
     Some(request)
