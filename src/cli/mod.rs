@@ -1,1 +1,4 @@
-//! One file per subcommand. Alone here may anything print or end the process.
+//! The commands: one file per subcommand; alone may print or exit.
+
+mod ca;
+mod sample;
