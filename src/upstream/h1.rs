@@ -7,7 +7,6 @@
 use std::{
     io::{self, IoSlice},
     pin::Pin,
-    rc::Rc,
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -27,7 +26,7 @@ use crate::{
         encode_request_line,
     },
     net::Stream,
-    upstream::{Failure, Outgoing, Pool, Received, SendError},
+    upstream::{Failure, Home, Outgoing, Received, SendError},
     wire::{Body, BodyError, Interim},
 };
 
@@ -208,11 +207,11 @@ fn write_out(connection: &mut H1, frame: &mut Bytes, cx: &mut Context<'_>) -> Po
 /// [`Failure`], which says whether the peer can have seen the request.
 pub(super) async fn send(
     connection: H1,
-    pool: Rc<Pool>,
+    home: Home,
     mut outgoing: Outgoing<'_>,
     interim: &Interim,
 ) -> Result<Received, Failure> {
-    let limits = pool.head_limits();
+    let limits = home.pool().head_limits();
     let mut exchange = begin(connection, &mut outgoing);
     loop {
         let head = match std::future::poll_fn(|cx| exchange.poll_head(cx, limits)).await {
@@ -227,7 +226,7 @@ pub(super) async fn send(
             }
             StatusCode::CONTINUE => exchange.proceed(),
             status if status.is_informational() => interim.put(status, head.headers),
-            _ => return finish(exchange, pool, outgoing.method, head),
+            _ => return finish(exchange, home, outgoing.method, head),
         }
     }
 }
@@ -277,7 +276,7 @@ fn upgraded(exchange: Exchange, head: ParsedResponse) -> Received {
 /// Turns the head into a response whose body reads the rest.
 fn finish(
     mut exchange: Exchange,
-    pool: Rc<Pool>,
+    home: Home,
     method: &Method,
     head: ParsedResponse,
 ) -> Result<Received, Failure> {
@@ -288,22 +287,22 @@ fn finish(
         exchange.connection.peer_idle = peer_idle(value.as_bytes());
     }
     // A body that is held back or half sent makes the connection useless after this answer.
-    let mut decoder = BodyDecoder::new(framing, pool.head_limits());
+    let mut decoder = BodyDecoder::new(framing, home.pool().head_limits());
     let body = match decoder.remaining() {
         Some(0) => {
             reusable &= exchange.upload_done();
-            release(exchange, &pool, reusable);
+            release(exchange, &home, reusable);
             Body::Empty
         }
         Some(left) if exchange.upload_done() && left <= exchange.connection.read.len() as u64 => {
             let length = usize::try_from(left).unwrap_or(usize::MAX);
             let bytes = exchange.connection.read.split_to(length).freeze();
-            release(exchange, &pool, reusable);
+            release(exchange, &home, reusable);
             Body::Full(bytes)
         }
         _ => {
             exchange.next_read = FIRST_READ * 2;
-            Body::stream(Incoming { exchange: Some(exchange), decoder, pool, reusable })
+            Body::stream(Incoming { exchange: Some(exchange), decoder, home, reusable })
         }
     };
     let mut response = Response::new(body);
@@ -329,10 +328,10 @@ fn peer_idle(value: &[u8]) -> Option<Duration> {
     seconds.trim().parse().ok().map(Duration::from_secs)
 }
 
-fn release(exchange: Exchange, pool: &Rc<Pool>, reusable: bool) {
+fn release(exchange: Exchange, home: &Home, reusable: bool) {
     // Bytes after the answer belong to nobody: such a connection is not trusted again.
     if reusable && exchange.connection.read.is_empty() {
-        pool.put(exchange.connection);
+        home.pool().put(exchange.connection);
     }
 }
 
@@ -340,7 +339,7 @@ fn release(exchange: Exchange, pool: &Rc<Pool>, reusable: bool) {
 struct Incoming {
     exchange: Option<Exchange>,
     decoder: BodyDecoder,
-    pool: Rc<Pool>,
+    home: Home,
     reusable: bool,
 }
 
@@ -348,7 +347,7 @@ impl Incoming {
     fn end(&mut self) {
         if let Some(exchange) = self.exchange.take() {
             let reusable = self.reusable && exchange.upload_done();
-            release(exchange, &self.pool, reusable);
+            release(exchange, &self.home, reusable);
         }
     }
 }
