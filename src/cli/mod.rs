@@ -1,4 +1,6 @@
-//! The commands: one file per subcommand; alone may print or exit.
+//! One file per subcommand. Alone here may anything print or end the process.
 
 mod ca;
 mod sample;
+mod scene;
+mod watch;

@@ -182,8 +182,26 @@ impl Sidecar {
         body: &'static str,
     ) -> Result<Answer, CallError> {
         let request = Request::post(format!("http://{}{path}", self.outbound))
+            .header(header::CONTENT_TYPE, "application/json");
+        self.send(service, request, body).await
+    }
+
+    /// As [`Sidecar::post`], without a body.
+    ///
+    /// # Errors
+    /// [`CallError`] when nothing comes back; a refusal is an answer.
+    pub(crate) async fn get(&self, service: &str, path: &str) -> Result<Answer, CallError> {
+        self.send(service, Request::get(format!("http://{}{path}", self.outbound)), "").await
+    }
+
+    async fn send(
+        &self,
+        service: &str,
+        request: http::request::Builder,
+        body: &'static str,
+    ) -> Result<Answer, CallError> {
+        let request = request
             .header(header::HOST, service)
-            .header(header::CONTENT_TYPE, "application/json")
             .body(Full::from(body))
             .map_err(CallError::Request)?;
         let response = self.client.request(request).await.map_err(CallError::Sidecar)?;
