@@ -63,7 +63,8 @@ impl Edge {
         // Which service is meant?
         let view = self.worker.view()?;
         let callee = callee(&view, &parts.uri, &parts.headers, call.peer)?;
-        let cluster = view.cluster(callee.as_str()).ok_or_else(|| unknown(&view, callee.as_str()))?;
+        let cluster =
+            view.cluster(callee.as_str()).ok_or_else(|| unknown(&view, callee.as_str()))?;
         // Who is it, and may it?
         let admitted = self.gate.admit(&parts, &callee, Some(&view), record).await?;
         // What does the far side see? The token, and the host where the service is ours.
@@ -88,11 +89,19 @@ impl Edge {
 }
 
 fn unknown(view: &View, asked: &str) -> Rejection {
-    Rejection::UnknownService { authority: asked.to_owned(), nearest: route::nearest(asked, view.names()) }
+    Rejection::UnknownService {
+        authority: asked.to_owned(),
+        nearest: route::nearest(asked, view.names()),
+    }
 }
 
 /// The service that a request is for.
-fn callee(view: &View, uri: &Uri, headers: &HeaderMap, peer: &Peer) -> Result<ServiceName, Rejection> {
+fn callee(
+    view: &View,
+    uri: &Uri,
+    headers: &HeaderMap,
+    peer: &Peer,
+) -> Result<ServiceName, Rejection> {
     let named = uri.authority().map(http::uri::Authority::as_str);
     let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
     let asked = named.or(host).unwrap_or_default();

@@ -88,7 +88,10 @@ impl Via {
 /// Whether a comma-separated header names `word`.
 pub fn lists(headers: &HeaderMap, name: &HeaderName, word: &str) -> bool {
     headers.get_all(name).iter().any(|value| {
-        value.as_bytes().split(|b| *b == b',').any(|w| w.trim_ascii().eq_ignore_ascii_case(word.as_bytes()))
+        value
+            .as_bytes()
+            .split(|b| *b == b',')
+            .any(|w| w.trim_ascii().eq_ignore_ascii_case(word.as_bytes()))
     })
 }
 
@@ -116,13 +119,23 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
             .collect();
         for name in listed {
             // A client must not make us drop what we rely on (RFC 9110 §7.6.1, last paragraph).
-            if name != header::HOST && name != header::CONTENT_LENGTH && name != header::AUTHORIZATION && name != header::TE {
+            if name != header::HOST
+                && name != header::CONTENT_LENGTH
+                && name != header::AUTHORIZATION
+                && name != header::TE
+            {
                 headers.remove(name);
             }
         }
         headers.remove(header::CONNECTION);
     }
-    for name in [&PROXY_CONNECTION, &KEEP_ALIVE, &header::TRANSFER_ENCODING, &header::UPGRADE, &HTTP2_SETTINGS] {
+    for name in [
+        &PROXY_CONNECTION,
+        &KEEP_ALIVE,
+        &header::TRANSFER_ENCODING,
+        &header::UPGRADE,
+        &HTTP2_SETTINGS,
+    ] {
         headers.remove(name);
     }
     if headers.contains_key(header::TE) {
@@ -216,7 +229,10 @@ mod tests {
             ("x-other", "2"),
         ]);
         strip_hop_by_hop(&mut map);
-        assert_eq!(map, headers(&[("te", "trailers"), ("authorization", "Bearer x"), ("x-other", "2")]));
+        assert_eq!(
+            map,
+            headers(&[("te", "trailers"), ("authorization", "Bearer x"), ("x-other", "2")])
+        );
     }
 
     #[test]
@@ -226,7 +242,10 @@ mod tests {
         via.pass(Version::HTTP_11, &mut map).unwrap();
         assert_eq!(via.pass(Version::HTTP_11, &mut map), Err(Rejection::Loop));
         assert!(Via::random().pass(Version::HTTP_2, &mut map).is_ok());
-        let mut far = headers(&[("via", "1.1 infrar-1, 1.1 infrar-2, 1.1 infrar-3, 1.1 other, 1.1 infrar-4")]);
+        let mut far = headers(&[(
+            "via",
+            "1.1 infrar-1, 1.1 infrar-2, 1.1 infrar-3, 1.1 other, 1.1 infrar-4",
+        )]);
         for _hop in 0..4 {
             Via::random().pass(Version::HTTP_11, &mut far).unwrap();
         }
@@ -240,10 +259,13 @@ mod tests {
         forwarded(&mut map, Some("192.0.2.1:999".parse().unwrap()), "data", false);
         forwarded(&mut map, Some("[2001:db8::1]:999".parse().unwrap()), "data:8443", true);
         let all: Vec<_> = map.get_all("forwarded").iter().map(|v| v.to_str().unwrap()).collect();
-        assert_eq!(all, [
-            "for=192.0.2.1;host=data;proto=http",
-            "for=\"[2001:db8::1]\";host=\"data:8443\";proto=https",
-        ]);
+        assert_eq!(
+            all,
+            [
+                "for=192.0.2.1;host=data;proto=http",
+                "for=\"[2001:db8::1]\";host=\"data:8443\";proto=https",
+            ]
+        );
     }
 
     #[test]

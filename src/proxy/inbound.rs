@@ -83,7 +83,9 @@ impl Gate {
         let strictness =
             view.map_or(crate::identity::Strictness::Enforce, |view| view.strictness.get());
         admit(claims, action, granted, strictness).map_err(|refused| match refused {
-            Refused::NotPermitted { caller } => Rejection::NotPermitted { caller, callee: callee.clone() },
+            Refused::NotPermitted { caller } => {
+                Rejection::NotPermitted { caller, callee: callee.clone() }
+            }
             Refused::ScopeMissing { caller, missing } => {
                 Rejection::ScopeMissing { caller, callee: callee.clone(), missing }
             }
@@ -95,7 +97,11 @@ impl Gate {
     }
 
     /// Who is it? The token is verified, or remembered as verified.
-    async fn claims(&self, headers: &HeaderMap, callee: &ServiceName) -> Result<Rc<Claims>, Rejection> {
+    async fn claims(
+        &self,
+        headers: &HeaderMap,
+        callee: &ServiceName,
+    ) -> Result<Rc<Claims>, Rejection> {
         let token = bearer(headers)?;
         let audience = [callee.as_str()];
         // Two looks: between them the key that was not known may have been fetched.

@@ -42,7 +42,12 @@ pub struct Series {
 impl Series {
     /// The series of one caller and callee; its cells live as long as the registry.
     #[must_use]
-    pub fn new(registry: &Arc<Registry>, direction: Direction, caller: &str, callee: &str) -> Rc<Self> {
+    pub fn new(
+        registry: &Arc<Registry>,
+        direction: Direction,
+        caller: &str,
+        callee: &str,
+    ) -> Rc<Self> {
         let way = direction.as_str();
         let series = Self {
             direction,
@@ -90,7 +95,6 @@ pub struct Desk {
     access: Option<AccessLog>,
     /// Of requests whose caller or callee is not known (yet).
     unknown: Rc<Series>,
-    me: ServiceName,
     by_caller: RefCell<HashMap<(Box<str>, ServiceName), Rc<Series>, RandomState>>,
     last: RefCell<Option<Rc<Series>>>,
 }
@@ -101,7 +105,12 @@ const MOST_CALLERS: usize = 1000;
 impl Desk {
     /// A desk for one direction; `me` is the service of this proxy.
     #[must_use]
-    pub fn new(registry: &Arc<Registry>, access: Option<AccessLog>, direction: Direction, me: &ServiceName) -> Self {
+    pub fn new(
+        registry: &Arc<Registry>,
+        access: Option<AccessLog>,
+        direction: Direction,
+        me: &ServiceName,
+    ) -> Self {
         let (caller, callee) = match direction {
             Direction::Outbound => (me.as_str(), ""),
             Direction::Inbound => ("", me.as_str()),
@@ -111,16 +120,9 @@ impl Desk {
             registry: Arc::clone(registry),
             access,
             unknown: Series::new(registry, direction, caller, callee),
-            me: me.clone(),
             by_caller: RefCell::default(),
             last: RefCell::default(),
         }
-    }
-
-    /// The direction of its records.
-    #[must_use]
-    pub fn direction(&self) -> Direction {
-        self.direction
     }
 
     /// Opens the record of a request.
@@ -173,12 +175,6 @@ impl Desk {
         });
         *self.last.borrow_mut() = Some(Rc::clone(&series));
         series
-    }
-
-    /// The service of this proxy.
-    #[must_use]
-    pub fn me(&self) -> &ServiceName {
-        &self.me
     }
 }
 

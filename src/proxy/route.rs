@@ -45,7 +45,13 @@ mod tests {
     #[test]
     fn a_service_is_known_under_four_names() {
         for authority in [
-            "data", "data:80", "data.infrar", "data.infrar.internal:8080", "data.localhost", "data.", "u:p@data",
+            "data",
+            "data:80",
+            "data.infrar",
+            "data.infrar.internal:8080",
+            "data.localhost",
+            "data.",
+            "u:p@data",
         ] {
             assert_eq!(name(host(authority)), "data", "{authority}");
         }

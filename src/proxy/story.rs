@@ -4,12 +4,15 @@ use std::rc::Rc;
 
 use http::Method;
 
-use crate::proxy::{
-    edge::Edge,
-    inbound::Inbound,
-    outbound::Outbound,
-    reject::Rejection,
-    worker::{Answer, Call, Worker, refused},
+use crate::{
+    proxy::{
+        edge::Edge,
+        inbound::Inbound,
+        outbound::Outbound,
+        reject::Rejection,
+        worker::{Answer, Call, Worker, refused},
+    },
+    runtime::Shutdown,
 };
 
 /// What a listener does with requests.
@@ -36,6 +39,15 @@ impl Story {
     pub fn worker(&self) -> &Rc<Worker> {
         match self {
             Self::Outbound(worker, _) | Self::Inbound(worker, _) | Self::Edge(worker, _) => worker,
+        }
+    }
+
+    /// How far the end of this way has come.
+    pub fn end(&self) -> &Shutdown {
+        let ends = &self.worker().ends;
+        match self {
+            Self::Outbound(..) => &ends.outbound,
+            Self::Inbound(..) | Self::Edge(..) => &ends.inbound,
         }
     }
 

@@ -7,17 +7,18 @@ use http::{Request, Response, Uri};
 
 use crate::{
     discovery::Directory,
-    identity::{Tokens, Verifier},
+    identity::Verifier,
     model::{Host, Origin, Protocol, Scheme, ServiceName},
     net::Stream,
     proxy::{
+        Ends,
         headers::{self, Via},
         record::{Desk, Record},
         reject::Rejection,
         settings::{App, Limits, Settings},
         view::{Cluster, Surveyor, View, Ward},
     },
-    runtime::{Shutdown, Watchdog},
+    runtime::Watchdog,
     wire::{Body, Interim},
 };
 
@@ -64,12 +65,10 @@ pub struct Worker {
     pub via_in: Via,
     /// Coarse time-outs.
     pub watchdog: Watchdog,
-    /// How far the end has come.
-    pub shutdown: Shutdown,
+    /// How far the end has come, each way.
+    pub ends: Ends,
     /// Where snapshots come from.
     pub directory: Arc<Directory>,
-    /// Where tokens come from.
-    pub tokens: Arc<Tokens>,
     /// Hosts outside the project.
     pub outsiders: RefCell<HashMap<Origin, Rc<Cluster>>>,
 }
@@ -129,7 +128,8 @@ impl Worker {
     /// Takes over the snapshot of the moment, if it is another than the one in use.
     pub fn refresh(&self) {
         let Some(catalog) = self.directory.load() else { return };
-        let same = self.view.borrow().as_ref().is_some_and(|view| Arc::ptr_eq(&view.catalog, &catalog));
+        let same =
+            self.view.borrow().as_ref().is_some_and(|view| Arc::ptr_eq(&view.catalog, &catalog));
         if !same {
             *self.view.borrow_mut() = Some(self.surveyor.survey(catalog));
         }
@@ -147,7 +147,12 @@ pub struct Call<'a> {
 }
 
 /// The answer to a request that was refused.
-pub fn refused(rejection: &Rejection, request_id: Option<&http::HeaderValue>, grpc: bool, mut record: Record) -> Answer {
+pub fn refused(
+    rejection: &Rejection,
+    request_id: Option<&http::HeaderValue>,
+    grpc: bool,
+    mut record: Record,
+) -> Answer {
     record.answered(rejection.status(), rejection.code());
     Answer::Response(rejection.answer(request_id, grpc), record)
 }
