@@ -1,1 +1,31 @@
 //! Who is speaking, and what may they do: tokens, keys, verification, policy.
+//!
+//! The one idea: whatever may wait (fetching keys, asking for tokens) runs on the side runtime and leaves an
+//! immutable snapshot behind; a worker reads snapshots and decides with arithmetic alone. Nothing here knows
+//! HTTP messages, and no secret is ever printed.
+
+mod backoff;
+mod json;
+mod jwks;
+mod keys;
+mod mint;
+mod policy;
+mod tokens;
+mod verify;
+
+pub use jwks::{
+    Fetch, FetchFault, Jwks, JwksStats, Refreshed, control_keys, discovered_keys, keys_at,
+};
+pub use keys::{Algorithm, KeyId, KeySet, KeySetError};
+pub use mint::{Mint, MintError, MintSettings, Minted, OwnClaims};
+pub use policy::{
+    Access, Action, Grant, NotPermitted, PathFault, PathRule, Refused, Rule, RuleFault, Rules,
+    Strictness, admit, normalise, permits,
+};
+pub use tokens::{
+    Bearer, ControlTokens, NoTokens, Slot, StoredToken, TokenSource, TokenStats, TokenUnavailable,
+    Tokens,
+};
+pub use verify::{
+    Caller, Claims, LEEWAY_SECONDS, MAX_TOKEN_BYTES, TokenCache, TokenFault, Trusted, Verifier,
+};

@@ -111,7 +111,7 @@ pub struct Service {
 }
 
 /// What the hop to an endpoint speaks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Protocol {
     /// HTTP/2 for gRPC and where connections are dear, HTTP/1.1 otherwise.

@@ -1,1 +1,13 @@
 //! Words that peers exchange: the body type, problem documents, proxy-status, request ids.
+//!
+//! What both ends of a connection must agree on lives here, without any opinion on when it is said.
+
+mod body;
+mod interim;
+mod problem;
+mod trace;
+
+pub use body::{Body, BodyError, StreamBody};
+pub use interim::Interim;
+pub use problem::{PROBLEM_JSON, Problem};
+pub use trace::{TraceContext, request_id};

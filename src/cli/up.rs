@@ -1,0 +1,338 @@
+//! `infrar up`: a control plane and one proxy on this machine.
+//!
+//! For a laptop: everything listens on loopback, the proxy speaks for one caller of the project with a secret made
+//! for this run, and an edited `project.yaml` is in force as soon as it is saved.
+
+use std::{
+    fmt::Write as _,
+    fs,
+    io::{self, Write},
+    net::SocketAddr,
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+};
+
+use anyhow::Context;
+use secrecy::SecretString;
+
+use crate::{
+    cli::{
+        demo::{secret, wait_until_ready},
+        proxy::{self, RunningProxy},
+        watch::WatchedFile,
+    },
+    config::{self, ProjectFile},
+    control::{self, Control, Identity},
+    identity::write_private,
+    model::{Place, Project, ServiceName},
+    net,
+    runtime::{Signal, Signals},
+};
+
+/// The project that is written where there is none.
+const EXAMPLE: &str = "\
+# What is true for the whole project. Saved changes are in force at once.
+project: shop
+services:
+  hello:
+    endpoints:
+      # Any HTTP server will do:  python3 -m http.server 8080 --bind 127.0.0.1
+      - { url: \"http://127.0.0.1:8080\", provider: local, region: laptop, auth_method: none }
+    scopes: [read:hello]
+permissions:                       # what is not listed is refused
+  web-application:
+    hello: [read:hello]
+";
+
+/// Control plane and one proxy on this machine.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Up {
+    /// The project; an example is written if it is not there.
+    #[arg(default_value = "project.yaml")]
+    project: PathBuf,
+    /// Where keys, tokens and the last snapshot are kept.
+    #[arg(long, default_value = "./.infrar")]
+    data_dir: PathBuf,
+    /// The caller that the proxy speaks for [default: the first one in `permissions`].
+    #[arg(long)]
+    service: Option<ServiceName>,
+    /// Where the proxy is said to run.
+    #[arg(long, default_value = "local_laptop")]
+    place: Place,
+    /// The control plane's address.
+    #[arg(long, default_value = "127.0.0.1:7070")]
+    control_listen: SocketAddr,
+    /// The address that applications call services through.
+    #[arg(long, default_value = "127.0.0.1:15001")]
+    outbound_listen: SocketAddr,
+    /// The proxy's admin address.
+    #[arg(long, default_value = "127.0.0.1:15000")]
+    admin_listen: SocketAddr,
+}
+
+impl Up {
+    /// Runs both until Ctrl-C.
+    ///
+    /// # Errors
+    /// Whatever keeps them from beginning: a wrong project, an address in use.
+    pub(crate) async fn run(self) -> anyhow::Result<()> {
+        self.check_addresses()?;
+        let written = self.write_example()?;
+        let mut signals = Signals::listen().context("signals cannot be listened to")?;
+        let mut file = WatchedFile::new(&self.project)
+            .with_context(|| format!("{} cannot be watched", self.project.display()))?;
+        let loaded = config::load_project(&self.project)?;
+        let stand = self.open(loaded).await?;
+        print(&self.welcome(&stand, written));
+        loop {
+            tokio::select! {
+                signal = signals.next() => match signal {
+                    Signal::Stop | Signal::StopAtOnce => break,
+                    Signal::Reload => print(&stand.reload(&self.project)),
+                },
+                () = file.changed() => print(&stand.reload(&self.project)),
+            }
+        }
+        print("\nEnding.\n");
+        stand.end().await;
+        Ok(())
+    }
+
+    /// Finds every address that is taken before anything begins.
+    fn check_addresses(&self) -> anyhow::Result<()> {
+        let faults: Vec<_> = [
+            (self.control_listen, "--control-listen"),
+            (self.outbound_listen, "--outbound-listen"),
+            (self.admin_listen, "--admin-listen"),
+        ]
+        .into_iter()
+        .filter_map(|(address, flag)| net::bind(address, 1, flag).err())
+        .map(|fault| fault.to_string())
+        .collect();
+        anyhow::ensure!(faults.is_empty(), faults.join("\n"));
+        Ok(())
+    }
+
+    /// Whether an example had to be written.
+    fn write_example(&self) -> anyhow::Result<bool> {
+        if self.project.exists() {
+            return Ok(false);
+        }
+        fs::write(&self.project, EXAMPLE)
+            .with_context(|| format!("{} cannot be written", self.project.display()))?;
+        Ok(true)
+    }
+
+    async fn open(&self, loaded: ProjectFile) -> anyhow::Result<Stand> {
+        let cannot = || format!("--data-dir {} cannot be used", self.data_dir.display());
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&self.data_dir)
+            .with_context(cannot)?;
+        // Paths in settings count from the file they are in, and there is none.
+        let folder = std::path::absolute(&self.data_dir).with_context(cannot)?;
+        let me = self.service.clone().unwrap_or_else(|| first_caller(&loaded.project));
+        let secret = secret()?;
+        let secret_file = folder.join("secret");
+        write_private(&secret_file, secret.as_bytes()).with_context(cannot)?;
+        let stand_in = Identity::ClientSecret(SecretString::from(secret));
+
+        let settings = control::Settings::new(self.control_listen, folder.join("control"));
+        let ProjectFile { project, mut identities, .. } = loaded;
+        let greeting = invitations(&project, &me, self.outbound_listen);
+        identities.insert(me.clone(), stand_in.clone());
+        let control = Control::start(settings, project, identities).await?;
+        let flags = self.proxy_settings(&folder, &me, control.local_addr());
+        let settings = config::load_proxy(None, std::iter::empty(), &flags)?;
+        let proxy = proxy::start(settings).await?;
+        wait_until_ready(self.admin_listen).await?;
+        Ok(Stand { me, stand_in, greeting, control, proxy })
+    }
+
+    fn proxy_settings(
+        &self,
+        folder: &Path,
+        me: &ServiceName,
+        control: SocketAddr,
+    ) -> Vec<(String, String)> {
+        let path = |name: &str| folder.join(name).display().to_string();
+        [
+            ("role", "sidecar".to_owned()),
+            ("service", me.to_string()),
+            ("place", self.place.to_string()),
+            ("control.url", format!("http://{control}")),
+            ("control.credential.client_secret_file", path("secret")),
+            ("control.state_dir", path("state")),
+            ("outbound.listen", self.outbound_listen.to_string()),
+            ("admin.listen", self.admin_listen.to_string()),
+            ("shutdown.grace", "0s".to_owned()),
+            ("shutdown.deadline", "5s".to_owned()),
+        ]
+        .map(|(key, value)| (key.to_owned(), value))
+        .into()
+    }
+
+    fn welcome(&self, stand: &Stand, written: bool) -> String {
+        let note = if written { "  (an example, written just now)" } else { "" };
+        format!(
+            "\
+A control plane and a proxy on this machine; Ctrl-C ends both.
+
+  project         {project}{note}
+  control plane   http://{control}
+  outbound        http://{outbound}   speaks for {me} (--service NAME for another caller)
+  admin           http://{admin}
+  state           {state}
+
+{greeting}
+Ask what happened:
+
+  curl http://{admin}/v1/endpoint/NAME
+  curl http://{admin}/metrics
+
+Edit {project}: a saved change is in force at once, a wrong one is refused with its faults.
+",
+            project = self.project.display(),
+            control = stand.control.local_addr(),
+            outbound = self.outbound_listen,
+            me = stand.me,
+            admin = self.admin_listen,
+            state = self.data_dir.display(),
+            greeting = stand.greeting,
+        )
+    }
+}
+
+/// Both, running.
+struct Stand {
+    /// The caller that the proxy speaks for.
+    me: ServiceName,
+    /// How it proves that, in this run.
+    stand_in: Identity,
+    greeting: String,
+    control: control::Running,
+    proxy: RunningProxy,
+}
+
+impl Stand {
+    /// Puts the edited project in force, or says what is wrong with it.
+    fn reload(&self, file: &Path) -> String {
+        let ProjectFile { project, mut identities, .. } = match config::load_project(file) {
+            Ok(loaded) => loaded,
+            Err(faults) => return format!("{faults}\nThe project stays as it was.\n"),
+        };
+        identities.insert(self.me.clone(), self.stand_in.clone());
+        match self.control.replace(project, &identities) {
+            Ok(_revision) => {
+                format!("{} is in force, revision {}.\n", file.display(), self.control.revision())
+            }
+            Err(error) => {
+                format!("{:#}\nThe project stays as it was.\n", anyhow::Error::from(error))
+            }
+        }
+    }
+
+    async fn end(self) {
+        self.proxy.shutdown().await;
+        self.control.shutdown().await;
+    }
+}
+
+/// Who the proxy speaks for when nobody says.
+fn first_caller(project: &Project) -> ServiceName {
+    let caller = project.permissions.keys().next();
+    #[expect(clippy::expect_used, reason = "a constant that is a DNS label")]
+    caller.cloned().unwrap_or_else(|| "developer".parse().expect("a DNS label is a name"))
+}
+
+/// What to paste, for what `me` may call.
+fn invitations(project: &Project, me: &ServiceName, outbound: SocketAddr) -> String {
+    let Some(callees) = project.permissions.get(me).filter(|callees| !callees.is_empty()) else {
+        return format!(
+            "Nothing may be called by {me} yet: grant it something under `permissions`.\n"
+        );
+    };
+    let mut text = "Call by name, in whichever way suits the application:\n\n".to_owned();
+    for callee in callees.keys() {
+        append(
+            &mut text,
+            format_args!(
+                "  curl -x http://{outbound} http://{callee}/\n  curl -H 'Host: {callee}' http://{outbound}/\n"
+            ),
+        );
+    }
+    append(&mut text, format_args!("  export HTTP_PROXY=http://{outbound}\n"));
+    text
+}
+
+/// Writing into a `String` cannot fail.
+fn append(text: &mut String, arguments: std::fmt::Arguments<'_>) {
+    let _infallible = text.write_fmt(arguments);
+}
+
+/// Writes to the terminal; whoever closed it does not want to know.
+fn print(text: &str) {
+    let mut out = io::stdout().lock();
+    let _closed = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        up: Up,
+    }
+
+    fn up(arguments: &[&str]) -> Up {
+        Line::parse_from(["up"].iter().chain(arguments)).up
+    }
+
+    #[test]
+    fn the_example_is_a_project_that_loads_and_names_its_caller() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("project.yaml");
+        let up = up(&[file.to_str().unwrap()]);
+        assert!(up.write_example().unwrap());
+        assert!(!up.write_example().unwrap());
+        let loaded = config::load_project(&file).unwrap();
+        let me = first_caller(&loaded.project);
+        assert_eq!(me.as_str(), "web-application");
+        let text = invitations(&loaded.project, &me, up.outbound_listen);
+        assert!(text.contains("curl -x http://127.0.0.1:15001 http://hello/\n"), "{text}");
+    }
+
+    #[test]
+    fn addresses_in_use_are_all_named_with_their_flags() {
+        let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = taken.local_addr().unwrap().to_string();
+        let up = up(&[
+            "--control-listen",
+            &address,
+            "--outbound-listen",
+            "127.0.0.1:0",
+            "--admin-listen",
+            &address,
+        ]);
+        let fault = up.check_addresses().unwrap_err().to_string();
+        assert!(fault.contains("--control-listen") && fault.contains("--admin-listen"), "{fault}");
+        assert!(!fault.contains("--outbound-listen"), "{fault}");
+    }
+
+    #[test]
+    fn the_settings_of_its_proxy_are_right() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("secret"), "s").unwrap();
+        let up = up(&[]);
+        let me = "web-application".parse().unwrap();
+        let flags = up.proxy_settings(folder.path(), &me, up.control_listen);
+        let settings = config::load_proxy(None, std::iter::empty(), &flags).unwrap();
+        assert_eq!(settings.outbound.unwrap().listen, up.outbound_listen);
+        assert!(settings.inbound.is_empty());
+    }
+}

@@ -1,0 +1,461 @@
+//! The control plane as a running thing: how it starts, listens and ends.
+
+use std::{
+    io,
+    net::SocketAddr,
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+    pin::pin,
+    sync::Arc,
+    time::Duration,
+};
+
+use axum::Router;
+use http::Request;
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::conn::auto::Builder,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, TcpStream},
+    runtime::Handle,
+    sync::Semaphore,
+    time::{MissedTickBehavior, interval, timeout},
+};
+use tokio_rustls::TlsAcceptor;
+use tower::ServiceExt;
+use url::Url;
+
+use crate::{
+    control::{
+        Identities, RegistryError, Replaced,
+        registry::Registry,
+        router::{Peer, Shared, router},
+        store::Store,
+        throttle::Throttle,
+    },
+    identity::{Mint, MintError, MintSettings},
+    model::Project,
+    net::{self, BindError, MinVersion, Reload, ServerTls, TlsError},
+    runtime::{Clock, Supervisor},
+};
+
+/// Connections at a time; more wait in the kernel's queue.
+const CONNECTIONS: usize = 8192;
+/// How long a TLS handshake may take.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+/// How long a request head may take, and an idle HTTP/1.1 connection may stay.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long requests may finish after the end was asked for.
+const DRAIN: Duration = Duration::from_secs(5);
+/// How often the certificate files are looked at.
+const CERTIFICATE_LOOK: Duration = Duration::from_secs(10);
+/// How often the keys are looked after.
+const KEY_LOOK: Duration = Duration::from_secs(60);
+
+/// Why the control plane did not start, or did not do what it was told.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// Secrets and tokens would cross a network unprotected.
+    #[error(
+        "{listen} is not loopback, and without a certificate everything would go in plaintext; give --cert-file and \
+         --key-file, or listen on 127.0.0.1"
+    )]
+    Plaintext {
+        /// The address that was asked for.
+        listen: SocketAddr,
+    },
+    /// The public URL cannot be an issuer (RFC 8414 §2).
+    #[error(
+        "{url} cannot be the --public-url: write http(s)://host[:port][/path] without query and fragment"
+    )]
+    PublicUrl {
+        /// What was given.
+        url: Url,
+    },
+    /// The address cannot be listened on.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// Certificate and key cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The data directory cannot be used.
+    #[error("the --data-dir {} cannot be used", path.display())]
+    DataDir {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The system refused a socket operation.
+    #[error("the listening socket cannot be used")]
+    Socket(#[source] io::Error),
+    /// The signing keys.
+    #[error(transparent)]
+    Keys(#[from] MintError),
+    /// The project.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+}
+
+impl ControlError {
+    /// Whether whoever started it can mend it by writing something else (exit code 2).
+    #[must_use]
+    pub fn is_configuration(&self) -> bool {
+        match self {
+            Self::Plaintext { .. }
+            | Self::PublicUrl { .. }
+            | Self::Bind(_)
+            | Self::Tls(_)
+            | Self::DataDir { .. } => true,
+            Self::Registry(error) => matches!(error, RegistryError::Reserved { .. }),
+            Self::Socket(_) | Self::Keys(_) => false,
+        }
+    }
+}
+
+/// Where the certificate lies; both files are PEM and re-read when they change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TlsFiles {
+    /// The chain, leaf first.
+    pub cert_file: PathBuf,
+    /// Its private key.
+    pub key_file: PathBuf,
+}
+
+/// What the control plane needs.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Where it listens; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// The `iss` of its tokens and the way to it for others; `None`: scheme and address of `listen`.
+    pub public_url: Option<Url>,
+    /// Without a certificate only loopback is listened on.
+    pub tls: Option<TlsFiles>,
+    /// Keys and revision; made with mode 0700 if it is not there.
+    pub data_dir: PathBuf,
+    /// How long a token is good.
+    pub token_lifetime: Duration,
+    /// How long a new key is published before it signs; at least as long as verifiers cache the key set.
+    pub key_lead: Duration,
+    /// How long a key signs.
+    pub key_period: Duration,
+    /// What time it is.
+    pub clock: Clock,
+}
+
+impl Settings {
+    /// Plaintext, with the usual lifetimes: tokens 1 h, keys 30 d and 15 min ahead.
+    #[must_use]
+    pub fn new(listen: SocketAddr, data_dir: PathBuf) -> Self {
+        let usual = MintSettings::new(PathBuf::new());
+        Self {
+            listen,
+            public_url: None,
+            tls: None,
+            data_dir,
+            token_lifetime: usual.lifetime,
+            key_lead: usual.lead,
+            key_period: usual.period,
+            clock: Clock::system(),
+        }
+    }
+}
+
+/// The control plane, not yet running.
+#[derive(Clone, Copy, Debug)]
+pub struct Control;
+
+impl Control {
+    /// Starts it on the current tokio runtime; afterwards it answers. `project` has been checked by whoever read
+    /// it. Blocks on the disk for a moment.
+    ///
+    /// # Errors
+    /// [`ControlError`]; nothing runs then.
+    #[expect(
+        clippy::unused_async,
+        reason = "it must be called within a runtime, and may come to wait"
+    )]
+    pub async fn start(
+        settings: Settings,
+        project: Project,
+        identities: Identities,
+    ) -> Result<Running, ControlError> {
+        if settings.tls.is_none() && !settings.listen.ip().is_loopback() {
+            return Err(ControlError::Plaintext { listen: settings.listen });
+        }
+        let tls = settings.tls.as_ref().map(|files| {
+            ServerTls::from_files(&files.cert_file, &files.key_file, MinVersion::Tls13)
+                .map(Arc::new)
+        });
+        let tls = tls.transpose()?;
+        let (listener, local_addr) = listen(settings.listen)?;
+        let issuer = issuer(&settings, local_addr)?;
+        prepare(&settings.data_dir)?;
+        let mint = Mint::open(
+            MintSettings {
+                folder: settings.data_dir.join("keys"),
+                lifetime: settings.token_lifetime,
+                lead: settings.key_lead,
+                period: settings.key_period,
+            },
+            settings.clock.now(),
+        )?;
+        let store = Store::new(&settings.data_dir);
+        let registry = Registry::open(issuer.clone(), store, project, &identities)?;
+        let supervisor = Supervisor::new(Handle::current());
+        let shared = Arc::new(Shared {
+            registry,
+            mint,
+            throttle: Throttle::new(),
+            clock: settings.clock,
+            end: supervisor.token(),
+        });
+        supervisor.spawn_restarting("control-keys", {
+            let shared = Arc::clone(&shared);
+            move || tend(Arc::clone(&shared))
+        });
+        if let Some(tls) = &tls {
+            let tls = Arc::clone(tls);
+            supervisor.spawn_restarting("control-certificate", move || reread(Arc::clone(&tls)));
+        }
+        let door =
+            Door { router: router(Arc::clone(&shared)), tls, supervisor: supervisor.clone() };
+        supervisor.spawn_until_end("control-accept", door.open(listener));
+        let revision = shared.registry.current().revision;
+        tracing::info!(%local_addr, issuer, revision, "the control plane answers");
+        Ok(Running { local_addr, issuer, shared, supervisor })
+    }
+}
+
+/// A control plane that answers. Dropping it ends it at once; [`shutdown`](Self::shutdown) lets requests finish.
+pub struct Running {
+    local_addr: SocketAddr,
+    issuer: String,
+    shared: Arc<Shared>,
+    supervisor: Supervisor,
+}
+
+impl std::fmt::Debug for Running {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Running")
+            .field("local_addr", &self.local_addr)
+            .field("issuer", &self.issuer)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Running {
+    /// Where it listens, with the port that was taken.
+    #[must_use]
+    pub fn local_addr(&self) -> SocketAddr {
+        self.local_addr
+    }
+
+    /// The `iss` of its tokens.
+    #[must_use]
+    pub fn issuer(&self) -> &str {
+        &self.issuer
+    }
+
+    /// The revision in force.
+    #[must_use]
+    pub fn revision(&self) -> u64 {
+        self.shared.registry.current().revision
+    }
+
+    /// Puts the next version of the project in force and tells the proxies. Blocks on the disk for a moment.
+    ///
+    /// # Errors
+    /// [`ControlError::Registry`]; the old version then stays in force.
+    pub fn replace(
+        &self,
+        project: Project,
+        identities: &Identities,
+    ) -> Result<Replaced, ControlError> {
+        Ok(self.shared.registry.replace(project, identities)?)
+    }
+
+    /// Publishes a new signing key, which signs after the lead; gives its id. Blocks on the disk for a moment.
+    ///
+    /// # Errors
+    /// [`ControlError::Keys`]; the old keys then stay in force.
+    pub fn rotate_keys(&self) -> Result<String, ControlError> {
+        Ok(self.shared.mint.rotate(self.shared.clock.now())?)
+    }
+
+    /// Stops listening, ends watches, lets requests finish for a few seconds.
+    pub async fn shutdown(self) {
+        if let Err(error) = self.supervisor.shutdown(DRAIN + Duration::from_secs(1)).await {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "the control plane ended late"
+            );
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.supervisor.token().cancel();
+    }
+}
+
+fn listen(addr: SocketAddr) -> Result<(TcpListener, SocketAddr), ControlError> {
+    let mut listeners = net::bind(addr, 1, "--listen")?;
+    let none = || ControlError::Socket(io::Error::other("no socket was opened"));
+    let listener = listeners.pop().ok_or_else(none)?;
+    let listener = TcpListener::from_std(listener).map_err(ControlError::Socket)?;
+    let local_addr = listener.local_addr().map_err(ControlError::Socket)?;
+    Ok((listener, local_addr))
+}
+
+/// The `iss`: the public URL without a slash at its end, as verifiers compare it to the letter.
+fn issuer(settings: &Settings, local_addr: SocketAddr) -> Result<String, ControlError> {
+    let Some(url) = &settings.public_url else {
+        let scheme = if settings.tls.is_some() { "https" } else { "http" };
+        if local_addr.ip().is_unspecified() {
+            tracing::warn!(%local_addr, "others cannot reach the issuer by this address; set --public-url");
+        }
+        return Ok(format!("{scheme}://{local_addr}"));
+    };
+    let good = matches!(url.scheme(), "http" | "https")
+        && url.host().is_some()
+        && url.query().is_none()
+        && url.fragment().is_none()
+        && url.username().is_empty()
+        && url.password().is_none();
+    if !good {
+        return Err(ControlError::PublicUrl { url: url.clone() });
+    }
+    Ok(url.as_str().trim_end_matches('/').to_owned())
+}
+
+fn prepare(path: &Path) -> Result<(), ControlError> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(|source| ControlError::DataDir { path: path.to_owned(), source })
+}
+
+/// Rotates the keys when it is time.
+async fn tend(shared: Arc<Shared>) {
+    let mut look = interval(KEY_LOOK);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        look.tick().await;
+        if let Err(error) = shared.mint.tend(shared.clock.now()) {
+            tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "the signing keys were not looked after"
+            );
+        }
+    }
+}
+
+/// Takes over a new certificate; a wrong one is reported once and the old one stays.
+async fn reread(tls: Arc<ServerTls>) {
+    let mut look = interval(CERTIFICATE_LOOK);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut reported = String::new();
+    loop {
+        look.tick().await;
+        let files = Arc::clone(&tls);
+        let Ok(outcome) = tokio::task::spawn_blocking(move || files.reload()).await else { return };
+        match outcome {
+            Ok(Reload::Changed) => tracing::info!("the new certificate is in use"),
+            Ok(Reload::Unchanged) => reported.clear(),
+            Err(error) if error.to_string() == reported => {}
+            Err(error) => {
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "the old certificate stays"
+                );
+                reported = error.to_string();
+            }
+        }
+    }
+}
+
+/// What a connection meets first.
+struct Door {
+    router: Router,
+    tls: Option<Arc<ServerTls>>,
+    supervisor: Supervisor,
+}
+
+impl Door {
+    async fn open(self, listener: TcpListener) {
+        let places = Arc::new(Semaphore::new(CONNECTIONS));
+        let door = Arc::new(self);
+        // The semaphore is never closed.
+        while let Ok(place) = Arc::clone(&places).acquire_owned().await {
+            let (stream, peer) = net::accept(&listener).await;
+            let one = Arc::clone(&door);
+            door.supervisor.spawn("control-connection", async move {
+                one.greet(stream, peer).await;
+                drop(place);
+            });
+        }
+    }
+
+    async fn greet(&self, stream: TcpStream, peer: SocketAddr) {
+        let Some(tls) = &self.tls else { return self.converse(stream, peer).await };
+        let acceptor = TlsAcceptor::from(tls.current());
+        match timeout(HANDSHAKE, acceptor.accept(stream)).await {
+            Ok(Ok(stream)) => self.converse(stream, peer).await,
+            Ok(Err(error)) => {
+                tracing::debug!(%peer, error = &error as &dyn std::error::Error, "no TLS came about");
+            }
+            Err(_elapsed) => tracing::debug!(%peer, "no TLS came about in time"),
+        }
+    }
+
+    async fn converse<S>(&self, stream: S, peer: SocketAddr)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let router = self.router.clone();
+        let service = service_fn(move |mut request: Request<Incoming>| {
+            request.extensions_mut().insert(Peer(peer));
+            router.clone().oneshot(request)
+        });
+        let protocol = protocol();
+        let mut connection = pin!(protocol.serve_connection(TokioIo::new(stream), service));
+        let outcome = tokio::select! {
+            outcome = connection.as_mut() => outcome,
+            () = self.supervisor.ending() => {
+                connection.as_mut().graceful_shutdown();
+                timeout(DRAIN, connection).await.unwrap_or(Ok(()))
+            }
+        };
+        if let Err(error) = outcome {
+            tracing::debug!(%peer, error, "a connection broke");
+        }
+    }
+}
+
+/// HTTP/1.1 and HTTP/2 with every limit named.
+fn protocol() -> Builder<TokioExecutor> {
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIMEOUT)
+        .max_headers(100)
+        .max_buf_size(64 * 1024);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .keep_alive_interval(Duration::from_secs(20))
+        .keep_alive_timeout(Duration::from_secs(20))
+        .max_concurrent_streams(100)
+        .max_header_list_size(32 * 1024)
+        .max_pending_accept_reset_streams(20)
+        .max_local_error_reset_streams(100);
+    builder
+}

@@ -1,0 +1,239 @@
+//! What survives a restart while the control plane is down: the last snapshot, public keys, tokens.
+//!
+//! Each is a file of its own, written when it is received, atomically and for its owner's eyes only. A file that is
+//! damaged, too old, or of another project is refused with its reason; the proxy then starts as if it were not there.
+
+use std::{
+    fs, io,
+    os::unix::fs::{DirBuilderExt, PermissionsExt},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use aws_lc_rs::digest::{SHA256, digest};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::{
+    model::ServiceName,
+    runtime::{Clock, write_private},
+};
+
+/// The version of the files' form.
+const FORMAT: u32 = 1;
+/// A file beyond this is none of ours.
+const LARGEST: u64 = 256 * 1024 * 1024;
+
+/// Why a kept file was not used.
+#[derive(Debug, thiserror::Error)]
+pub enum StateFault {
+    /// The file system said no.
+    #[error("{path} cannot be used")]
+    Io {
+        /// Which file.
+        path: PathBuf,
+        /// What it said.
+        #[source]
+        source: io::Error,
+    },
+    /// Others than its owner can read it.
+    #[error("{0} can be read by others than its owner; it should have mode 0600")]
+    Exposed(PathBuf),
+    /// It was changed, or only half written.
+    #[error("{0} is damaged: its checksum does not match its content")]
+    Damaged(PathBuf),
+    /// It was written by another release.
+    #[error("{path} has the form {found}, this release reads {FORMAT}")]
+    Form {
+        /// Which file.
+        path: PathBuf,
+        /// Its form.
+        found: u32,
+    },
+    /// It belongs to another proxy.
+    #[error("{path} was written by the proxy of {found}, this is the proxy of {expected}")]
+    Other {
+        /// Which file.
+        path: PathBuf,
+        /// Who this is.
+        expected: ServiceName,
+        /// Who wrote it.
+        found: String,
+    },
+    /// It is older than `control.max_snapshot_age`.
+    #[error("{path} is {age:?} old, older than control.max_snapshot_age allows")]
+    Old {
+        /// Which file.
+        path: PathBuf,
+        /// Its age.
+        age: Duration,
+    },
+}
+
+/// A file as it is on disk. The content is text of its own, so that the checksum covers exactly its bytes.
+#[derive(Serialize, Deserialize)]
+struct Envelope {
+    format: u32,
+    service: String,
+    /// Seconds since 1970.
+    saved_at: i64,
+    sha256: String,
+    content: String,
+}
+
+/// Content that was kept, and how old it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stored<T> {
+    /// What was kept.
+    pub content: T,
+    /// Since it was written.
+    pub age: Duration,
+}
+
+/// The folder in which a proxy keeps what must survive it.
+#[derive(Clone, Debug)]
+pub struct State {
+    folder: PathBuf,
+    service: ServiceName,
+    clock: Clock,
+}
+
+impl State {
+    /// The folder, made if it is not there.
+    ///
+    /// # Errors
+    /// [`StateFault::Io`] when it cannot be made.
+    pub fn open(folder: &Path, service: ServiceName, clock: Clock) -> Result<Self, StateFault> {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(folder)
+            .map_err(|source| StateFault::Io { path: folder.to_owned(), source })?;
+        Ok(Self { folder: folder.to_owned(), service, clock })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(format!("{name}.json"))
+    }
+
+    /// Keeps `content` under `name`. Blocks on the disk.
+    ///
+    /// # Errors
+    /// [`StateFault::Io`]; what was kept before is then untouched.
+    pub fn keep<T: Serialize>(&self, name: &str, content: &T) -> Result<(), StateFault> {
+        let path = self.path(name);
+        let io = |source| StateFault::Io { path: path.clone(), source };
+        let content = serde_json::to_string(content).map_err(|source| io(source.into()))?;
+        let envelope = Envelope {
+            format: FORMAT,
+            service: self.service.to_string(),
+            saved_at: self.clock.unix_seconds(),
+            sha256: checksum(&content),
+            content,
+        };
+        let bytes = serde_json::to_vec(&envelope).map_err(|source| io(source.into()))?;
+        write_private(&path, &bytes).map_err(io)
+    }
+
+    /// What was kept under `name`, if anything was. Blocks on the disk.
+    ///
+    /// # Errors
+    /// [`StateFault`] when there is something that must not be used.
+    pub fn kept<T: DeserializeOwned>(&self, name: &str, oldest: Duration) -> Result<Option<Stored<T>>, StateFault> {
+        let path = self.path(name);
+        let io = |source| StateFault::Io { path: path.clone(), source };
+        let facts = match fs::metadata(&path) {
+            Ok(facts) => facts,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(io(error)),
+        };
+        if facts.permissions().mode() & 0o077 != 0 {
+            return Err(StateFault::Exposed(path));
+        }
+        if facts.len() > LARGEST {
+            return Err(StateFault::Damaged(path));
+        }
+        let bytes = fs::read(&path).map_err(io)?;
+        let Ok(envelope) = serde_json::from_slice::<Envelope>(&bytes) else {
+            return Err(StateFault::Damaged(path));
+        };
+        if envelope.format != FORMAT {
+            return Err(StateFault::Form { path, found: envelope.format });
+        }
+        if checksum(&envelope.content) != envelope.sha256 {
+            return Err(StateFault::Damaged(path));
+        }
+        if envelope.service != self.service.as_str() {
+            return Err(StateFault::Other { path, expected: self.service.clone(), found: envelope.service });
+        }
+        // A clock that was set back makes no file younger than new.
+        let seconds = self.clock.unix_seconds().saturating_sub(envelope.saved_at);
+        let age = Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
+        if age > oldest {
+            return Err(StateFault::Old { path, age });
+        }
+        match serde_json::from_str(&envelope.content) {
+            Ok(content) => Ok(Some(Stored { content, age })),
+            Err(_other_shape) => Err(StateFault::Damaged(path)),
+        }
+    }
+}
+
+fn checksum(content: &str) -> String {
+    use std::fmt::Write;
+    let mut text = String::with_capacity(64);
+    for byte in digest(&SHA256, content.as_bytes()).as_ref() {
+        // Writing to a string does not fail.
+        let _infallible = write!(text, "{byte:02x}");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WEEK: Duration = Duration::from_secs(7 * 86_400);
+
+    fn state(folder: &Path, service: &str) -> State {
+        let clock = Clock::starting_at(jiff::Timestamp::from_second(1_800_000_000).unwrap());
+        State::open(folder, service.parse().unwrap(), clock).unwrap()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_kept_is_found_again_until_it_is_too_old() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = state(folder.path(), "web");
+        assert_eq!(state.kept::<u64>("snapshot", WEEK).unwrap(), None);
+        state.keep("snapshot", &7u64).unwrap();
+        tokio::time::advance(Duration::from_secs(60)).await;
+        let found = state.kept::<u64>("snapshot", WEEK).unwrap().unwrap();
+        assert_eq!(found, Stored { content: 7, age: Duration::from_secs(60) });
+        tokio::time::advance(WEEK).await;
+        assert!(matches!(state.kept::<u64>("snapshot", WEEK), Err(StateFault::Old { .. })));
+    }
+
+    #[tokio::test]
+    async fn a_file_that_was_tampered_with_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = state(folder.path(), "web");
+        state.keep("snapshot", &"abc").unwrap();
+        let path = folder.path().join("snapshot.json");
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(&path, text.replace("abc", "abd")).unwrap();
+        assert!(matches!(state.kept::<String>("snapshot", WEEK), Err(StateFault::Damaged(_))));
+        fs::write(&path, &text[..text.len() / 2]).unwrap();
+        assert!(matches!(state.kept::<String>("snapshot", WEEK), Err(StateFault::Damaged(_))));
+    }
+
+    #[tokio::test]
+    async fn a_file_of_another_proxy_or_for_everybodys_eyes_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        state(folder.path(), "web").keep("snapshot", &1u8).unwrap();
+        let other = state(folder.path(), "reports").kept::<u8>("snapshot", WEEK);
+        assert!(matches!(other, Err(StateFault::Other { .. })));
+        let path = folder.path().join("snapshot.json");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+        let open = state(folder.path(), "web").kept::<u8>("snapshot", WEEK);
+        assert!(matches!(open, Err(StateFault::Exposed(_))));
+    }
+}

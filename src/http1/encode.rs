@@ -1,0 +1,60 @@
+//! Heads as bytes: `http` types in, one contiguous write out.
+
+use bytes::{BufMut, BytesMut};
+use http::{HeaderMap, Method, StatusCode};
+
+/// Writes `METHOD target HTTP/1.1`.
+pub fn encode_request_line(method: &Method, target: &str, out: &mut BytesMut) {
+    out.reserve(method.as_str().len() + target.len() + 16);
+    out.put_slice(method.as_str().as_bytes());
+    out.put_u8(b' ');
+    out.put_slice(target.as_bytes());
+    out.put_slice(b" HTTP/1.1\r\n");
+}
+
+/// Writes `HTTP/1.1 status reason`.
+pub fn encode_status_line(status: StatusCode, out: &mut BytesMut) {
+    if status == StatusCode::OK {
+        out.put_slice(b"HTTP/1.1 200 OK\r\n");
+        return;
+    }
+    out.put_slice(b"HTTP/1.1 ");
+    out.put_slice(status.as_str().as_bytes());
+    out.put_u8(b' ');
+    out.put_slice(status.canonical_reason().unwrap_or_default().as_bytes());
+    out.put_slice(b"\r\n");
+}
+
+/// Writes header lines without the empty line that ends a head.
+pub fn encode_headers(headers: &HeaderMap, out: &mut BytesMut) {
+    for (name, value) in headers {
+        let (name, value) = (name.as_str().as_bytes(), value.as_bytes());
+        out.reserve(name.len() + value.len() + 4);
+        out.put_slice(name);
+        out.put_slice(b": ");
+        out.put_slice(value);
+        out.put_slice(b"\r\n");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+
+    use super::*;
+
+    #[test]
+    fn a_head_is_written_as_it_is_read() {
+        let mut headers = HeaderMap::new();
+        headers.append("host", HeaderValue::from_static("a"));
+        headers.append("x", HeaderValue::from_static("1"));
+        headers.append("x", HeaderValue::from_static("2"));
+        let mut out = BytesMut::new();
+        encode_request_line(&Method::GET, "/p?q", &mut out);
+        encode_headers(&headers, &mut out);
+        assert_eq!(&out[..], b"GET /p?q HTTP/1.1\r\nhost: a\r\nx: 1\r\nx: 2\r\n");
+        let mut out = BytesMut::new();
+        encode_status_line(StatusCode::NOT_FOUND, &mut out);
+        assert_eq!(&out[..], b"HTTP/1.1 404 Not Found\r\n");
+    }
+}

@@ -1,0 +1,399 @@
+//! Public keys of an issuer: fetched, cached, kept while the issuer is down.
+//!
+//! Workers read an immutable [`KeySet`] and never wait for one. Fetching happens on the side runtime: every
+//! ten minutes, sooner after a failure, and once when a token names a key that is not known. That last way is
+//! open to anybody who can send a request, so it is one fetch at a time, at most one per 30 seconds, and a key
+//! id that the issuer did not have is remembered for a while.
+
+use std::{
+    collections::VecDeque,
+    fmt,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use arc_swap::{ArcSwap, Guard};
+use futures_util::{FutureExt, future::BoxFuture};
+use serde_json::Value;
+use tokio::{
+    runtime::Handle,
+    sync::watch,
+    time::{Instant, sleep, timeout},
+};
+use tracing::{info, warn};
+use url::Url;
+
+use crate::{
+    api::Client,
+    identity::{
+        backoff::Backoff,
+        keys::{KeySet, KeySetError},
+    },
+};
+
+/// How long fetched keys are taken as they are.
+const REFRESH_EVERY: Duration = Duration::from_secs(600);
+/// Between two fetches for keys that are not known.
+const UNKNOWN_EVERY: Duration = Duration::from_secs(30);
+/// How long a key id stays unknown.
+const UNKNOWN_FOR: Duration = Duration::from_secs(60);
+/// How many unknown key ids are remembered; the oldest goes first.
+const UNKNOWN_KEPT: usize = 256;
+/// How long one fetch may take.
+const FETCH_LIMIT: Duration = Duration::from_secs(10);
+/// How long a request waits for a fetch.
+const WAIT_LIMIT: Duration = Duration::from_secs(5);
+/// Pauses after failures.
+const RETRY: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(30));
+
+/// Why keys could not be fetched.
+#[derive(Debug, thiserror::Error)]
+pub enum FetchFault {
+    /// The issuer did not answer, or not with a key set.
+    #[error("the issuer's keys could not be fetched")]
+    Source(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// Its published configuration cannot be used.
+    #[error("the issuer's configuration cannot be used: {0}")]
+    Discovery(&'static str),
+    /// It answered with a set that cannot be used.
+    #[error("the issuer's keys cannot be used")]
+    Set(#[from] KeySetError),
+    /// It took longer than ten seconds.
+    #[error("the issuer gave no answer in time")]
+    Deadline,
+}
+
+impl FetchFault {
+    fn source(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self::Source(error.into())
+    }
+}
+
+/// Asks an issuer for its keys, once: gives a JWK set as JSON.
+pub type Fetch = Arc<dyn Fn() -> BoxFuture<'static, Result<Value, FetchFault>> + Send + Sync>;
+
+/// The keys of the project's own issuer, from any replica of the control plane.
+#[must_use]
+pub fn control_keys(client: Client) -> Fetch {
+    Arc::new(move || {
+        let client = client.clone();
+        async move { client.own_jwks().await.map_err(FetchFault::source) }.boxed()
+    })
+}
+
+/// The keys at `jwks_uri`.
+#[must_use]
+pub fn keys_at(client: Client, jwks_uri: Url) -> Fetch {
+    Arc::new(move || {
+        let (client, url) = (client.clone(), jwks_uri.clone());
+        async move { client.jwks(&url).await.map_err(FetchFault::source) }.boxed()
+    })
+}
+
+/// The keys of an issuer that publishes its configuration (OpenID Connect Discovery 1.0 §4), asked anew each
+/// time because the place of the keys may move. The configuration must name this very issuer, and keys are
+/// not fetched in the clear for an issuer that is not.
+#[must_use]
+pub fn discovered_keys(client: Client, issuer: Arc<str>) -> Fetch {
+    Arc::new(move || {
+        let (client, issuer) = (client.clone(), issuer.clone());
+        async move {
+            let place =
+                format!("{}/.well-known/openid-configuration", issuer.trim_end_matches('/'));
+            let place = Url::parse(&place).map_err(FetchFault::source)?;
+            let found = client.jwks(&place).await.map_err(FetchFault::source)?;
+            let text = |name| found.get(name).and_then(Value::as_str);
+            if text("issuer") != Some(&issuer) {
+                return Err(FetchFault::Discovery("it names another issuer"));
+            }
+            let keys = text("jwks_uri").and_then(|uri| Url::parse(uri).ok());
+            let keys = keys.ok_or(FetchFault::Discovery("it names no jwks_uri"))?;
+            if keys.scheme() != "https" && keys.scheme() != place.scheme() {
+                return Err(FetchFault::Discovery("its keys are not under https"));
+            }
+            client.jwks(&keys).await.map_err(FetchFault::source)
+        }
+        .boxed()
+    })
+}
+
+/// What came of looking for a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refreshed {
+    /// The key is there now.
+    Changed,
+    /// It is not, and asking again would not help at the moment.
+    NotNow,
+}
+
+/// Numbers for `infrar_jwks_*`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct JwksStats {
+    /// Keys that can verify.
+    pub keys: usize,
+    /// Since the last fetch that worked; `None` when there was none in this process.
+    pub age: Option<Duration>,
+    /// Fetches that were begun.
+    pub fetches: u64,
+    /// Fetches that failed.
+    pub failures: u64,
+    /// Tokens that named a key which was not known.
+    pub unknown: u64,
+}
+
+/// The keys of one issuer. Shared by all workers.
+pub struct Jwks {
+    issuer: Arc<str>,
+    keys: ArcSwap<KeySet>,
+    generation: AtomicU64,
+    source: Option<(Fetch, Handle)>,
+    state: Mutex<State>,
+    /// Counts fetches that have ended, however they did.
+    ended: watch::Sender<u64>,
+    /// Counts changes of the keys.
+    changes: watch::Sender<u64>,
+    fetches: AtomicU64,
+    failures: AtomicU64,
+    unknown: AtomicU64,
+}
+
+#[derive(Default)]
+struct State {
+    fetching: bool,
+    last_worked: bool,
+    fetched_at: Option<Instant>,
+    asked_at: Option<Instant>,
+    unknown: VecDeque<(Box<str>, Instant)>,
+}
+
+impl fmt::Debug for Jwks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Jwks").field("issuer", &self.issuer).finish_non_exhaustive()
+    }
+}
+
+impl Jwks {
+    /// Keys that come from a file and do not change.
+    #[must_use]
+    pub fn fixed(issuer: Arc<str>, keys: KeySet) -> Arc<Self> {
+        Self::build(issuer, keys, None)
+    }
+
+    /// Keys that are fetched on `side`; `initial` are those of an earlier run, or none. Nothing is fetched
+    /// before [`Jwks::follow`] is run or a key is missed.
+    #[must_use]
+    pub fn fetched(issuer: Arc<str>, initial: KeySet, fetch: Fetch, side: Handle) -> Arc<Self> {
+        Self::build(issuer, initial, Some((fetch, side)))
+    }
+
+    fn build(issuer: Arc<str>, keys: KeySet, source: Option<(Fetch, Handle)>) -> Arc<Self> {
+        Arc::new(Self {
+            issuer,
+            keys: ArcSwap::from_pointee(keys),
+            generation: AtomicU64::new(0),
+            source,
+            state: Mutex::default(),
+            ended: watch::Sender::new(0),
+            changes: watch::Sender::new(0),
+            fetches: AtomicU64::new(0),
+            failures: AtomicU64::new(0),
+            unknown: AtomicU64::new(0),
+        })
+    }
+
+    /// Whose keys.
+    #[must_use]
+    pub fn issuer(&self) -> &Arc<str> {
+        &self.issuer
+    }
+
+    /// The keys now. Not to be held over an `.await`.
+    #[must_use]
+    pub fn load(&self) -> Guard<Arc<KeySet>> {
+        self.keys.load()
+    }
+
+    /// Rises with every change of the keys. Cheap enough for every request.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    /// Tells of every change of the keys, so that they can be kept on disk when received.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
+    /// Numbers for metrics.
+    #[must_use]
+    pub fn stats(&self) -> JwksStats {
+        JwksStats {
+            keys: self.load().len(),
+            age: self.lock().fetched_at.map(|at| at.elapsed()),
+            fetches: self.fetches.load(Ordering::Relaxed),
+            failures: self.failures.load(Ordering::Relaxed),
+            unknown: self.unknown.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Keeps the keys fresh for as long as somebody holds them; to be run on the side runtime.
+    pub fn follow(self: &Arc<Self>) -> impl Future<Output = ()> + Send + 'static {
+        let weak = Arc::downgrade(self);
+        async move {
+            let mut failed = 0;
+            while let Some(pause) = Self::round(&weak, &mut failed).await {
+                sleep(pause).await;
+            }
+        }
+    }
+
+    /// One fetch, and how long to wait for the next; `None` when nobody needs the keys any more.
+    async fn round(weak: &Weak<Self>, failed: &mut u32) -> Option<Duration> {
+        let keys = weak.upgrade()?;
+        keys.fetch().await?;
+        if keys.lock().last_worked {
+            *failed = 0;
+            // ±10 %, so that proxies that started together do not ask together.
+            return Some(REFRESH_EVERY.mul_f64(0.9 + 0.2 * fastrand::f64()));
+        }
+        *failed = failed.saturating_add(1);
+        Some(RETRY.pause(*failed))
+    }
+
+    /// Fetches now, or joins the fetch that is under way; `None` for fixed keys.
+    pub async fn fetch(self: &Arc<Self>) -> Option<()> {
+        let (fetch, side) = self.source.as_ref()?;
+        let mut ended = {
+            let mut state = self.lock();
+            let ended = self.ended.subscribe();
+            if !state.fetching {
+                self.begin(&mut state, fetch, side);
+            }
+            ended
+        };
+        ended.changed().await.ok()
+    }
+
+    /// Looks for a key that a token names and nobody here knows. May be called from any runtime; cancelling it
+    /// does not cancel the fetch. Waits five seconds at most.
+    pub async fn refresh_for(self: &Arc<Self>, kid: &str) -> Refreshed {
+        self.unknown.fetch_add(1, Ordering::Relaxed);
+        let before = self.generation();
+        // A token without a key id is helped by any change.
+        let found = || match kid {
+            "" => self.generation() != before,
+            _ => self.load().knows(kid),
+        };
+        if found() {
+            return Refreshed::Changed;
+        }
+        let Some(mut ended) = self.ask(kid) else { return Refreshed::NotNow };
+        let told = timeout(WAIT_LIMIT, ended.changed()).await.is_ok();
+        if found() {
+            return Refreshed::Changed;
+        }
+        if told {
+            self.lock().remember_unknown(kid, Instant::now());
+        }
+        Refreshed::NotNow
+    }
+
+    /// A fetch to wait for, unless it is too early for one or the key is known to be unknown.
+    fn ask(self: &Arc<Self>, kid: &str) -> Option<watch::Receiver<u64>> {
+        let (fetch, side) = self.source.as_ref()?;
+        let now = Instant::now();
+        let mut state = self.lock();
+        if state.is_unknown(kid, now) {
+            return None;
+        }
+        let ended = self.ended.subscribe();
+        if !state.fetching {
+            if state.asked_at.is_some_and(|at| now.duration_since(at) < UNKNOWN_EVERY) {
+                return None;
+            }
+            state.asked_at = Some(now);
+            self.begin(&mut state, fetch, side);
+        }
+        Some(ended)
+    }
+
+    fn begin(self: &Arc<Self>, state: &mut State, fetch: &Fetch, side: &Handle) {
+        state.fetching = true;
+        self.fetches.fetch_add(1, Ordering::Relaxed);
+        let (running, answer) = (Running { keys: self.clone(), worked: false }, fetch());
+        // On the side runtime whoever asked, so that a worker that goes away does not take the fetch along.
+        side.spawn(running.carry(answer));
+    }
+
+    fn take(&self, fetched: Result<Value, FetchFault>) -> Result<(), FetchFault> {
+        let fresh = KeySet::from_json(&fetched?)?;
+        self.lock().fetched_at = Some(Instant::now());
+        if self.load().same_as(&fresh) {
+            return Ok(());
+        }
+        info!(issuer = %self.issuer, keys = fresh.len(), "the issuer's keys changed");
+        self.keys.store(Arc::new(fresh));
+        self.generation.fetch_add(1, Ordering::Release);
+        self.changes.send_modify(|count| *count += 1);
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn is_unknown(&mut self, kid: &str, now: Instant) -> bool {
+        while self.unknown.front().is_some_and(|(_, until)| *until <= now) {
+            self.unknown.pop_front();
+        }
+        self.unknown.iter().any(|(known, _)| **known == *kid)
+    }
+
+    /// Only what an answer did not contain is unknown; after a failure nothing is.
+    fn remember_unknown(&mut self, kid: &str, now: Instant) {
+        if !self.last_worked || self.is_unknown(kid, now) {
+            return;
+        }
+        if self.unknown.len() >= UNKNOWN_KEPT {
+            self.unknown.pop_front();
+        }
+        self.unknown.push_back((kid.into(), now + UNKNOWN_FOR));
+    }
+}
+
+/// A fetch under way; whatever ends it, those who wait are told.
+struct Running {
+    keys: Arc<Jwks>,
+    worked: bool,
+}
+
+impl Running {
+    async fn carry(mut self, answer: BoxFuture<'static, Result<Value, FetchFault>>) {
+        let fetched = timeout(FETCH_LIMIT, answer).await.unwrap_or(Err(FetchFault::Deadline));
+        match self.keys.take(fetched) {
+            Ok(()) => self.worked = true,
+            Err(fault) => {
+                let cause = std::error::Error::source(&fault).map(ToString::to_string);
+                warn!(issuer = %self.keys.issuer, %fault, cause, "keys not refreshed, the old ones stay");
+            }
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if !self.worked {
+            self.keys.failures.fetch_add(1, Ordering::Relaxed);
+        }
+        let mut state = self.keys.lock();
+        state.fetching = false;
+        state.last_worked = self.worked;
+        self.keys.ended.send_modify(|count| *count += 1);
+    }
+}

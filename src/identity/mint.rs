@@ -1,0 +1,539 @@
+//! The control plane's signing keys: claims → signed token, and the public keys to check it with.
+//!
+//! The one idea: a key carries the moment from which it signs, and everything else follows from that. It is
+//! published from the moment it exists, signs until its successor's moment comes, and stays published until
+//! the last token it may have signed has expired. So a verifier that caches keys for less than
+//! [`MintSettings::lead`] never meets a token whose key it has not seen.
+//!
+//! Keys lie in one folder as PKCS#8 PEM files of mode 0600; the moment is part of the file name, the key id
+//! (RFC 7638 thumbprint) is computed. Nothing here reads a clock: callers pass `now`.
+
+use std::{
+    fs,
+    io::{self, Write},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use arc_swap::ArcSwap;
+use jiff::{SignedDuration, Timestamp};
+use jsonwebtoken::{
+    Algorithm, DecodingKey, EncodingKey, Header, Validation, decode, decode_header, encode,
+    jwk::{Jwk, JwkSet, PublicKeyUse, ThumbprintHash},
+};
+use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256};
+use secrecy::{ExposeSecret, SecretString};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::{
+    model::{ScopeSet, ServiceName},
+    runtime::write_private,
+};
+
+/// The `typ` of our tokens (RFC 9068 §2.1).
+const TOKEN_TYPE: &str = "at+jwt";
+/// How far a verifier's clock may be off before a retired key is missed.
+const CLOCK_SKEW: Duration = Duration::from_secs(300);
+/// The clock difference that is forgiven when our own tokens come back.
+const LEEWAY: Duration = Duration::from_secs(30);
+
+/// Why a key or token could not be made, kept or accepted.
+#[derive(Debug, thiserror::Error)]
+pub enum MintError {
+    /// The key folder cannot be read or written.
+    #[error("the signing keys at {} cannot be kept", path.display())]
+    Storage {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// A file in the key folder is no key of ours.
+    #[error("{} is no signing key; move it away or restore it", path.display())]
+    BrokenKey {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A key could not be made.
+    #[error("no signing key could be made")]
+    Generate(#[source] rcgen::Error),
+    /// A token could not be signed.
+    #[error("the token could not be signed")]
+    Sign(#[source] jsonwebtoken::errors::Error),
+    /// A token is not one of ours, or not for this audience.
+    #[error("the token is not valid here")]
+    Invalid(#[source] jsonwebtoken::errors::Error),
+    /// A token of ours that is used too late.
+    #[error("the token has expired")]
+    Expired,
+}
+
+/// How long keys and tokens live.
+#[derive(Clone, Debug)]
+pub struct MintSettings {
+    /// Where the keys lie; made with mode 0700 if it is not there.
+    pub folder: PathBuf,
+    /// How long a token is good.
+    pub lifetime: Duration,
+    /// How long a new key is published before it signs; at least as long as verifiers cache the key set.
+    pub lead: Duration,
+    /// How long a key signs before the next one takes over.
+    pub period: Duration,
+}
+
+impl MintSettings {
+    /// Tokens of an hour; keys of 30 days, published 15 minutes ahead (verifiers cache for 10).
+    #[must_use]
+    pub fn new(folder: PathBuf) -> Self {
+        Self {
+            folder,
+            lifetime: Duration::from_secs(3600),
+            lead: Duration::from_secs(15 * 60),
+            period: Duration::from_secs(30 * 86_400),
+        }
+    }
+}
+
+/// A signed token.
+#[derive(Debug)]
+pub struct Minted {
+    /// The bearer.
+    pub token: SecretString,
+    /// How long it is good.
+    pub expires_in: Duration,
+    /// Its `jti`, for the log.
+    pub id: String,
+}
+
+/// What our tokens say (RFC 9068 §2.2; DESIGN "Tokens").
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwnClaims {
+    /// The control plane's public URL.
+    pub iss: String,
+    /// The caller.
+    pub sub: ServiceName,
+    /// The caller again.
+    pub client_id: ServiceName,
+    /// The callee.
+    pub aud: String,
+    /// Expiry in Unix seconds.
+    pub exp: i64,
+    /// Issue in Unix seconds.
+    pub iat: i64,
+    /// The same moment: valid from the start.
+    pub nbf: i64,
+    /// Unique per token.
+    pub jti: String,
+    /// The scopes, space-separated (RFC 8693 §4.2).
+    pub scope: String,
+    /// The scopes again, for verifiers that expect a list.
+    pub scopes: ScopeSet,
+}
+
+/// One signing key. Holds a secret: no `Debug`.
+struct Key {
+    signs_from: Timestamp,
+    id: String,
+    path: PathBuf,
+    encoding: EncodingKey,
+    decoding: DecodingKey,
+    public: Jwk,
+}
+
+/// The signing keys. Signing takes no lock; rotation does.
+pub struct Mint {
+    settings: MintSettings,
+    /// Sorted by `signs_from`; never empty.
+    keys: ArcSwap<Vec<Arc<Key>>>,
+    changing: Mutex<()>,
+}
+
+impl std::fmt::Debug for Mint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Mint").field("settings", &self.settings).finish_non_exhaustive()
+    }
+}
+
+impl Mint {
+    /// Reads the keys of the folder, or makes the first one. Blocks on the disk for a moment.
+    ///
+    /// # Errors
+    /// [`MintError::Storage`] and [`MintError::BrokenKey`].
+    pub fn open(settings: MintSettings, now: Timestamp) -> Result<Self, MintError> {
+        let storage = |source| MintError::Storage { path: settings.folder.clone(), source };
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&settings.folder)
+            .map_err(storage)?;
+        let mut keys = Vec::new();
+        for entry in fs::read_dir(&settings.folder).map_err(storage)? {
+            let path = entry.map_err(storage)?.path();
+            if path.extension().is_some_and(|extension| extension == "pem") {
+                keys.push(Arc::new(Key::read(path)?));
+            }
+        }
+        if keys.is_empty() {
+            // Nobody has cached anything yet, so the first key signs at once.
+            keys.push(Arc::new(Key::make(&settings.folder, now)?));
+        }
+        keys.sort_by_key(|key| key.signs_from);
+        let mint = Self { settings, keys: ArcSwap::from_pointee(keys), changing: Mutex::new(()) };
+        mint.tend(now)?;
+        Ok(mint)
+    }
+
+    /// Signs a token of `issuer` that lets `caller` use `scopes` at `audience`.
+    ///
+    /// # Errors
+    /// [`MintError::Sign`].
+    pub fn sign(
+        &self,
+        issuer: &str,
+        caller: &ServiceName,
+        audience: &str,
+        scopes: &ScopeSet,
+        now: Timestamp,
+    ) -> Result<Minted, MintError> {
+        let issued = now.as_second();
+        let claims = OwnClaims {
+            iss: issuer.to_owned(),
+            sub: caller.clone(),
+            client_id: caller.clone(),
+            aud: audience.to_owned(),
+            exp: add(now, self.settings.lifetime).as_second(),
+            iat: issued,
+            nbf: issued,
+            jti: Uuid::now_v7().to_string(),
+            scope: scopes.to_string(),
+            scopes: scopes.clone(),
+        };
+        let keys = self.keys.load_full();
+        let key = signing(&keys, now);
+        let mut header = Header::new(Algorithm::ES256);
+        header.typ = Some(TOKEN_TYPE.to_owned());
+        header.kid = Some(key.id.clone());
+        let token = encode(&header, &claims, &key.encoding).map_err(MintError::Sign)?;
+        Ok(Minted { token: token.into(), expires_in: self.settings.lifetime, id: claims.jti })
+    }
+
+    /// Accepts a token that this mint has signed for `audience`, and nothing else.
+    ///
+    /// # Errors
+    /// [`MintError::Invalid`] and [`MintError::Expired`].
+    pub fn check(
+        &self,
+        token: &SecretString,
+        issuer: &str,
+        audience: &str,
+        now: Timestamp,
+    ) -> Result<OwnClaims, MintError> {
+        use jsonwebtoken::errors::ErrorKind;
+        let refuse = |kind: ErrorKind| MintError::Invalid(kind.into());
+        let token = token.expose_secret();
+        let header = decode_header(token).map_err(MintError::Invalid)?;
+        if header.typ.as_deref() != Some(TOKEN_TYPE) {
+            return Err(refuse(ErrorKind::InvalidToken));
+        }
+        let keys = self.keys.load_full();
+        let key = keys.iter().find(|key| header.kid.as_deref() == Some(&key.id));
+        let key = key.ok_or_else(|| refuse(ErrorKind::InvalidSignature))?;
+        let mut validation = Validation::new(Algorithm::ES256);
+        validation.set_issuer(&[issuer]);
+        validation.set_audience(&[audience]);
+        validation.set_required_spec_claims(&["exp", "aud", "iss", "sub"]);
+        // Compared below with the `now` that was passed.
+        validation.validate_exp = false;
+        let claims =
+            decode::<OwnClaims>(token, &key.decoding, &validation).map_err(MintError::Invalid)?;
+        let claims = claims.claims;
+        if claims.exp <= sub(now, LEEWAY).as_second() {
+            return Err(MintError::Expired);
+        }
+        if claims.nbf > add(now, LEEWAY).as_second() {
+            return Err(refuse(ErrorKind::ImmatureSignature));
+        }
+        Ok(claims)
+    }
+
+    /// The public keys that a verifier needs now and until its next look.
+    #[must_use]
+    pub fn jwks(&self, now: Timestamp) -> JwkSet {
+        let keys = self.keys.load_full();
+        let retired = self.retired(&keys, now);
+        JwkSet { keys: keys.iter().skip(retired).map(|key| key.public.clone()).collect() }
+    }
+
+    /// Publishes a new key that signs after [`MintSettings::lead`]; while one is waiting to sign, another
+    /// rotation changes nothing. Returns the id of the key that will sign.
+    ///
+    /// # Errors
+    /// [`MintError::Storage`] and [`MintError::Generate`]; the old keys then stay in force.
+    pub fn rotate(&self, now: Timestamp) -> Result<String, MintError> {
+        let changing = self.change();
+        self.rotate_locked(now, &changing)
+    }
+
+    /// Rotates when it is time, and forgets keys whose last token has expired. Call it every minute or so.
+    ///
+    /// # Errors
+    /// [`MintError::Storage`] and [`MintError::Generate`]; the old keys then stay in force.
+    pub fn tend(&self, now: Timestamp) -> Result<(), MintError> {
+        let changing = self.change();
+        let newest = self.keys.load().last().map(|key| key.signs_from);
+        let due = newest.is_some_and(|from| {
+            let next = add(from, self.settings.period.saturating_sub(self.settings.lead));
+            next <= now
+        });
+        if due {
+            self.rotate_locked(now, &changing)?;
+        }
+        let keys = self.keys.load_full();
+        let retired = self.retired(&keys, now);
+        if retired > 0 {
+            self.keys.store(Arc::new(keys.iter().skip(retired).cloned().collect()));
+            for key in keys.iter().take(retired) {
+                fs::remove_file(&key.path)
+                    .map_err(|source| MintError::Storage { path: key.path.clone(), source })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn change(&self) -> MutexGuard<'_, ()> {
+        // Nothing is left half done under this lock, so a panic of another holder does not matter.
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn rotate_locked(
+        &self,
+        now: Timestamp,
+        _changing: &MutexGuard<'_, ()>,
+    ) -> Result<String, MintError> {
+        let keys = self.keys.load_full();
+        if let Some(waiting) = keys.last().filter(|key| key.signs_from > now) {
+            return Ok(waiting.id.clone());
+        }
+        // On disk before anybody sees it: a key that was published must survive a crash.
+        let key = Key::make(&self.settings.folder, add(now, self.settings.lead))?;
+        let id = key.id.clone();
+        let mut grown = keys.as_ref().clone();
+        grown.push(Arc::new(key));
+        self.keys.store(Arc::new(grown));
+        Ok(id)
+    }
+
+    /// How many of the oldest keys have signed nothing that could still be valid.
+    fn retired(&self, keys: &[Arc<Key>], now: Timestamp) -> usize {
+        let kept = self.settings.lifetime + CLOCK_SKEW;
+        keys.iter().skip(1).take_while(|successor| add(successor.signs_from, kept) <= now).count()
+    }
+}
+
+/// The key that signs at `now`: the newest whose moment has come. When the clock was set back before all of
+/// them, the oldest, which verifiers have known longest.
+fn signing(keys: &[Arc<Key>], now: Timestamp) -> &Key {
+    let signing = keys.iter().rev().find(|key| key.signs_from <= now).or_else(|| keys.first());
+    #[expect(
+        clippy::expect_used,
+        reason = "the list begins with one key and only ever drops keys that have a successor"
+    )]
+    signing.expect("a mint has at least one key")
+}
+
+impl Key {
+    /// Makes a key and writes it down as `es256-SECONDS-ID.pem`.
+    fn make(folder: &Path, signs_from: Timestamp) -> Result<Self, MintError> {
+        let pair = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(MintError::Generate)?;
+        let pem = SecretString::from(pair.serialize_pem());
+        // Whole seconds, as the file name keeps them.
+        let seconds = signs_from.as_second();
+        let signs_from = Timestamp::from_second(seconds).unwrap_or(signs_from);
+        let mut key = Self::parse(PathBuf::new(), &pem, signs_from).map_err(MintError::Sign)?;
+        key.path = folder.join(format!("es256-{seconds}-{}.pem", key.id));
+        write_private(&key.path, pem.expose_secret().as_bytes())
+            .map_err(|source| MintError::Storage { path: key.path.clone(), source })?;
+        Ok(key)
+    }
+
+    fn read(path: PathBuf) -> Result<Self, MintError> {
+        let pem = fs::read_to_string(&path).map(SecretString::from);
+        let pem = pem.map_err(|source| MintError::Storage { path: path.clone(), source })?;
+        let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+        let seconds = stem.strip_prefix("es256-").and_then(|rest| {
+            // A negative moment would begin with the separator; no key is that old.
+            rest.split_once('-').and_then(|(seconds, _id)| seconds.parse::<i64>().ok())
+        });
+        let signs_from = seconds.and_then(|seconds| Timestamp::from_second(seconds).ok());
+        let Some(signs_from) = signs_from else { return Err(MintError::BrokenKey { path }) };
+        Self::parse(path.clone(), &pem, signs_from).map_err(|_source| MintError::BrokenKey { path })
+    }
+
+    fn parse(
+        path: PathBuf,
+        pem: &SecretString,
+        signs_from: Timestamp,
+    ) -> Result<Self, jsonwebtoken::errors::Error> {
+        let encoding = EncodingKey::from_ec_pem(pem.expose_secret().as_bytes())?;
+        let mut public = Jwk::from_encoding_key(&encoding, Algorithm::ES256)?;
+        let id = public.thumbprint(ThumbprintHash::SHA256)?;
+        public.common.key_id = Some(id.clone());
+        public.common.public_key_use = Some(PublicKeyUse::Signature);
+        let decoding = DecodingKey::from_jwk(&public)?;
+        Ok(Self { signs_from, id, path, encoding, decoding, public })
+    }
+}
+
+/// `now` and `span`; at the end of time, the end of time.
+fn add(now: Timestamp, span: Duration) -> Timestamp {
+    let span = SignedDuration::try_from(span).unwrap_or(SignedDuration::MAX);
+    now.checked_add(span).unwrap_or(Timestamp::MAX)
+}
+
+/// `now` less `span`; at the beginning of time, the beginning.
+fn sub(now: Timestamp, span: Duration) -> Timestamp {
+    let span = SignedDuration::try_from(span).unwrap_or(SignedDuration::MAX);
+    now.checked_sub(span).unwrap_or(Timestamp::MIN)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    const ISSUER: &str = "https://control.example:7070";
+
+    fn at(seconds: i64) -> Timestamp {
+        Timestamp::from_second(1_800_000_000 + seconds).unwrap()
+    }
+
+    fn mint(folder: &Path) -> Mint {
+        Mint::open(MintSettings::new(folder.join("keys")), at(0)).unwrap()
+    }
+
+    fn token(mint: &Mint, now: Timestamp) -> SecretString {
+        let caller = "web-application".parse().unwrap();
+        let scopes = ScopeSet::parse_list("write:query read:data").unwrap();
+        mint.sign(ISSUER, &caller, "data-intelligence", &scopes, now).unwrap().token
+    }
+
+    fn kid(token: &SecretString) -> String {
+        decode_header(token.expose_secret()).unwrap().kid.unwrap()
+    }
+
+    fn published(mint: &Mint, now: Timestamp) -> Vec<String> {
+        let keys = mint.jwks(now).keys;
+        keys.into_iter().map(|key| key.common.key_id.unwrap()).collect()
+    }
+
+    #[test]
+    fn a_token_says_who_may_do_what_where_and_until_when() {
+        let folder = tempfile::tempdir().unwrap();
+        let mint = mint(folder.path());
+        let token = token(&mint, at(0));
+        let claims = mint.check(&token, ISSUER, "data-intelligence", at(10)).unwrap();
+        assert_eq!(claims.sub.as_str(), "web-application");
+        assert_eq!(claims.client_id, claims.sub);
+        assert_eq!(claims.scope, "read:data write:query");
+        assert_eq!((claims.iat, claims.nbf), (at(0).as_second(), at(0).as_second()));
+        assert_eq!(claims.exp, at(3600).as_second());
+        let header = decode_header(token.expose_secret()).unwrap();
+        assert_eq!((header.alg, header.typ.as_deref()), (Algorithm::ES256, Some("at+jwt")));
+    }
+
+    #[test]
+    fn a_token_for_somebody_else_or_from_another_time_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let mint = mint(folder.path());
+        let token = token(&mint, at(0));
+        let audience = "data-intelligence";
+        for (issuer, audience) in [("https://other", audience), (ISSUER, "reports")] {
+            let refused = mint.check(&token, issuer, audience, at(0));
+            assert!(matches!(refused, Err(MintError::Invalid(_))));
+        }
+        assert!(mint.check(&token, ISSUER, audience, at(3629)).is_ok());
+        let late = mint.check(&token, ISSUER, audience, at(3630));
+        assert!(matches!(late, Err(MintError::Expired)));
+        let early = mint.check(&token, ISSUER, audience, at(-31));
+        assert!(matches!(early, Err(MintError::Invalid(_))));
+    }
+
+    #[test]
+    fn a_token_of_another_mint_is_refused() {
+        let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let token = token(&mint(one.path()), at(0));
+        let refused = mint(two.path()).check(&token, ISSUER, "data-intelligence", at(0));
+        assert!(matches!(refused, Err(MintError::Invalid(_))));
+    }
+
+    #[test]
+    fn keys_survive_a_restart_and_are_readable_by_their_owner_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let token = token(&mint(folder.path()), at(0));
+        let again = mint(folder.path());
+        assert!(again.check(&token, ISSUER, "data-intelligence", at(0)).is_ok());
+        let files: Vec<_> = fs::read_dir(folder.path().join("keys")).unwrap().collect();
+        assert_eq!(files.len(), 1);
+        for file in files {
+            let mode = file.unwrap().metadata().unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o600);
+        }
+    }
+
+    #[test]
+    fn a_new_key_is_published_before_it_signs_and_the_old_one_after() {
+        let folder = tempfile::tempdir().unwrap();
+        let mint = mint(folder.path());
+        let old = kid(&token(&mint, at(0)));
+        let new = mint.rotate(at(100)).unwrap();
+        assert_eq!(mint.rotate(at(101)).unwrap(), new, "one key waits at a time");
+        assert_eq!(published(&mint, at(100)), [old.clone(), new.clone()]);
+
+        let lead = 15 * 60;
+        assert_eq!(kid(&token(&mint, at(100 + lead - 1))), old);
+        assert_eq!(kid(&token(&mint, at(100 + lead))), new);
+
+        // The old key's last token was signed just before, and lives an hour.
+        let last = 100 + lead + 3600;
+        assert_eq!(published(&mint, at(last)), [old, new.clone()]);
+        mint.tend(at(last + 300)).unwrap();
+        assert_eq!(published(&mint, at(last + 300)), [new]);
+        assert_eq!(fs::read_dir(folder.path().join("keys")).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn keys_rotate_by_themselves_after_their_period() {
+        let folder = tempfile::tempdir().unwrap();
+        let mint = mint(folder.path());
+        let old = kid(&token(&mint, at(0)));
+        let period = 30 * 86_400;
+        mint.tend(at(period - 15 * 60 - 1)).unwrap();
+        assert_eq!(published(&mint, at(0)).len(), 1);
+        mint.tend(at(period - 15 * 60)).unwrap();
+        assert_eq!(kid(&token(&mint, at(period - 1))), old);
+        assert_ne!(kid(&token(&mint, at(period))), old);
+    }
+
+    #[test]
+    fn a_clock_that_was_set_back_still_signs() {
+        let folder = tempfile::tempdir().unwrap();
+        let mint = mint(folder.path());
+        let token = token(&mint, at(-86_400));
+        assert!(mint.check(&token, ISSUER, "data-intelligence", at(-86_400)).is_ok());
+    }
+
+    #[test]
+    fn a_file_that_is_no_key_is_refused_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let keys = folder.path().join("keys");
+        fs::create_dir(&keys).unwrap();
+        fs::write(keys.join("es256-1800000000-x.pem"), "nothing").unwrap();
+        let error = Mint::open(MintSettings::new(keys), at(0)).unwrap_err();
+        assert!(error.to_string().contains("es256-1800000000-x.pem"), "{error}");
+    }
+}

@@ -1,0 +1,637 @@
+//! Bearer → Claims.
+//!
+//! A token is looked at in the order of what each step costs: its shape, its header, what it claims, and only
+//! then its signature. The issuer is compared to the letter before a key is chosen, and the key, not the
+//! token, says which algorithm verifies it. Nothing that a token points at (`jku`, `x5u`) is ever fetched.
+//!
+//! Nothing here waits: an unknown key is a fault, and whoever may wait asks [`Verifier::refresh`] and tries
+//! once more. `now` is an argument, so a test can replay any moment.
+
+use std::{
+    borrow::Cow,
+    fmt,
+    rc::Rc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use aws_lc_rs::digest;
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use http::HeaderValue;
+use quick_cache::{UnitWeighter, unsync::Cache};
+use serde::{
+    Deserialize, Deserializer,
+    de::{MapAccess, Visitor},
+};
+use smallvec::SmallVec;
+
+use crate::{
+    identity::{
+        json::{Members, Seconds, Strings, Text, Unused},
+        jwks::{Jwks, Refreshed},
+        keys::{Algorithm, KeyFault, KeyId, MAX_KID},
+        policy::scopes_header,
+    },
+    model::{Scope, ScopeSet, ServiceName},
+};
+
+/// The longest token that is looked at.
+pub const MAX_TOKEN_BYTES: usize = 8 * 1024;
+/// How far clocks may be apart, for `exp` and `nbf`.
+pub const LEEWAY_SECONDS: i64 = 30;
+/// The longest subject of another issuer.
+const MAX_SUBJECT: usize = 255;
+
+/// Why a token proves nothing. Carries no part of the token but the id of a key that was not found.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TokenFault {
+    /// There is no token.
+    #[error("no bearer token")]
+    Missing,
+    /// More than 8 KiB.
+    #[error("the token is too long")]
+    Oversized,
+    /// Not three base64url parts with strict JSON in them, or a claim of the wrong type.
+    #[error("the token is malformed")]
+    Malformed,
+    /// The header asks for what is never done: `crit`, `b64`, or a key that the token brings itself.
+    #[error("the token's header asks for what is not supported")]
+    HeaderNotAllowed,
+    /// Not one of ES256, ES384, RS256, PS256, EdDSA, or not the key's own.
+    #[error("the token's algorithm is not allowed")]
+    AlgorithmNotAllowed,
+    /// The issuer has published no such key, as far as is known here.
+    #[error("the token's key is not known")]
+    UnknownKey {
+        /// Whose key.
+        issuer: Arc<str>,
+        /// Its id; empty when the token names none.
+        kid: String,
+    },
+    /// The signature is not the key's.
+    #[error("the token's signature is wrong")]
+    BadSignature,
+    /// No issuer that is trusted here, or none named.
+    #[error("the token is of another issuer")]
+    WrongIssuer,
+    /// Issued for somebody else, or for nobody.
+    #[error("the token is for another audience")]
+    WrongAudience,
+    /// `exp` has passed.
+    #[error("the token has expired")]
+    Expired,
+    /// There is no `exp`.
+    #[error("the token has no expiry")]
+    NoExpiry,
+    /// `nbf` has not come.
+    #[error("the token is not valid yet")]
+    NotYetValid,
+    /// No `sub`, or one that cannot be a name.
+    #[error("the token names no subject")]
+    NoSubject,
+    /// Our own issuer's access tokens are `at+jwt` (RFC 9068 §2.1), and this is not.
+    #[error("the token is no access token")]
+    Type,
+}
+
+impl TokenFault {
+    /// The fault in one word, for a metric's label.
+    #[must_use]
+    pub fn label(&self) -> &'static str {
+        match self {
+            Self::Missing => "missing",
+            Self::Oversized => "oversized",
+            Self::Malformed => "malformed",
+            Self::HeaderNotAllowed => "header",
+            Self::AlgorithmNotAllowed => "algorithm",
+            Self::UnknownKey { .. } => "unknown_key",
+            Self::BadSignature => "signature",
+            Self::WrongIssuer => "issuer",
+            Self::WrongAudience => "audience",
+            Self::Expired => "expired",
+            Self::NoExpiry => "no_expiry",
+            Self::NotYetValid => "not_yet_valid",
+            Self::NoSubject => "subject",
+            Self::Type => "type",
+        }
+    }
+}
+
+/// Whom a token speaks for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Caller {
+    /// A caller that `permissions` can name: the token is our own issuer's.
+    Ours(ServiceName),
+    /// Whoever another issuer says it is.
+    Foreign(Box<str>),
+}
+
+impl Caller {
+    /// The token's `sub`.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        match self {
+            Self::Ours(name) => name.as_str(),
+            Self::Foreign(subject) => subject,
+        }
+    }
+}
+
+/// What a verified token says. Only [`Verifier`] builds one.
+#[derive(Clone, Debug)]
+pub struct Claims {
+    issuer: Arc<str>,
+    caller: Caller,
+    audiences: SmallVec<[Box<str>; 1]>,
+    for_everyone_here: bool,
+    scopes: ScopeSet,
+    expires_at: i64,
+    not_before: Option<i64>,
+    key: KeyId,
+    caller_header: HeaderValue,
+    scopes_header: HeaderValue,
+    claims_header: HeaderValue,
+}
+
+impl Claims {
+    /// Who issued it.
+    #[must_use]
+    pub fn issuer(&self) -> &str {
+        &self.issuer
+    }
+
+    /// Whether the project's own issuer did.
+    #[must_use]
+    pub fn is_ours(&self) -> bool {
+        matches!(self.caller, Caller::Ours(_))
+    }
+
+    /// For whom it speaks.
+    #[must_use]
+    pub fn caller(&self) -> &Caller {
+        &self.caller
+    }
+
+    /// The names in its `aud`.
+    pub fn audiences(&self) -> impl Iterator<Item = &str> {
+        self.audiences.iter().map(AsRef::as_ref)
+    }
+
+    /// Whether it was issued for `audience`; the audiences that an issuer's own list accepts stand for every
+    /// service here.
+    #[must_use]
+    pub fn is_for(&self, audience: &str) -> bool {
+        self.for_everyone_here || self.audiences().any(|name| name == audience)
+    }
+
+    /// The scopes in the token; what counts of them is for the policy to say.
+    #[must_use]
+    pub fn scopes(&self) -> &ScopeSet {
+        &self.scopes
+    }
+
+    /// `exp`, seconds since 1970.
+    #[must_use]
+    pub fn expires_at(&self) -> i64 {
+        self.expires_at
+    }
+
+    /// The value of `infrar-caller`.
+    #[must_use]
+    pub fn caller_header(&self) -> &HeaderValue {
+        &self.caller_header
+    }
+
+    /// The token's scopes, space separated. `infrar-scopes` is [`crate::identity::Grant::scopes`].
+    #[must_use]
+    pub fn scopes_header(&self) -> &HeaderValue {
+        &self.scopes_header
+    }
+
+    /// The value of `infrar-claims`: the payload, base64url, as it was signed.
+    #[must_use]
+    pub fn claims_header(&self) -> &HeaderValue {
+        &self.claims_header
+    }
+
+    /// Whether it may be used at `now`, seconds since 1970.
+    fn in_time(&self, now: i64) -> Result<(), TokenFault> {
+        in_time(self.expires_at, self.not_before, now)
+    }
+}
+
+fn in_time(expires_at: i64, not_before: Option<i64>, now: i64) -> Result<(), TokenFault> {
+    if now >= expires_at.saturating_add(LEEWAY_SECONDS) {
+        return Err(TokenFault::Expired);
+    }
+    if not_before.is_some_and(|begin| begin > now.saturating_add(LEEWAY_SECONDS)) {
+        return Err(TokenFault::NotYetValid);
+    }
+    Ok(())
+}
+
+/// An issuer whose tokens are accepted.
+#[derive(Clone)]
+pub struct Trusted {
+    /// Its `iss`, to the letter.
+    pub issuer: Arc<str>,
+    /// Whether it is the project's own.
+    pub ours: bool,
+    /// Audiences accepted besides the service's own name.
+    pub audiences: Vec<String>,
+    /// Its keys.
+    pub keys: Arc<Jwks>,
+}
+
+/// Verifies tokens of the issuers that are trusted. Immutable; built anew when the list of issuers changes.
+pub struct Verifier {
+    trusted: Vec<Trusted>,
+    serial: u64,
+}
+
+impl fmt::Debug for Verifier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let issuers: Vec<&str> = self.trusted.iter().map(|one| one.issuer.as_ref()).collect();
+        f.debug_struct("Verifier").field("issuers", &issuers).finish_non_exhaustive()
+    }
+}
+
+impl Verifier {
+    /// A verifier for these issuers; an issuer without a name is never trusted.
+    #[must_use]
+    pub fn new(trusted: Vec<Trusted>) -> Self {
+        static SERIAL: AtomicU64 = AtomicU64::new(1);
+        let trusted = trusted.into_iter().filter(|one| !one.issuer.is_empty()).collect();
+        Self { trusted, serial: SERIAL.fetch_add(1, Ordering::Relaxed) }
+    }
+
+    /// The keys of an issuer, if it is trusted.
+    #[must_use]
+    pub fn keys_of(&self, issuer: &str) -> Option<&Arc<Jwks>> {
+        self.trusted.iter().find(|one| *one.issuer == *issuer).map(|one| &one.keys)
+    }
+
+    /// Looks for a key that was not known: `true` when it is worth verifying once more. Waits for at most one
+    /// fetch, which runs on the side runtime; see [`Jwks::refresh_for`]. Cancel-safe.
+    pub async fn refresh(&self, fault: &TokenFault) -> bool {
+        let TokenFault::UnknownKey { issuer, kid } = fault else { return false };
+        let Some(keys) = self.keys_of(issuer) else { return false };
+        keys.refresh_for(kid).await == Refreshed::Changed
+    }
+
+    /// Verifies a token (RFC 7515, RFC 7519, RFC 9068) for one of `audience` at `now`, seconds since 1970.
+    ///
+    /// # Errors
+    /// [`TokenFault`], in the order of what each step costs; the signature comes last.
+    pub fn verify(&self, token: &[u8], audience: &[&str], now: i64) -> Result<Claims, TokenFault> {
+        if token.is_empty() {
+            return Err(TokenFault::Missing);
+        }
+        if token.len() > MAX_TOKEN_BYTES {
+            return Err(TokenFault::Oversized);
+        }
+        let parts = Parts::split(token).ok_or(TokenFault::Malformed)?;
+        let head_json = unbase64(parts.head)?;
+        let head: Head<'_> = strict(&head_json)?;
+        let algorithm = head.check()?;
+        let body_json = unbase64(parts.payload)?;
+        let body: Body<'_> = strict(&body_json)?;
+
+        let issuer = body.issuer.as_ref().ok_or(TokenFault::WrongIssuer)?;
+        let trusted = self.trusted.iter().find(|one| *one.issuer == *issuer.0);
+        let trusted = trusted.ok_or(TokenFault::WrongIssuer)?;
+        if trusted.ours && !head.is_access_token() {
+            return Err(TokenFault::Type);
+        }
+        let subject = body.subject.as_ref().ok_or(TokenFault::NoSubject)?;
+        let caller = read_caller(&subject.0, trusted.ours)?;
+        let named = |list: &[Cow<'_, str>]| list.iter().any(|name| audience.contains(&&**name));
+        let for_everyone_here =
+            body.audience.0.iter().any(|name| trusted.audiences.iter().any(|one| one == name));
+        if !for_everyone_here && !named(&body.audience.0) {
+            return Err(TokenFault::WrongAudience);
+        }
+        let expires_at = body.expires_at.ok_or(TokenFault::NoExpiry)?;
+        in_time(expires_at, body.not_before, now)?;
+
+        let keys = trusted.keys.load();
+        let kid = head.kid.as_ref().map(|Text(kid)| kid.as_ref());
+        let key = keys.find(kid, algorithm).map_err(|fault| match fault {
+            KeyFault::OtherAlgorithm => TokenFault::AlgorithmNotAllowed,
+            KeyFault::Unknown => TokenFault::UnknownKey {
+                issuer: trusted.issuer.clone(),
+                kid: kid.unwrap_or_default().to_owned(),
+            },
+        })?;
+        let signature = unbase64(parts.signature)?;
+        if !key.verifies(parts.signed, &signature) {
+            return Err(TokenFault::BadSignature);
+        }
+
+        let scopes = body.scopes(trusted.ours)?;
+        let header = |text: &[u8]| HeaderValue::from_bytes(text).map_err(|_| TokenFault::Malformed);
+        Ok(Claims {
+            issuer: trusted.issuer.clone(),
+            caller_header: header(caller.as_str().as_bytes())?,
+            scopes_header: scopes_header(&scopes),
+            claims_header: header(parts.payload)?,
+            caller,
+            audiences: body.audience.0.iter().map(|name| Box::from(name.as_ref())).collect(),
+            for_everyone_here,
+            scopes,
+            expires_at,
+            not_before: body.not_before,
+            key: key.id(),
+        })
+    }
+
+    /// Changes whenever a token that was verified might no longer be.
+    fn generation(&self) -> (u64, u64) {
+        (self.serial, self.trusted.iter().map(|one| one.keys.generation()).sum())
+    }
+
+    /// Whether the key of `claims` is still one of its issuer's, and the issuer still trusted.
+    fn still_trusts(&self, claims: &Claims) -> bool {
+        self.trusted.iter().any(|one| {
+            one.issuer == claims.issuer
+                && one.ours == claims.is_ours()
+                && one.keys.load().has(claims.key)
+                && (!claims.for_everyone_here
+                    || claims.audiences().any(|name| one.audiences.iter().any(|own| own == name)))
+        })
+    }
+}
+
+/// `exp` of a token that is about to be sent, unverified: for its own bearer's planning and nothing else.
+pub(super) fn peek_expiry(token: &[u8]) -> Option<i64> {
+    let body = unbase64(Parts::split(token)?.payload).ok()?;
+    strict::<Body<'_>>(&body).ok()?.expires_at
+}
+
+/// Our own subjects are names that `permissions` can hold; others any printable text.
+fn read_caller(subject: &str, ours: bool) -> Result<Caller, TokenFault> {
+    if ours {
+        return subject.parse().map(Caller::Ours).map_err(|_source| TokenFault::NoSubject);
+    }
+    let printable = subject.bytes().all(|byte| matches!(byte, 0x21..=0x7e));
+    if subject.is_empty() || subject.len() > MAX_SUBJECT || !printable {
+        return Err(TokenFault::NoSubject);
+    }
+    Ok(Caller::Foreign(subject.into()))
+}
+
+/// The three parts of a compact JWS (RFC 7515 §7.1).
+struct Parts<'a> {
+    head: &'a [u8],
+    payload: &'a [u8],
+    signature: &'a [u8],
+    signed: &'a [u8],
+}
+
+impl<'a> Parts<'a> {
+    fn split(token: &'a [u8]) -> Option<Self> {
+        let mut parts = token.split(|byte| *byte == b'.');
+        let (head, payload, signature) = (parts.next()?, parts.next()?, parts.next()?);
+        let signed = token.get(..head.len() + 1 + payload.len())?;
+        let whole = !head.is_empty() && !payload.is_empty() && !signature.is_empty();
+        (whole && parts.next().is_none()).then_some(Self { head, payload, signature, signed })
+    }
+}
+
+/// RFC 7515 §2: without padding; bits that belong to no byte must be zero.
+fn unbase64(part: &[u8]) -> Result<Vec<u8>, TokenFault> {
+    URL_SAFE_NO_PAD.decode(part).map_err(|_source| TokenFault::Malformed)
+}
+
+fn strict<'a, T: Deserialize<'a>>(json: &'a [u8]) -> Result<T, TokenFault> {
+    serde_json::from_slice(json).map_err(|_source| TokenFault::Malformed)
+}
+
+/// The JOSE header, as far as it is looked at.
+#[derive(Default)]
+struct Head<'a> {
+    algorithm: Option<Text<'a>>,
+    kid: Option<Text<'a>>,
+    kind: Option<Text<'a>>,
+    forbidden: bool,
+}
+
+impl Head<'_> {
+    fn check(&self) -> Result<Algorithm, TokenFault> {
+        if self.forbidden {
+            return Err(TokenFault::HeaderNotAllowed);
+        }
+        if self.kid.as_ref().is_some_and(|Text(kid)| kid.is_empty() || kid.len() > MAX_KID) {
+            return Err(TokenFault::Malformed);
+        }
+        let Text(name) = self.algorithm.as_ref().ok_or(TokenFault::Malformed)?;
+        Algorithm::named(name).ok_or(TokenFault::AlgorithmNotAllowed)
+    }
+
+    /// RFC 9068 §2.1, in either of the spellings of RFC 7515 §4.1.9.
+    fn is_access_token(&self) -> bool {
+        self.kind.as_ref().is_some_and(|Text(kind)| {
+            kind.eq_ignore_ascii_case("at+jwt") || kind.eq_ignore_ascii_case("application/at+jwt")
+        })
+    }
+}
+
+impl<'de> Deserialize<'de> for Head<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(HeadVisitor)
+    }
+}
+
+struct HeadVisitor;
+
+impl<'de> Visitor<'de> for HeadVisitor {
+    type Value = Head<'de>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JOSE header")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let (mut head, mut members) = (Head::default(), Members::default());
+        while let Some(name) = members.next(&mut map)? {
+            match name {
+                "alg" => head.algorithm = Some(map.next_value()?),
+                "kid" => head.kid = Some(map.next_value()?),
+                "typ" => head.kind = Some(map.next_value()?),
+                "crit" | "b64" | "jku" | "jwk" | "x5u" | "x5c" | "zip" | "enc" => {
+                    head.forbidden = true;
+                    map.next_value_seed(Unused)?;
+                }
+                _ => map.next_value_seed(Unused)?,
+            }
+        }
+        Ok(head)
+    }
+}
+
+/// The claims, as far as they are looked at.
+#[derive(Default)]
+struct Body<'a> {
+    issuer: Option<Text<'a>>,
+    subject: Option<Text<'a>>,
+    audience: Strings<'a>,
+    expires_at: Option<i64>,
+    not_before: Option<i64>,
+    /// `scope` (RFC 8693 §4.2): one string, space separated; some issuers write a list.
+    scope: Strings<'a>,
+    /// `scopes`: our own list.
+    scopes: Strings<'a>,
+    /// `scp`: the same elsewhere (Entra ID, Okta).
+    scp: Strings<'a>,
+}
+
+impl Body<'_> {
+    fn scopes(&self, ours: bool) -> Result<ScopeSet, TokenFault> {
+        let foreign = if ours { &[][..] } else { self.scp.0.as_slice() };
+        let texts = self.scope.0.iter().chain(&self.scopes.0).chain(foreign);
+        let words = texts.flat_map(|text| text.split(' ')).filter(|word| !word.is_empty());
+        words.map(|word| word.parse::<Scope>().map_err(|_source| TokenFault::Malformed)).collect()
+    }
+}
+
+impl<'de> Deserialize<'de> for Body<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(BodyVisitor)
+    }
+}
+
+struct BodyVisitor;
+
+impl<'de> Visitor<'de> for BodyVisitor {
+    type Value = Body<'de>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the claims of a token")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let (mut body, mut members) = (Body::default(), Members::default());
+        while let Some(name) = members.next(&mut map)? {
+            match name {
+                "iss" => body.issuer = Some(map.next_value()?),
+                "sub" => body.subject = Some(map.next_value()?),
+                "aud" => body.audience = map.next_value()?,
+                "exp" => body.expires_at = Some(map.next_value::<Seconds>()?.0),
+                "nbf" => body.not_before = Some(map.next_value::<Seconds>()?.0),
+                "scope" => body.scope = map.next_value()?,
+                "scopes" => body.scopes = map.next_value()?,
+                "scp" => body.scp = map.next_value()?,
+                _ => map.next_value_seed(Unused)?,
+            }
+        }
+        Ok(body)
+    }
+}
+
+/// The SHA-256 of a token: what a cache knows of it, so that no bearer is kept in memory.
+type Fingerprint = [u8; 32];
+
+/// One worker's verified tokens. Bounded; of those that are full the rarely used go first.
+pub struct TokenCache {
+    cache: Option<Cache<Fingerprint, Rc<Claims>, UnitWeighter, foldhash::fast::RandomState>>,
+    generation: (u64, u64),
+    hits: u64,
+    misses: u64,
+}
+
+impl fmt::Debug for TokenCache {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TokenCache").field("hits", &self.hits).finish_non_exhaustive()
+    }
+}
+
+impl TokenCache {
+    /// A cache for at most `capacity` tokens; 0 verifies every time.
+    #[must_use]
+    pub fn new(capacity: usize) -> Self {
+        // Room for the first few; it grows with use, so that an idle proxy stays small.
+        let first = capacity.min(64);
+        let cache = (capacity > 0).then(|| {
+            Cache::with(
+                first,
+                capacity as u64,
+                UnitWeighter,
+                foldhash::fast::RandomState::default(),
+                quick_cache::unsync::DefaultLifecycle::default(),
+            )
+        });
+        Self { cache, generation: (0, 0), hits: 0, misses: 0 }
+    }
+
+    /// As [`Verifier::verify`], remembering what was verified until it expires, its key goes, or there is no
+    /// more room.
+    ///
+    /// # Errors
+    /// [`TokenFault`]; faults are not remembered.
+    pub fn verify(
+        &mut self,
+        verifier: &Verifier,
+        token: &[u8],
+        audience: &[&str],
+        now: i64,
+    ) -> Result<Rc<Claims>, TokenFault> {
+        let Some(cache) = &mut self.cache else {
+            return verifier.verify(token, audience, now).map(Rc::new);
+        };
+        if token.len() > MAX_TOKEN_BYTES {
+            return Err(TokenFault::Oversized);
+        }
+        let generation = verifier.generation();
+        if self.generation != generation {
+            cache.retain(|_, claims| verifier.still_trusts(claims));
+            self.generation = generation;
+        }
+        let fingerprint = fingerprint(token);
+        if let Some(claims) = cache.get(&fingerprint) {
+            self.hits += 1;
+            if !audience.iter().any(|name| claims.is_for(name)) {
+                return Err(TokenFault::WrongAudience);
+            }
+            return match claims.in_time(now) {
+                Ok(()) => Ok(claims.clone()),
+                Err(fault) => {
+                    cache.remove(&fingerprint);
+                    Err(fault)
+                }
+            };
+        }
+        self.misses += 1;
+        let claims = Rc::new(verifier.verify(token, audience, now)?);
+        cache.insert(fingerprint, claims.clone());
+        Ok(claims)
+    }
+
+    /// Hits and misses so far.
+    #[must_use]
+    pub fn counts(&self) -> (u64, u64) {
+        (self.hits, self.misses)
+    }
+
+    /// How many tokens are remembered.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.cache.as_ref().map_or(0, Cache::len)
+    }
+
+    /// Whether none is.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+fn fingerprint(token: &[u8]) -> Fingerprint {
+    let mut out = [0; 32];
+    let hash = digest::digest(&digest::SHA256, token);
+    for (to, from) in out.iter_mut().zip(hash.as_ref()) {
+        *to = *from;
+    }
+    out
+}

@@ -1,0 +1,196 @@
+//! Socket → TLS → HTTP connection; the connection limit; draining.
+
+use std::{
+    net::SocketAddr,
+    pin::Pin,
+    rc::Rc,
+    sync::Arc,
+    task::Poll,
+};
+
+use bytes::BytesMut;
+use ipnet::IpNet;
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::TlsAcceptor;
+use tokio_util::io::poll_read_buf;
+
+use crate::{
+    net::{self, Handover, Open, Placement, ServerTls, Spread, Stream, Tallied},
+    proxy::{
+        serve_h1, serve_h2,
+        story::Story,
+        worker::{Peer, Worker},
+    },
+    runtime::{self, Guard, InFlight, Phase, WorkerId},
+};
+
+/// What an HTTP/2 client says first (RFC 9113 §3.4).
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// Said to a client that is one too many, on plaintext listeners.
+const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nproxy-status: infrar; error=connection_limit_reached\r\n\
+    retry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
+
+/// One listener on one worker.
+pub struct Door {
+    /// Its place in the list of listeners, the same on every worker.
+    pub index: usize,
+    /// What it does with requests.
+    pub story: Rc<Story>,
+    /// Its certificate; `None`: plaintext.
+    pub tls: Option<Arc<ServerTls>>,
+    /// Where connections may come from; empty: from anywhere.
+    pub allow_from: Vec<IpNet>,
+}
+
+impl Door {
+    fn allows(&self, peer: SocketAddr) -> bool {
+        let ip = peer.ip().to_canonical();
+        self.allow_from.is_empty() || self.allow_from.iter().any(|net| net.contains(&ip))
+    }
+}
+
+/// Accepts connections of one listener until the proxy stops accepting; hands those above this worker's even share to
+/// the worker with fewest.
+pub async fn listen(door: Rc<Door>, listener: TcpListener, worker: Rc<Worker>, me: WorkerId, spread: Spread<usize>) {
+    loop {
+        let (tcp, peer) = tokio::select! {
+            accepted = net::accept(&listener) => accepted,
+            () = worker.shutdown.wait(Phase::StopAccepting) => return,
+        };
+        if !door.allows(peer) {
+            tracing::debug!(%peer, "a connection from an address that is not allowed was closed");
+            continue;
+        }
+        if spread.total() >= worker.limits().connections {
+            turn_away(&door, &tcp);
+            continue;
+        }
+        match spread.claim(me) {
+            Placement::Keep(open) => admit(&door, tcp, peer, open, &worker),
+            Placement::HandTo(open) => {
+                let Ok(std) = tcp.into_std() else { continue };
+                if let Err(back) = spread.hand(std, peer, door.index, open) {
+                    let Handover { stream, peer, .. } = *back;
+                    if let Ok(tcp) = TcpStream::from_std(stream) {
+                        admit(&door, tcp, peer, spread.count(me), &worker);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Takes over connections that other workers accepted.
+pub async fn take_over(
+    doors: Vec<Rc<Door>>,
+    mut handed: tokio::sync::mpsc::Receiver<Handover<usize>>,
+    worker: Rc<Worker>,
+) {
+    while let Some(Handover { stream, peer, what, open }) = handed.recv().await {
+        if let (Some(door), Ok(tcp)) = (doors.get(what), TcpStream::from_std(stream)) {
+            admit(door, tcp, peer, open, &worker);
+        }
+    }
+}
+
+fn turn_away(door: &Door, tcp: &TcpStream) {
+    tracing::warn!("a connection was turned away: `limits.connections` is reached");
+    if door.tls.is_none()
+        && let Err(error) = tcp.try_write(FULL)
+    {
+        tracing::trace!(%error, "the client that was turned away had gone");
+    }
+}
+
+fn admit(door: &Rc<Door>, tcp: TcpStream, peer: SocketAddr, open: Open, worker: &Rc<Worker>) {
+    let door = Rc::clone(door);
+    let guard = worker.watchdog.register();
+    let work = worker.shutdown.work();
+    runtime::spawn_local("connection", connection(door, tcp, peer, guard, (open, work)));
+}
+
+/// What counts a connection as open and as work.
+type Counted = (Open, InFlight);
+
+/// TLS if the listener has it, then whichever HTTP the client speaks.
+async fn connection(door: Rc<Door>, tcp: TcpStream, address: SocketAddr, guard: Guard, counted: Counted) {
+    let tallied = Tallied::new(tcp, None);
+    let limit = door.story.worker().limits().header_timeout;
+    let mut stream = match &door.tls {
+        None => Stream::plain(tallied),
+        Some(tls) => {
+            let shake = TlsAcceptor::from(tls.current()).accept(tallied);
+            match guard.limit(limit, Box::pin(shake)).await {
+                Ok(Ok(stream)) => Stream::server(stream),
+                Ok(Err(error)) => return tracing::debug!(%address, %error, "a TLS handshake failed"),
+                Err(_expired) => return tracing::debug!(%address, "a TLS handshake took too long"),
+            }
+        }
+    };
+    let server_name = stream.server_name().map(Box::from);
+    let peer = Peer { address, tls: stream.is_tls(), server_name };
+    let story = Rc::clone(&door.story);
+    drop(door);
+    match stream.alpn() {
+        Some(b"h2") => Box::pin(serve_h2::serve(stream, guard, story, peer)).await,
+        Some(_) => serve_h1::Connection::new(stream, BytesMut::new(), guard, story, peer).serve().await,
+        None => {
+            let Some(read) = first_bytes(&mut stream, &guard, &story).await else { return };
+            if read.starts_with(PREFACE) {
+                let stream = stream.with_prefix(read.freeze());
+                Box::pin(serve_h2::serve(stream, guard, story, peer)).await;
+            } else {
+                serve_h1::Connection::new(stream, read, guard, story, peer).serve().await;
+            }
+        }
+    }
+    drop(counted);
+}
+
+/// Reads until it is clear whether the client speaks HTTP/2 (prior knowledge, RFC 9113 §3.3); `None` when it left.
+async fn first_bytes(stream: &mut Stream, guard: &Guard, story: &Rc<Story>) -> Option<BytesMut> {
+    let limits = *story.worker().limits();
+    let mut read = BytesMut::new();
+    guard.arm(limits.idle_timeout);
+    loop {
+        let undecided = read.len() < PREFACE.len() && PREFACE.starts_with(&read);
+        if !read.is_empty() && !undecided {
+            guard.disarm();
+            return Some(read);
+        }
+        let count = std::future::poll_fn(|cx| {
+            if read.is_empty() && !stream.is_tls() {
+                // A connection on which nothing has been said holds no buffer.
+                match stream.poll_readable(cx) {
+                    Poll::Ready(Ok(())) => {}
+                    Poll::Ready(Err(error)) => return Poll::Ready(Some(Err(error))),
+                    Poll::Pending => return waited(guard, story, cx),
+                }
+            }
+            read.reserve(8 * 1024);
+            match poll_read_buf(Pin::new(&mut *stream), cx, &mut read) {
+                Poll::Ready(count) => Poll::Ready(Some(count)),
+                Poll::Pending => {
+                    if read.is_empty() {
+                        read = BytesMut::new();
+                    }
+                    waited(guard, story, cx)
+                }
+            }
+        })
+        .await;
+        match count {
+            Some(Ok(0) | Err(_)) | None => return None,
+            Some(Ok(_)) => guard.arm(limits.header_timeout),
+        }
+    }
+}
+
+/// Whether waiting makes no more sense.
+fn waited<T>(guard: &Guard, story: &Story, cx: &std::task::Context<'_>) -> Poll<Option<T>> {
+    if story.worker().shutdown.reached(Phase::Drain) {
+        return Poll::Ready(None);
+    }
+    guard.poll_expired(cx).map(|()| None)
+}

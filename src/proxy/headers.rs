@@ -1,0 +1,266 @@
+//! Headers on their way through: hop-by-hop, `via`, `forwarded`, trace context, credentials on and off.
+//!
+//! RFC 9110 §7.6.1 says which headers end at each hop; everything else passes untouched. What infrar adds is written
+//! once per request, from values that a snapshot has prepared.
+
+use std::net::SocketAddr;
+
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Version, header};
+
+use crate::{
+    proxy::reject::Rejection,
+    wire::{TraceContext, request_id},
+};
+
+/// More hops through infrar than any sane path has.
+const MOST_HOPS: usize = 8;
+
+/// `x-request-id`.
+pub static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+static TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+static TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
+static PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+static KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+static HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
+/// Who calls, as the token said it.
+pub static CALLER: HeaderName = HeaderName::from_static("infrar-caller");
+/// What the caller may do here.
+pub static SCOPES: HeaderName = HeaderName::from_static("infrar-scopes");
+/// The token's claims, base64url JSON.
+pub static CLAIMS: HeaderName = HeaderName::from_static("infrar-claims");
+
+/// This process and direction, as `via` names it.
+#[derive(Clone, Debug)]
+pub struct Via {
+    /// `infrar-ID`.
+    name: String,
+    /// `1.1 infrar-ID`.
+    http1: HeaderValue,
+    /// `2 infrar-ID`.
+    http2: HeaderValue,
+}
+
+impl Via {
+    /// A name nobody else has.
+    #[must_use]
+    pub fn random() -> Self {
+        Self::named(format!("infrar-{:08x}", fastrand::u32(..)))
+    }
+
+    /// The same name again, in memory of its own: workers do not share reference counts.
+    #[must_use]
+    pub fn copy(&self) -> Self {
+        Self::named(self.name.clone())
+    }
+
+    fn named(name: String) -> Self {
+        let value = |version| {
+            HeaderValue::try_from(format!("{version} {name}"))
+                .unwrap_or_else(|_hex_only| HeaderValue::from_static("infrar"))
+        };
+        Self { http1: value("1.1"), http2: value("2"), name }
+    }
+
+    /// Refuses a request that has been here, or through too many of us; adds this hop otherwise.
+    ///
+    /// # Errors
+    /// [`Rejection::Loop`].
+    pub fn pass(&self, version: Version, headers: &mut HeaderMap) -> Result<(), Rejection> {
+        let mut ours = 0;
+        for value in headers.get_all(header::VIA) {
+            let text = value.to_str().unwrap_or_default();
+            for hop in text.split(',').filter_map(|hop| hop.trim().split(' ').nth(1)) {
+                if hop == self.name {
+                    return Err(Rejection::Loop);
+                }
+                ours += usize::from(hop.starts_with("infrar-"));
+            }
+        }
+        if ours > MOST_HOPS {
+            return Err(Rejection::Loop);
+        }
+        let value = if version == Version::HTTP_2 { &self.http2 } else { &self.http1 };
+        headers.append(header::VIA, value.clone());
+        Ok(())
+    }
+}
+
+/// Whether a comma-separated header names `word`.
+pub fn lists(headers: &HeaderMap, name: &HeaderName, word: &str) -> bool {
+    headers.get_all(name).iter().any(|value| {
+        value.as_bytes().split(|b| *b == b',').any(|w| w.trim_ascii().eq_ignore_ascii_case(word.as_bytes()))
+    })
+}
+
+/// The protocol that the client asks to switch to, if it does.
+pub fn upgrade(method: &Method, version: Version, headers: &HeaderMap) -> Option<HeaderValue> {
+    let asked = version == Version::HTTP_11
+        && *method != Method::CONNECT
+        && headers.contains_key(header::UPGRADE)
+        && lists(headers, &header::CONNECTION, "upgrade");
+    // h2c by upgrade was dropped by RFC 9113 §3.1: nobody needs it, and it would hide the protocol from us.
+    let value = asked.then(|| headers.get(header::UPGRADE).cloned()).flatten()?;
+    (!value.as_bytes().eq_ignore_ascii_case(b"h2c")).then_some(value)
+}
+
+/// Removes what ends at this hop: RFC 9110 §7.6.1, and what `connection` lists.
+///
+/// `te: trailers` is kept: it is how a gRPC client says that it reads trailers, and we pass them on.
+pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    if headers.contains_key(header::CONNECTION) {
+        let listed: Vec<HeaderName> = headers
+            .get_all(header::CONNECTION)
+            .iter()
+            .flat_map(|value| value.as_bytes().split(|b| *b == b','))
+            .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
+            .collect();
+        for name in listed {
+            // A client must not make us drop what we rely on (RFC 9110 §7.6.1, last paragraph).
+            if name != header::HOST && name != header::CONTENT_LENGTH && name != header::AUTHORIZATION && name != header::TE {
+                headers.remove(name);
+            }
+        }
+        headers.remove(header::CONNECTION);
+    }
+    for name in [&PROXY_CONNECTION, &KEEP_ALIVE, &header::TRANSFER_ENCODING, &header::UPGRADE, &HTTP2_SETTINGS] {
+        headers.remove(name);
+    }
+    if headers.contains_key(header::TE) {
+        let trailers = lists(headers, &header::TE, "trailers");
+        headers.remove(header::TE);
+        if trailers {
+            headers.insert(header::TE, HeaderValue::from_static("trailers"));
+        }
+    }
+    headers.remove(header::PROXY_AUTHORIZATION);
+    headers.remove(header::PROXY_AUTHENTICATE);
+}
+
+/// The request's trace: continued where the caller named a valid one, begun otherwise.
+pub fn continue_trace(headers: &mut HeaderMap) -> TraceContext {
+    let found = headers.get(&TRACEPARENT).and_then(|value| TraceContext::parse(value.as_bytes()));
+    let trace = found.unwrap_or_else(|| {
+        // §3.3: tracestate without a valid traceparent means nothing.
+        headers.remove(&TRACESTATE);
+        TraceContext::begin()
+    });
+    headers.insert(TRACEPARENT.clone(), trace.next_hop());
+    trace
+}
+
+/// The request's id: kept where the caller sent one, made otherwise.
+pub fn identify(headers: &mut HeaderMap) -> HeaderValue {
+    if let Some(id) = headers.get(&REQUEST_ID).filter(|id| id.len() <= 128 && !id.is_empty()) {
+        return id.clone();
+    }
+    let id = request_id();
+    headers.insert(REQUEST_ID.clone(), id.clone());
+    id
+}
+
+/// Adds this hop to `forwarded` (RFC 7239): whom the request came from, which host it asked for, and how.
+pub fn forwarded(headers: &mut HeaderMap, peer: Option<SocketAddr>, host: &str, tls: bool) {
+    let mut text = String::with_capacity(host.len() + 64);
+    if let Some(peer) = peer {
+        let ip = peer.ip().to_canonical();
+        // §6: IPv6 stands in brackets and quotes.
+        let node = if ip.is_ipv6() { format!("for=\"[{ip}]\";") } else { format!("for={ip};") };
+        text.push_str(&node);
+    }
+    let token = host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~".contains(&b));
+    let quotes = if token { "" } else { "\"" };
+    for part in ["host=", quotes, host, quotes, ";proto=", if tls { "https" } else { "http" }] {
+        text.push_str(part);
+    }
+    if let Ok(value) = HeaderValue::try_from(text) {
+        headers.append(header::FORWARDED, value);
+    }
+}
+
+/// Removes the names that only infrar may say.
+pub fn strip_identity(headers: &mut HeaderMap) {
+    for name in [&CALLER, &SCOPES, &CLAIMS] {
+        headers.remove(name);
+    }
+}
+
+/// Whether the caller speaks gRPC, so that refusals must be said in its language.
+pub fn is_grpc(headers: &HeaderMap) -> bool {
+    headers.get(header::CONTENT_TYPE).is_some_and(|value| {
+        let bytes = value.as_bytes();
+        bytes.starts_with(b"application/grpc") && matches!(bytes.get(16), None | Some(b'+' | b';'))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(lines: &[(&'static str, &'static str)]) -> HeaderMap {
+        let mut map = HeaderMap::new();
+        for (name, value) in lines {
+            map.append(*name, HeaderValue::from_static(value));
+        }
+        map
+    }
+
+    #[test]
+    fn what_ends_at_a_hop_is_removed_and_the_rest_is_not() {
+        let mut map = headers(&[
+            ("connection", "close, X-Private, authorization"),
+            ("x-private", "1"),
+            ("keep-alive", "timeout=5"),
+            ("transfer-encoding", "chunked"),
+            ("te", "trailers, gzip"),
+            ("authorization", "Bearer x"),
+            ("x-other", "2"),
+        ]);
+        strip_hop_by_hop(&mut map);
+        assert_eq!(map, headers(&[("te", "trailers"), ("authorization", "Bearer x"), ("x-other", "2")]));
+    }
+
+    #[test]
+    fn a_request_that_comes_back_is_refused() {
+        let via = Via::random();
+        let mut map = HeaderMap::new();
+        via.pass(Version::HTTP_11, &mut map).unwrap();
+        assert_eq!(via.pass(Version::HTTP_11, &mut map), Err(Rejection::Loop));
+        assert!(Via::random().pass(Version::HTTP_2, &mut map).is_ok());
+        let mut far = headers(&[("via", "1.1 infrar-1, 1.1 infrar-2, 1.1 infrar-3, 1.1 other, 1.1 infrar-4")]);
+        for _hop in 0..4 {
+            Via::random().pass(Version::HTTP_11, &mut far).unwrap();
+        }
+        assert!(Via::random().pass(Version::HTTP_11, &mut far).is_ok());
+        assert_eq!(Via::random().pass(Version::HTTP_11, &mut far), Err(Rejection::Loop));
+    }
+
+    #[test]
+    fn forwarded_names_the_peer_the_host_and_the_scheme() {
+        let mut map = HeaderMap::new();
+        forwarded(&mut map, Some("192.0.2.1:999".parse().unwrap()), "data", false);
+        forwarded(&mut map, Some("[2001:db8::1]:999".parse().unwrap()), "data:8443", true);
+        let all: Vec<_> = map.get_all("forwarded").iter().map(|v| v.to_str().unwrap()).collect();
+        assert_eq!(all, [
+            "for=192.0.2.1;host=data;proto=http",
+            "for=\"[2001:db8::1]\";host=\"data:8443\";proto=https",
+        ]);
+    }
+
+    #[test]
+    fn an_upgrade_to_h2c_is_not_one() {
+        let asks = |protocol| {
+            let map = headers(&[("connection", "Upgrade"), ("upgrade", protocol)]);
+            upgrade(&Method::GET, Version::HTTP_11, &map)
+        };
+        assert_eq!(asks("websocket").unwrap(), "websocket");
+        assert_eq!(asks("h2c"), None);
+    }
+
+    #[test]
+    fn grpc_is_known_by_its_content_type() {
+        assert!(is_grpc(&headers(&[("content-type", "application/grpc+proto")])));
+        assert!(is_grpc(&headers(&[("content-type", "application/grpc")])));
+        assert!(!is_grpc(&headers(&[("content-type", "application/grpc-web")])));
+        assert!(!is_grpc(&headers(&[])));
+    }
+}

@@ -1,0 +1,235 @@
+//! The inbound story: somebody calls the application behind us.
+//!
+//! Who is it, may it, and only then: pass. A request without a grant never reaches the application, and identity
+//! headers that it brings itself are removed before anything is decided.
+
+use std::{cell::RefCell, rc::Rc};
+
+use http::{HeaderMap, HeaderValue, header, request::Parts};
+
+use crate::{
+    identity::{Action, Claims, Grant, Refused, TokenCache, TokenFault, admit},
+    model::ServiceName,
+    proxy::{
+        forward::{Dispatch, Forward},
+        headers,
+        record::Record,
+        reject::Rejection,
+        settings::InboundSettings,
+        view::{Cluster, View},
+        worker::{Answer, Call, Peer, Worker, refused, relayed},
+    },
+    runtime::Clock,
+    upstream::Received,
+};
+
+/// Finds out who calls and what it may do; shared by sidecar and edge.
+pub struct Gate {
+    worker: Rc<Worker>,
+    settings: InboundSettings,
+    cache: RefCell<TokenCache>,
+}
+
+/// Who was let in.
+pub struct Admitted {
+    /// Proof of it.
+    pub grant: Grant,
+    /// What the token said; `None` on a public path.
+    pub claims: Option<Rc<Claims>>,
+}
+
+impl Gate {
+    /// The gate of one listener on one worker.
+    #[must_use]
+    pub fn new(worker: Rc<Worker>, settings: InboundSettings) -> Self {
+        let cache = RefCell::new(TokenCache::new(settings.token_cache));
+        Self { worker, settings, cache }
+    }
+
+    /// Lets a request for `callee` in, or says why not.
+    ///
+    /// # Errors
+    /// The [`Rejection`].
+    pub async fn admit(
+        &self,
+        parts: &Parts,
+        callee: &ServiceName,
+        view: Option<&View>,
+        record: &mut Record,
+    ) -> Result<Admitted, Rejection> {
+        let action = self.settings.rules.action(&parts.method, parts.uri.path());
+        if let Some(grant) = action.open() {
+            record.belongs_to(self.worker.inbound_desk.of_caller("", callee));
+            return Ok(Admitted { grant, claims: None });
+        }
+        let claims = self.claims(&parts.headers, callee).await?;
+        let caller = claims.caller().as_str();
+        record.belongs_to(self.worker.inbound_desk.of_caller(caller, callee));
+        let grant = Self::grant(&claims, action, callee, view)?;
+        Ok(Admitted { grant, claims: Some(claims) })
+    }
+
+    fn grant(
+        claims: &Claims,
+        action: Action<'_>,
+        callee: &ServiceName,
+        view: Option<&View>,
+    ) -> Result<Grant, Rejection> {
+        let caller = claims.caller();
+        let granted = view.and_then(|view| {
+            let name: &str = caller.as_str();
+            view.catalog.project.permissions.get(name)?.get(callee)
+        });
+        let strictness =
+            view.map_or(crate::identity::Strictness::Enforce, |view| view.strictness.get());
+        admit(claims, action, granted, strictness).map_err(|refused| match refused {
+            Refused::NotPermitted { caller } => Rejection::NotPermitted { caller, callee: callee.clone() },
+            Refused::ScopeMissing { caller, missing } => {
+                Rejection::ScopeMissing { caller, callee: callee.clone(), missing }
+            }
+            Refused::Unlisted => Rejection::Unlisted { callee: callee.clone() },
+            Refused::Path(_fault) => {
+                Rejection::BadRequest("the path can be read in more than one way; write it plainly")
+            }
+        })
+    }
+
+    /// Who is it? The token is verified, or remembered as verified.
+    async fn claims(&self, headers: &HeaderMap, callee: &ServiceName) -> Result<Rc<Claims>, Rejection> {
+        let token = bearer(headers)?;
+        let audience = [callee.as_str()];
+        // Two looks: between them the key that was not known may have been fetched.
+        for last in [false, true] {
+            let verifier = self.worker.verifier();
+            let now = Clock::system().unix_seconds();
+            match self.cache.borrow_mut().verify(&verifier, token, &audience, now) {
+                Ok(claims) => return Ok(claims),
+                Err(fault) if !last && matches!(fault, TokenFault::UnknownKey { .. }) => {
+                    if !verifier.refresh(&fault).await {
+                        return Err(refuse(&fault));
+                    }
+                }
+                Err(fault) => {
+                    tracing::debug!(%callee, reason = fault.label(), "a token was refused");
+                    return Err(refuse(&fault));
+                }
+            }
+        }
+        Err(Rejection::TokenInvalid("its key is not known"))
+    }
+
+    /// Puts on what the application may rely on.
+    pub fn undress(&self, headers: &mut HeaderMap, admitted: &Admitted) {
+        headers::strip_identity(headers);
+        if let Some(claims) = &admitted.claims {
+            headers.insert(headers::CALLER.clone(), claims.caller_header().clone());
+            headers.insert(headers::CLAIMS.clone(), claims.claims_header().clone());
+            if let Some(scopes) = admitted.grant.scopes() {
+                headers.insert(headers::SCOPES.clone(), scopes.clone());
+            }
+        }
+        if !self.settings.forward_authorization {
+            headers.remove(header::AUTHORIZATION);
+        }
+    }
+}
+
+/// The one bearer token of a request (RFC 6750 §2.1).
+fn bearer(headers: &HeaderMap) -> Result<&[u8], Rejection> {
+    let mut values = headers.get_all(header::AUTHORIZATION).iter();
+    let value = values.next().ok_or(Rejection::TokenMissing)?.as_bytes();
+    if values.next().is_some() {
+        return Err(Rejection::TokenInvalid("there is more than one authorization header"));
+    }
+    let (scheme, token) = value.split_at_checked(7).ok_or(Rejection::TokenMissing)?;
+    if !scheme.eq_ignore_ascii_case(b"bearer ") {
+        return Err(Rejection::TokenMissing);
+    }
+    let token = token.trim_ascii();
+    if token.is_empty() { Err(Rejection::TokenMissing) } else { Ok(token) }
+}
+
+fn refuse(fault: &TokenFault) -> Rejection {
+    match fault {
+        TokenFault::Missing => Rejection::TokenMissing,
+        TokenFault::Expired => Rejection::TokenExpired,
+        other => Rejection::TokenInvalid(other.label()),
+    }
+}
+
+/// Answers calls for the application behind this proxy.
+pub struct Inbound {
+    worker: Rc<Worker>,
+    gate: Gate,
+    callee: ServiceName,
+    app: Rc<Cluster>,
+}
+
+impl Inbound {
+    /// The way in to `app`.
+    #[must_use]
+    pub fn new(worker: Rc<Worker>, settings: InboundSettings, app: Rc<Cluster>) -> Self {
+        let callee = worker.settings.service.clone();
+        let gate = Gate::new(Rc::clone(&worker), settings);
+        Self { worker, gate, callee, app }
+    }
+
+    /// Answers one request from outside; a refusal is an answer too.
+    pub async fn answer(&self, mut call: Call<'_>) -> Answer {
+        let mut record = self.worker.inbound_desk.open(call.request.method(), call.request.uri());
+        let grpc = headers::is_grpc(call.request.headers());
+        let id = headers::identify(call.request.headers_mut());
+        match self.carry(call, &id, grpc, &mut record).await {
+            Ok(received) => relayed(received, record),
+            Err(rejection) => refused(&rejection, Some(&id), grpc, record),
+        }
+    }
+
+    async fn carry(
+        &self,
+        call: Call<'_>,
+        id: &HeaderValue,
+        grpc: bool,
+        record: &mut Record,
+    ) -> Result<Received, Rejection> {
+        let (mut parts, body) = call.request.into_parts();
+        // Has it been here before?
+        self.worker.via_in.pass(parts.version, &mut parts.headers)?;
+        // Who is it, and may it?
+        let view = self.worker.view().ok();
+        let admitted = self.gate.admit(&parts, &self.callee, view.as_deref(), record).await?;
+        // What does the application see?
+        let upgrade = headers::upgrade(&parts.method, parts.version, &parts.headers);
+        headers::strip_hop_by_hop(&mut parts.headers);
+        self.gate.undress(&mut parts.headers, &admitted);
+        record.identified(id, headers::continue_trace(&mut parts.headers));
+        arrived(&mut parts, call.peer, upgrade.as_ref());
+        let dispatch = Dispatch {
+            method: parts.method,
+            uri: parts.uri,
+            headers: parts.headers,
+            body,
+            bearer: None,
+            upgrade: upgrade.is_some(),
+            grpc,
+            interim: call.interim,
+        };
+        Forward::new(&self.app, &self.worker.ward, dispatch, record).send().await
+    }
+}
+
+/// Says where a request came from, and gives it the `host` that HTTP/2 says as `:authority`.
+pub fn arrived(parts: &mut Parts, peer: &Peer, upgrade: Option<&HeaderValue>) {
+    if let Some(authority) = parts.uri.authority()
+        && let Ok(host) = HeaderValue::from_str(authority.as_str())
+    {
+        parts.headers.insert(header::HOST, host);
+    }
+    let host = parts.headers.get(header::HOST).cloned();
+    let host = host.as_ref().and_then(|host| host.to_str().ok()).unwrap_or_default();
+    headers::forwarded(&mut parts.headers, Some(peer.address), host, peer.tls);
+    if let Some(protocol) = upgrade {
+        parts.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+        parts.headers.insert(header::UPGRADE, protocol.clone());
+    }
+}

@@ -1,0 +1,312 @@
+//! What one exchange has shown so far; settled exactly once.
+//!
+//! A record is opened when a request's head is there and settled when the last byte of the answer is with the kernel.
+//! If neither happens — the client goes away, the connection breaks — dropping the record settles it.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
+
+use foldhash::fast::RandomState;
+use http::{HeaderValue, Method, StatusCode, Uri};
+use smallvec::SmallVec;
+use tokio::time::Instant;
+
+use crate::{
+    balance::{Flight, Vitals},
+    model::{EndpointId, NetworkMode, ServiceName},
+    runtime::Clock,
+    telemetry::{AccessLog, Counter, Direction, Entry, Histogram, Registry, names},
+    wire::TraceContext,
+};
+
+/// The status under which a request is counted whose client did not wait for the answer (nginx' convention).
+const CLIENT_GONE: u16 = 499;
+
+/// Counts the exchanges of one (direction, caller, callee) on one worker.
+pub struct Series {
+    direction: Direction,
+    caller: Box<str>,
+    callee: Box<str>,
+    registry: Arc<Registry>,
+    /// One cell per (status, problem code) seen; mostly one or two.
+    answers: RefCell<SmallVec<[(u16, &'static str, Counter); 4]>>,
+    duration: Histogram,
+    overhead: Histogram,
+}
+
+impl Series {
+    /// The series of one caller and callee; its cells live as long as the registry.
+    #[must_use]
+    pub fn new(registry: &Arc<Registry>, direction: Direction, caller: &str, callee: &str) -> Rc<Self> {
+        let way = direction.as_str();
+        let series = Self {
+            direction,
+            caller: caller.into(),
+            callee: callee.into(),
+            registry: Arc::clone(registry),
+            answers: RefCell::default(),
+            duration: registry
+                .histogram(names::REQUEST_DURATION, &[("direction", way), ("callee", callee)]),
+            overhead: registry.histogram(names::PROXY_OVERHEAD, &[("direction", way)]),
+        };
+        // A series that exists at 0 shows up in rates from the first request on.
+        series.answers.borrow_mut().push((200, "", series.cell(200, "")));
+        Rc::new(series)
+    }
+
+    fn cell(&self, status: u16, error: &'static str) -> Counter {
+        let code = status.to_string();
+        let labels = [
+            ("direction", self.direction.as_str()),
+            ("caller", &*self.caller),
+            ("callee", &*self.callee),
+            ("code", &*code),
+            ("error", error),
+        ];
+        self.registry.counter(names::REQUESTS, &labels)
+    }
+
+    fn count(&self, status: u16, error: &'static str) {
+        let mut answers = self.answers.borrow_mut();
+        if let Some((_, _, cell)) = answers.iter().find(|(s, e, _)| *s == status && *e == error) {
+            cell.inc();
+            return;
+        }
+        let cell = self.cell(status, error);
+        cell.inc();
+        answers.push((status, error, cell));
+    }
+}
+
+/// Opens records; one per worker and direction.
+pub struct Desk {
+    direction: Direction,
+    registry: Arc<Registry>,
+    access: Option<AccessLog>,
+    /// Of requests whose caller or callee is not known (yet).
+    unknown: Rc<Series>,
+    me: ServiceName,
+    by_caller: RefCell<HashMap<(Box<str>, ServiceName), Rc<Series>, RandomState>>,
+    last: RefCell<Option<Rc<Series>>>,
+}
+
+/// Callers counted by name on one worker; others are counted together.
+const MOST_CALLERS: usize = 1000;
+
+impl Desk {
+    /// A desk for one direction; `me` is the service of this proxy.
+    #[must_use]
+    pub fn new(registry: &Arc<Registry>, access: Option<AccessLog>, direction: Direction, me: &ServiceName) -> Self {
+        let (caller, callee) = match direction {
+            Direction::Outbound => (me.as_str(), ""),
+            Direction::Inbound => ("", me.as_str()),
+        };
+        Self {
+            direction,
+            registry: Arc::clone(registry),
+            access,
+            unknown: Series::new(registry, direction, caller, callee),
+            me: me.clone(),
+            by_caller: RefCell::default(),
+            last: RefCell::default(),
+        }
+    }
+
+    /// The direction of its records.
+    #[must_use]
+    pub fn direction(&self) -> Direction {
+        self.direction
+    }
+
+    /// Opens the record of a request.
+    #[must_use]
+    pub fn open(&self, method: &Method, uri: &Uri) -> Record {
+        let notes = self.access.as_ref().map(|log| {
+            Box::new(Notes {
+                log: log.clone(),
+                wall: Clock::system().now(),
+                method: method.clone(),
+                uri: uri.clone(),
+                endpoint: None,
+                request_id: None,
+                trace: None,
+                attempts: 0,
+            })
+        });
+        Record {
+            started: Instant::now(),
+            series: Rc::clone(&self.unknown),
+            error: "",
+            status: 0,
+            upstream: Duration::ZERO,
+            flight: None,
+            notes,
+            settled: Cell::new(false),
+        }
+    }
+
+    /// The series of a caller that showed who it is, at `callee`.
+    #[must_use]
+    pub fn of_caller(&self, caller: &str, callee: &ServiceName) -> Rc<Series> {
+        if let Some(last) = &*self.last.borrow()
+            && *last.caller == *caller
+            && *last.callee == *callee.as_str()
+        {
+            return Rc::clone(last);
+        }
+        let mut known = self.by_caller.borrow_mut();
+        let full = known.len() >= MOST_CALLERS;
+        let key = (Box::from(caller), callee.clone());
+        let found = known.get(&key).cloned();
+        let series = found.unwrap_or_else(|| {
+            let name = if full { "(others)" } else { caller };
+            let series = Series::new(&self.registry, self.direction, name, callee.as_str());
+            if !full {
+                known.insert(key, Rc::clone(&series));
+            }
+            series
+        });
+        *self.last.borrow_mut() = Some(Rc::clone(&series));
+        series
+    }
+
+    /// The service of this proxy.
+    #[must_use]
+    pub fn me(&self) -> &ServiceName {
+        &self.me
+    }
+}
+
+/// What only the log wants to know.
+struct Notes {
+    log: AccessLog,
+    wall: jiff::Timestamp,
+    method: Method,
+    uri: Uri,
+    endpoint: Option<(EndpointId, NetworkMode)>,
+    request_id: Option<HeaderValue>,
+    trace: Option<TraceContext>,
+    attempts: u32,
+}
+
+/// What one exchange has shown so far.
+pub struct Record {
+    started: Instant,
+    series: Rc<Series>,
+    error: &'static str,
+    status: u16,
+    /// Time spent waiting for the endpoint.
+    upstream: Duration,
+    /// Counts as in flight at the endpoint until the record is gone.
+    flight: Option<Flight<Arc<Vitals>>>,
+    notes: Option<Box<Notes>>,
+    settled: Cell<bool>,
+}
+
+impl Record {
+    /// When the request's head was there.
+    #[must_use]
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
+    /// Who speaks to whom is known.
+    pub fn belongs_to(&mut self, series: Rc<Series>) {
+        self.series = series;
+    }
+
+    /// The request's id and trace are known.
+    pub fn identified(&mut self, request_id: &HeaderValue, trace: TraceContext) {
+        if let Some(notes) = &mut self.notes {
+            notes.request_id = Some(request_id.clone());
+            notes.trace = Some(trace);
+        }
+    }
+
+    /// An attempt begins.
+    pub fn attempt(&mut self, endpoint: &EndpointId, mode: NetworkMode) {
+        if let Some(notes) = &mut self.notes {
+            notes.attempts += 1;
+            notes.endpoint = Some((endpoint.clone(), mode));
+        }
+    }
+
+    /// The endpoint was waited for so long.
+    pub fn waited(&mut self, span: Duration) {
+        self.upstream += span;
+    }
+
+    /// The endpoint carries this request until the record is settled.
+    pub fn carried_by(&mut self, flight: Flight<Arc<Vitals>>) {
+        self.flight = Some(flight);
+    }
+
+    /// The head of the answer is known.
+    pub fn answered(&mut self, status: StatusCode, error: &'static str) {
+        self.status = status.as_u16();
+        self.error = error;
+    }
+
+    /// The exchange is over: so many bytes of bodies went each way.
+    pub fn settle(self, bytes_in: u64, bytes_out: u64) {
+        self.close(bytes_in, bytes_out);
+    }
+
+    fn close(&self, bytes_in: u64, bytes_out: u64) {
+        if self.settled.replace(true) {
+            return;
+        }
+        let duration = self.started.elapsed();
+        self.series.count(self.status, self.error);
+        self.series.duration.record(duration);
+        self.series.overhead.record(duration.saturating_sub(self.upstream));
+        if let Some(notes) = &self.notes {
+            self.log(notes, duration, bytes_in, bytes_out);
+        }
+    }
+
+    fn log(&self, notes: &Notes, duration: Duration, bytes_in: u64, bytes_out: u64) {
+        let text = |value: &Option<HeaderValue>| {
+            value.as_ref().and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned()
+        };
+        notes.log.record(&Entry {
+            time: notes.wall,
+            direction: self.series.direction,
+            caller: &self.series.caller,
+            callee: &self.series.callee,
+            endpoint: notes.endpoint.as_ref().map_or("", |(id, _)| id.as_str()),
+            mode: notes.endpoint.as_ref().map_or("", |(_, mode)| mode.as_str()),
+            method: notes.method.as_str(),
+            path: notes.uri.path(),
+            status: self.status,
+            code: self.error,
+            attempts: notes.attempts,
+            bytes_in,
+            bytes_out,
+            duration,
+            upstream_duration: self.upstream,
+            trace_id: notes.trace.as_ref().map_or("", TraceContext::trace_id),
+            request_id: &text(&notes.request_id),
+        });
+    }
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        if !self.settled.get() {
+            // The answer never got through: say so, but keep what was already known of it.
+            if self.status == 0 {
+                self.status = CLIENT_GONE;
+            }
+            if self.error.is_empty() {
+                self.error = "client-gone";
+            }
+            self.close(0, 0);
+        }
+    }
+}

@@ -1,0 +1,394 @@
+//! `Rejection` → status, problem document, `proxy-status`: the only such table of the data plane.
+//!
+//! An answer says what happened and what to do about it. Inner addresses, tokens and key ids never reach one; the log
+//! has them.
+
+use std::time::Duration;
+
+use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
+
+use crate::{
+    model::{ScopeSet, ServiceName},
+    wire::{Body, PROBLEM_JSON, Problem},
+};
+
+/// Why the data plane answered instead of the service.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Rejection {
+    /// The request is no valid HTTP, or asks for what a proxy cannot do.
+    #[error("{0}")]
+    BadRequest(&'static str),
+    /// No bearer token.
+    #[error("this service needs a bearer token in `authorization`")]
+    TokenMissing,
+    /// A token that proves nothing.
+    #[error("the bearer token is not valid: {0}")]
+    TokenInvalid(&'static str),
+    /// A token past its `exp`.
+    #[error("the bearer token has expired; ask for a new one")]
+    TokenExpired,
+    /// `permissions` has no such row.
+    #[error("{caller} has no grant at {callee}; `permissions` needs `{caller}: {{ {callee}: [scope] }}`")]
+    NotPermitted {
+        /// Who would speak.
+        caller: String,
+        /// To whom.
+        callee: ServiceName,
+    },
+    /// The caller lacks a scope.
+    #[error("{caller} lacks the scope {missing:?} at {callee}")]
+    ScopeMissing {
+        /// Who would speak.
+        caller: String,
+        /// To whom.
+        callee: ServiceName,
+        /// What is missing; empty: any scope would do.
+        missing: ScopeSet,
+    },
+    /// No rule names the method and path.
+    #[error("no rule of {callee} names this method and path")]
+    Unlisted {
+        /// The service.
+        callee: ServiceName,
+    },
+    /// A host outside the project.
+    #[error("{authority:?} is no service of this project, and other hosts are not allowed")]
+    HostNotAllowed {
+        /// The host that was asked for.
+        authority: String,
+    },
+    /// The peer's address, or the address a request leads to, is not allowed.
+    #[error("{0}")]
+    AddressNotAllowed(&'static str),
+    /// Nobody registered this name.
+    #[error("{authority:?} is no service of this project")]
+    UnknownService {
+        /// The host that was asked for.
+        authority: String,
+        /// Known names that look like it, the nearest first.
+        nearest: Vec<String>,
+    },
+    /// The request did not arrive in time.
+    #[error("the request did not arrive within {0:?}")]
+    RequestTimeout(Duration),
+    /// The body is larger than allowed.
+    #[error("the body is larger than {limit} bytes (`limits.body_bytes`)")]
+    BodyTooLarge {
+        /// In bytes.
+        limit: u64,
+    },
+    /// The head is larger than allowed.
+    #[error("the head is larger than {bytes} bytes or {headers} headers (`limits.header_bytes`, `limits.headers`)")]
+    HeadersTooLarge {
+        /// In bytes.
+        bytes: usize,
+        /// In lines.
+        headers: usize,
+    },
+    /// No connection could be had.
+    #[error("no connection to {service} could be made: {why}")]
+    ConnectFailed {
+        /// The service.
+        service: ServiceName,
+        /// In a few words.
+        why: &'static str,
+        /// Whether it was time that ran out.
+        timeout: bool,
+    },
+    /// TLS failed.
+    #[error("TLS to {service} failed: {why}")]
+    TlsFailed {
+        /// The service.
+        service: ServiceName,
+        /// In a few words.
+        why: &'static str,
+        /// Whether it was the peer's certificate.
+        certificate: bool,
+    },
+    /// The endpoint ended the exchange before it answered.
+    #[error("{service} closed the connection before it answered")]
+    UpstreamReset {
+        /// The service.
+        service: ServiceName,
+    },
+    /// The endpoint's answer is no valid HTTP.
+    #[error("{service} sent an answer that is no valid HTTP")]
+    BadResponse {
+        /// The service.
+        service: ServiceName,
+    },
+    /// No endpoint can be used.
+    #[error("{service} has no endpoint that can be used from here: {why}")]
+    NoHealthyEndpoint {
+        /// The service.
+        service: ServiceName,
+        /// In a few words.
+        why: &'static str,
+    },
+    /// Every endpoint's circuit is open.
+    #[error("every endpoint of {service} failed repeatedly and is left alone for a while")]
+    CircuitOpen {
+        /// The service.
+        service: ServiceName,
+        /// Until the next one is tried.
+        retry_after: Duration,
+    },
+    /// The proxy is at its own limits.
+    #[error("the proxy is at its limit of {0}")]
+    Overloaded(&'static str),
+    /// No token could be had for the call.
+    #[error("no token for {service} could be had: {why}")]
+    TokenUnavailable {
+        /// The service.
+        service: ServiceName,
+        /// In a few words.
+        why: &'static str,
+    },
+    /// There is no snapshot yet.
+    #[error("the proxy has no snapshot of the project yet")]
+    NotReady,
+    /// The answer took too long.
+    #[error("{service} gave no answer within {limit:?}")]
+    Deadline {
+        /// The service.
+        service: ServiceName,
+        /// The time that was given.
+        limit: Duration,
+    },
+    /// The request has been here before.
+    #[error("the request came back to the proxy that sent it, or passed too many")]
+    Loop,
+}
+
+/// How a rejection is said in each language.
+struct Verdict {
+    status: StatusCode,
+    code: &'static str,
+    /// RFC 9209 §2.3 error type.
+    proxy_status: &'static str,
+    /// gRPC status code.
+    grpc: &'static str,
+}
+
+const fn verdict(
+    status: StatusCode,
+    code: &'static str,
+    proxy_status: &'static str,
+    grpc: &'static str,
+) -> Verdict {
+    Verdict { status, code, proxy_status, grpc }
+}
+
+impl Rejection {
+    /// Status, our code, the RFC 9209 error type and the gRPC status. No wildcard arm: a new variant must choose its
+    /// answer here before the crate compiles.
+    fn verdict(&self) -> Verdict {
+        use StatusCode as S;
+        match self {
+            Self::BadRequest(_) => verdict(S::BAD_REQUEST, "bad-request", "http_request_error", "3"),
+            Self::TokenMissing => verdict(S::UNAUTHORIZED, "token-missing", "http_request_denied", "16"),
+            Self::TokenInvalid(_) => verdict(S::UNAUTHORIZED, "token-invalid", "http_request_denied", "16"),
+            Self::TokenExpired => verdict(S::UNAUTHORIZED, "token-expired", "http_request_denied", "16"),
+            Self::NotPermitted { .. } => verdict(S::FORBIDDEN, "not-permitted", "http_request_denied", "7"),
+            Self::ScopeMissing { .. } => verdict(S::FORBIDDEN, "scope-missing", "http_request_denied", "7"),
+            Self::Unlisted { .. } => verdict(S::FORBIDDEN, "not-permitted", "http_request_denied", "7"),
+            Self::HostNotAllowed { .. } => verdict(S::FORBIDDEN, "host-not-allowed", "http_request_denied", "7"),
+            Self::AddressNotAllowed(_) => verdict(S::FORBIDDEN, "address-not-allowed", "http_request_denied", "7"),
+            // RFC 9209 suggests 500; the caller named a service nobody registered.
+            Self::UnknownService { .. } => verdict(S::NOT_FOUND, "unknown-service", "destination_not_found", "5"),
+            Self::RequestTimeout(_) => verdict(S::REQUEST_TIMEOUT, "request-timeout", "http_request_error", "4"),
+            Self::BodyTooLarge { .. } => verdict(S::PAYLOAD_TOO_LARGE, "body-too-large", "http_request_error", "8"),
+            Self::HeadersTooLarge { .. } => {
+                verdict(S::REQUEST_HEADER_FIELDS_TOO_LARGE, "headers-too-large", "http_request_error", "8")
+            }
+            Self::ConnectFailed { timeout: true, .. } => {
+                verdict(S::BAD_GATEWAY, "connect-failed", "connection_timeout", "14")
+            }
+            Self::ConnectFailed { timeout: false, .. } => {
+                verdict(S::BAD_GATEWAY, "connect-failed", "connection_refused", "14")
+            }
+            Self::TlsFailed { certificate: true, .. } => {
+                verdict(S::BAD_GATEWAY, "tls-failed", "tls_certificate_error", "14")
+            }
+            Self::TlsFailed { certificate: false, .. } => {
+                verdict(S::BAD_GATEWAY, "tls-failed", "tls_protocol_error", "14")
+            }
+            Self::UpstreamReset { .. } => verdict(S::BAD_GATEWAY, "upstream-reset", "connection_terminated", "14"),
+            Self::BadResponse { .. } => verdict(S::BAD_GATEWAY, "bad-response", "http_protocol_error", "14"),
+            Self::NoHealthyEndpoint { .. } => {
+                verdict(S::SERVICE_UNAVAILABLE, "no-healthy-endpoint", "destination_unavailable", "14")
+            }
+            Self::CircuitOpen { .. } => {
+                verdict(S::SERVICE_UNAVAILABLE, "circuit-open", "destination_unavailable", "14")
+            }
+            Self::Overloaded(_) => {
+                verdict(S::SERVICE_UNAVAILABLE, "overloaded", "connection_limit_reached", "14")
+            }
+            Self::TokenUnavailable { .. } => {
+                verdict(S::SERVICE_UNAVAILABLE, "token-unavailable", "proxy_internal_error", "14")
+            }
+            Self::NotReady => verdict(S::SERVICE_UNAVAILABLE, "not-ready", "proxy_internal_error", "14"),
+            Self::Deadline { .. } => verdict(S::GATEWAY_TIMEOUT, "deadline", "http_response_timeout", "4"),
+            Self::Loop => verdict(S::LOOP_DETECTED, "loop", "proxy_loop_detected", "9"),
+        }
+    }
+
+    /// The stable code.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        self.verdict().code
+    }
+
+    /// The status.
+    #[must_use]
+    pub fn status(&self) -> StatusCode {
+        self.verdict().status
+    }
+
+    /// When trying again may help.
+    fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::CircuitOpen { retry_after, .. } => Some(*retry_after),
+            Self::TokenUnavailable { .. } | Self::NotReady | Self::Overloaded(_) => Some(Duration::from_secs(1)),
+            Self::BadRequest(_)
+            | Self::TokenMissing
+            | Self::TokenInvalid(_)
+            | Self::TokenExpired
+            | Self::NotPermitted { .. }
+            | Self::ScopeMissing { .. }
+            | Self::Unlisted { .. }
+            | Self::HostNotAllowed { .. }
+            | Self::AddressNotAllowed(_)
+            | Self::UnknownService { .. }
+            | Self::RequestTimeout(_)
+            | Self::BodyTooLarge { .. }
+            | Self::HeadersTooLarge { .. }
+            | Self::ConnectFailed { .. }
+            | Self::TlsFailed { .. }
+            | Self::UpstreamReset { .. }
+            | Self::BadResponse { .. }
+            | Self::NoHealthyEndpoint { .. }
+            | Self::Deadline { .. }
+            | Self::Loop => None,
+        }
+    }
+
+    /// RFC 6750 §3: what a caller without a good token is told.
+    fn challenge(&self) -> Option<HeaderValue> {
+        match self.status() {
+            StatusCode::UNAUTHORIZED if *self == Self::TokenMissing => {
+                Some(HeaderValue::from_static("Bearer realm=\"infrar\""))
+            }
+            StatusCode::UNAUTHORIZED => {
+                Some(HeaderValue::from_static("Bearer realm=\"infrar\", error=\"invalid_token\""))
+            }
+            _ => match self {
+                Self::ScopeMissing { missing, .. } => HeaderValue::try_from(format!(
+                    "Bearer realm=\"infrar\", error=\"insufficient_scope\", scope=\"{missing}\""
+                ))
+                .ok(),
+                _ => None,
+            },
+        }
+    }
+
+    /// The answer. `request_id` is repeated in it; `grpc` says it as trailers only.
+    #[must_use]
+    pub fn answer(&self, request_id: Option<&HeaderValue>, grpc: bool) -> Response<Body> {
+        let verdict = self.verdict();
+        let mut headers = HeaderMap::with_capacity(8);
+        if let Ok(value) = HeaderValue::try_from(format!("infrar; error={}", verdict.proxy_status)) {
+            headers.insert("proxy-status", value);
+        }
+        if let Some(id) = request_id {
+            headers.insert("x-request-id", id.clone());
+        }
+        if let Some(wait) = self.retry_after() {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(wait.as_secs().max(1)));
+        }
+        if let Some(challenge) = self.challenge() {
+            headers.insert(header::WWW_AUTHENTICATE, challenge);
+        }
+        let (status, body) = if grpc {
+            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+            headers.insert("grpc-status", HeaderValue::from_static(verdict.grpc));
+            let message = format!("{}: {self}", verdict.code);
+            if let Ok(message) = HeaderValue::try_from(percent_encode(&message)) {
+                headers.insert("grpc-message", message);
+            }
+            (StatusCode::OK, Body::Empty)
+        } else {
+            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(PROBLEM_JSON));
+            let mut problem = Problem::new(verdict.status.as_u16(), verdict.code, self.to_string());
+            problem.request_id =
+                request_id.and_then(|id| id.to_str().ok()).unwrap_or_default().to_owned();
+            if let Self::UnknownService { nearest, .. } = self {
+                problem.nearest = Some(nearest.clone());
+            }
+            let bytes = serde_json::to_vec(&problem).unwrap_or_default();
+            (verdict.status, Body::Full(bytes.into()))
+        };
+        let mut response = Response::new(body);
+        *response.status_mut() = status;
+        *response.headers_mut() = headers;
+        response
+    }
+}
+
+/// `grpc-message` is percent-encoded UTF-8 (gRPC over HTTP/2, "Responses").
+fn percent_encode(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        if (0x20..=0x7e).contains(&byte) && byte != b'%' {
+            out.push(char::from(byte));
+        } else {
+            out.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn service() -> ServiceName {
+        "reports".parse().unwrap()
+    }
+
+    #[test]
+    fn a_refusal_is_a_problem_document_with_a_proxy_status() {
+        let rejection = Rejection::UnknownService { authority: "report".into(), nearest: vec!["reports".into()] };
+        let answer = rejection.answer(Some(&HeaderValue::from_static("7")), false);
+        assert_eq!(answer.status(), 404);
+        assert_eq!(answer.headers()["proxy-status"], "infrar; error=destination_not_found");
+        assert_eq!(answer.headers()["content-type"], "application/problem+json");
+        let Body::Full(bytes) = answer.body() else { panic!("a body") };
+        let problem: Problem = serde_json::from_slice(bytes).unwrap();
+        assert_eq!((problem.code.as_str(), problem.request_id.as_str()), ("unknown-service", "7"));
+        assert_eq!(problem.nearest, Some(vec!["reports".to_owned()]));
+    }
+
+    #[test]
+    fn a_grpc_caller_is_told_in_trailers_only() {
+        let rejection = Rejection::Deadline { service: service(), limit: Duration::from_secs(2) };
+        let answer = rejection.answer(None, true);
+        assert_eq!(answer.status(), 200);
+        assert_eq!(answer.headers()["grpc-status"], "4");
+        assert_eq!(answer.headers()["grpc-message"], "deadline: reports gave no answer within 2s");
+        assert!(answer.body().is_empty());
+    }
+
+    #[test]
+    fn who_lacks_a_token_or_a_scope_is_told_how_to_ask() {
+        let told = |rejection: Rejection| {
+            rejection.answer(None, false).headers().get("www-authenticate").cloned()
+        };
+        assert_eq!(told(Rejection::TokenMissing).unwrap(), "Bearer realm=\"infrar\"");
+        assert!(told(Rejection::TokenExpired).unwrap().to_str().unwrap().contains("invalid_token"));
+        let missing = ScopeSet::parse_list("write:query").unwrap();
+        let scope = Rejection::ScopeMissing { caller: "a".into(), callee: service(), missing };
+        assert!(told(scope).unwrap().to_str().unwrap().contains("scope=\"write:query\""));
+        assert_eq!(told(Rejection::Loop), None);
+    }
+}

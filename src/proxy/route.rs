@@ -1,0 +1,71 @@
+//! Authority → service. A name matches as `NAME`, `NAME.infrar`, `NAME.infrar.internal` or `NAME.localhost`; a port
+//! does not matter.
+
+use crate::model::ServiceName;
+
+/// The suffixes under which a service's name is known, the longest first.
+const SUFFIXES: [&str; 3] = [".infrar.internal", ".infrar", ".localhost"];
+/// So many names are offered to whoever misspelt one.
+const OFFERED: usize = 3;
+
+/// The host part of an authority: without port, brackets kept off, and without the final dot of an absolute name.
+#[must_use]
+pub fn host(authority: &str) -> &str {
+    let authority = authority.rsplit_once('@').map_or(authority, |(_user, rest)| rest);
+    if let Some(rest) = authority.strip_prefix('[') {
+        return rest.split(']').next().unwrap_or(rest);
+    }
+    let host = authority.split(':').next().unwrap_or(authority);
+    host.strip_suffix('.').unwrap_or(host)
+}
+
+/// The name that a host may mean, without the suffixes; not yet known to exist.
+#[must_use]
+pub fn name(host: &str) -> &str {
+    SUFFIXES.iter().find_map(|suffix| host.strip_suffix(suffix)).unwrap_or(host)
+}
+
+/// The known names nearest to what was asked for, the nearest first; nothing that is far off.
+pub fn nearest<'a>(asked: &str, known: impl Iterator<Item = &'a ServiceName>) -> Vec<String> {
+    let asked = name(asked);
+    let mut near: Vec<(f64, &ServiceName)> = known
+        .map(|name| (strsim::jaro_winkler(asked, name.as_str()), name))
+        .filter(|(likeness, name)| *likeness > 0.8 || name.as_str().contains(asked))
+        .collect();
+    near.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| a.1.cmp(b.1)));
+    near.into_iter().take(OFFERED).map(|(_, name)| name.to_string()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_service_is_known_under_four_names() {
+        for authority in [
+            "data", "data:80", "data.infrar", "data.infrar.internal:8080", "data.localhost", "data.", "u:p@data",
+        ] {
+            assert_eq!(name(host(authority)), "data", "{authority}");
+        }
+        assert_eq!(host("[::1]:8080"), "::1");
+        assert_eq!(name(host("data.example.com")), "data.example.com");
+    }
+
+    #[test]
+    fn who_misspells_a_name_is_told_the_nearest() {
+        let known: Vec<ServiceName> =
+            ["data-intelligence", "web-application", "reports"].map(|n| n.parse().unwrap()).into();
+        assert_eq!(nearest("data-inteligence", known.iter()), ["data-intelligence"]);
+        assert_eq!(nearest("report.infrar", known.iter()), ["reports"]);
+        assert!(nearest("zzz", known.iter()).is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn no_authority_makes_it_panic(text in ".{0,60}") {
+            let _named = name(host(&text));
+        }
+    }
+}

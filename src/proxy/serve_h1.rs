@@ -1,0 +1,694 @@
+//! HTTP/1.1 with a client: one task per connection reads requests, lets the story answer, and writes the answers.
+//!
+//! A connection on which nothing happens gives back its buffers and the room for a request, and waits for the socket to
+//! become readable. What is refused while a head is read ends the connection, because nobody can say where the next request would begin.
+
+use std::{
+    cell::{Cell, RefCell},
+    future::poll_fn,
+    io::{self, IoSlice},
+    pin::{Pin, pin},
+    rc::Rc,
+    task::{Context, Poll, ready},
+};
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use http::{HeaderMap, Method, Request, Response, StatusCode, Version, header};
+use http_body::{Body as _, Frame, SizeHint};
+use tokio::io::AsyncWrite;
+use tokio_util::io::poll_read_buf;
+
+use crate::{
+    http1::{
+        self, BodyDecoder, Framing, HeadError, ParsedRequest, Piece, encode_headers, encode_status_line,
+    },
+    net::Stream,
+    proxy::{
+        headers,
+        record::Record,
+        reject::Rejection,
+        story::Story,
+        tunnel,
+        worker::{Answer, Call, Peer},
+    },
+    runtime::{Guard, Phase},
+    wire::{Body, BodyError, Interim},
+};
+
+/// What a read asks for at first.
+const FIRST_READ: usize = 8 * 1024;
+/// What a read of a large body asks for at most.
+const LARGEST_READ: usize = 512 * 1024;
+/// Bytes of a body that are copied behind the head, so that both leave in one packet.
+const SMALL_BODY: usize = 16 * 1024;
+/// A connection on which no request follows for this long gives its buffers back.
+const PARK_AFTER: std::time::Duration = std::time::Duration::from_millis(250);
+/// What a client may send ahead of its answer.
+const READ_AHEAD: usize = 64 * 1024;
+/// How long a connection that is being closed still listens, so that its last answer is not lost to a reset.
+const LINGER: std::time::Duration = std::time::Duration::from_secs(1);
+
+/// A connection, shared by its task and the body of the request it carries; both run in the same task.
+struct Wire {
+    stream: RefCell<Stream>,
+    read: RefCell<BytesMut>,
+    guard: Guard,
+    /// The body of the request of the moment.
+    decoder: RefCell<BodyDecoder>,
+    /// The client waits for `100 Continue`.
+    expects: Cell<bool>,
+    received: Cell<u64>,
+    broken: Cell<bool>,
+    next_read: Cell<usize>,
+    limit: Option<u64>,
+    stall: std::time::Duration,
+}
+
+impl Wire {
+    fn poll_fill(&self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let mut read = self.read.borrow_mut();
+        read.reserve(self.next_read.get());
+        let room = read.capacity() - read.len();
+        let mut stream = self.stream.borrow_mut();
+        let count = ready!(poll_read_buf(Pin::new(&mut *stream), cx, &mut *read))?;
+        if count >= room {
+            self.next_read.set((self.next_read.get() * 2).min(LARGEST_READ));
+        }
+        Poll::Ready(Ok(count))
+    }
+
+    /// Tells the client that its body is welcome.
+    fn poll_continue(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
+        let mut stream = self.stream.borrow_mut();
+        let mut stream = Pin::new(&mut *stream);
+        let written = ready!(stream.as_mut().poll_write(cx, CONTINUE))?;
+        self.expects.set(false);
+        if written < CONTINUE.len() {
+            // A client that cannot take 25 bytes before its body is not worth a state of its own.
+            return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+        }
+        stream.poll_flush(cx)
+    }
+}
+
+/// The body of the request that a connection carries.
+struct Incoming(Rc<Wire>);
+
+impl Incoming {
+    fn fail(&self, error: BodyError) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        self.0.broken.set(true);
+        Poll::Ready(Some(Err(error)))
+    }
+}
+
+impl http_body::Body for Incoming {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let wire = &self.0;
+        if wire.broken.get() {
+            return Poll::Ready(Some(Err(BodyError::Incomplete)));
+        }
+        if wire.expects.get() && ready!(wire.poll_continue(cx)).is_err() {
+            return self.fail(BodyError::Incomplete);
+        }
+        loop {
+            let piece = wire.decoder.borrow_mut().next(&mut wire.read.borrow_mut());
+            match piece {
+                Ok(Piece::Data(data)) => {
+                    wire.guard.disarm();
+                    let received = wire.received.get() + data.len() as u64;
+                    wire.received.set(received);
+                    if let Some(limit) = wire.limit.filter(|limit| received > *limit) {
+                        return self.fail(BodyError::TooLarge { limit });
+                    }
+                    return Poll::Ready(Some(Ok(Frame::data(data))));
+                }
+                Ok(Piece::Trailers(trailers)) => return Poll::Ready(Some(Ok(Frame::trailers(trailers)))),
+                Ok(Piece::End) => return Poll::Ready(None),
+                Ok(Piece::More) => {}
+                Err(_framing) => return self.fail(BodyError::Framing),
+            }
+            match wire.poll_fill(cx) {
+                Poll::Ready(Ok(0) | Err(_)) => return self.fail(BodyError::Incomplete),
+                Poll::Ready(Ok(_)) => {}
+                Poll::Pending => {
+                    wire.guard.arm(wire.stall);
+                    return Poll::Pending;
+                }
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        !self.0.broken.get() && self.0.decoder.borrow().is_done()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &*self.0.decoder.borrow() {
+            BodyDecoder::Length(left) => SizeHint::with_exact(*left),
+            BodyDecoder::Chunked(_) | BodyDecoder::UntilClose => SizeHint::default(),
+        }
+    }
+}
+
+/// What came of waiting for a head.
+enum Head {
+    Request(ParsedRequest),
+    /// It must be refused, and the connection closed.
+    Refused(Rejection),
+    /// Nothing came for a while.
+    Idle,
+    /// The client has gone.
+    Over,
+}
+
+/// Why a connection stopped working.
+enum Pause {
+    /// There is nothing to do for now.
+    Idle,
+    /// It has ended.
+    Over,
+    /// Both sides speak to each other directly from here on.
+    Tunnel(Box<Tunnel>),
+}
+
+/// Two sides that are to be joined.
+struct Tunnel {
+    response: Response<()>,
+    far: Stream,
+    record: Record,
+    asked: Asked,
+}
+
+/// What the client may expect after this answer.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Afterwards {
+    KeepAlive,
+    Close,
+}
+
+/// What is known of a request once its answer is written.
+struct Asked {
+    method: Method,
+    version: Version,
+    keep_alive: bool,
+}
+
+/// One connection.
+pub struct Connection {
+    wire: Rc<Wire>,
+    story: Rc<Story>,
+    peer: Peer,
+    interim: Interim,
+    write: BytesMut,
+}
+
+impl Connection {
+    /// A connection whose first bytes, if any were read, are in `read`.
+    pub fn new(stream: Stream, read: BytesMut, guard: Guard, story: Rc<Story>, peer: Peer) -> Self {
+        let limits = *story.worker().limits();
+        let wire = Rc::new(Wire {
+            stream: RefCell::new(stream),
+            read: RefCell::new(read),
+            guard,
+            decoder: RefCell::new(BodyDecoder::Length(0)),
+            expects: Cell::new(false),
+            received: Cell::new(0),
+            broken: Cell::new(false),
+            next_read: Cell::new(FIRST_READ),
+            limit: limits.body_bytes,
+            stall: limits.stall_timeout,
+        });
+        Self { wire, story, peer, interim: Interim::default(), write: BytesMut::new() }
+    }
+
+    /// Serves requests until either side has had enough.
+    pub async fn serve(mut self) {
+        loop {
+            // The room that a request needs is boxed and given back while the connection is idle: thousands of idle
+            // connections cost little, and a busy one allocates it once.
+            match Box::pin(self.work()).await {
+                Pause::Idle => {}
+                Pause::Over => return,
+                Pause::Tunnel(tunnel) => return Box::pin(self.tunnel(*tunnel)).await,
+            }
+            if !self.park().await {
+                return;
+            }
+        }
+    }
+
+    /// Waits, without holding anything, until the client says something; `false` when it will not.
+    async fn park(&mut self) -> bool {
+        let wire = &self.wire;
+        *wire.read.borrow_mut() = BytesMut::new();
+        self.write = BytesMut::new();
+        wire.guard.arm(self.story.worker().limits().idle_timeout);
+        poll_fn(|cx| {
+            if self.story.worker().shutdown.reached(Phase::Drain) || wire.guard.poll_expired(cx).is_ready() {
+                return Poll::Ready(false);
+            }
+            wire.stream.borrow().poll_readable(cx).map(|ready| ready.is_ok())
+        })
+        .await
+    }
+
+    /// Serves requests as long as they follow each other closely.
+    async fn work(&mut self) -> Pause {
+        loop {
+            let request = match self.head().await {
+                Head::Request(request) => request,
+                Head::Refused(rejection) => return self.turn_down(&rejection).await,
+                Head::Idle => return Pause::Idle,
+                Head::Over => return Pause::Over,
+            };
+            let (request, asked) = match self.request(request) {
+                Ok(ready) => ready,
+                Err(rejection) => return self.turn_down(&rejection).await,
+            };
+            match self.answer(request).await {
+                None => return Pause::Over,
+                Some(Answer::Tunnel(response, far, record)) => {
+                    return Pause::Tunnel(Box::new(Tunnel { response, far, record, asked }));
+                }
+                Some(Answer::Response(response, record)) => {
+                    if self.finish(response, record, &asked).await == Afterwards::Close {
+                        return Pause::Over;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Answers bytes that are no request, and closes.
+    async fn turn_down(&mut self, rejection: &Rejection) -> Pause {
+        let asked = Asked { method: Method::GET, version: Version::HTTP_11, keep_alive: false };
+        if let Answer::Response(response, record) = self.story.refuse(rejection) {
+            self.finish(response, record, &asked).await;
+        }
+        Pause::Over
+    }
+
+    /// Waits for the next request's head.
+    async fn head(&mut self) -> Head {
+        let limits = *self.story.worker().limits();
+        let mut begun = !self.wire.read.borrow().is_empty();
+        self.wire.guard.arm(if begun { limits.header_timeout } else { PARK_AFTER });
+        loop {
+            if begun {
+                match http1::parse_request(&mut self.wire.read.borrow_mut(), limits.head) {
+                    Ok(Some(request)) => {
+                        self.wire.guard.disarm();
+                        return Head::Request(request);
+                    }
+                    Ok(None) => {}
+                    Err(error) => return Head::Refused(refuse(error)),
+                }
+            }
+            match poll_fn(|cx| self.poll_more(cx)).await {
+                Some(Ok(0) | Err(_)) => return Head::Over,
+                Some(Ok(_)) if !begun => {
+                    begun = true;
+                    self.wire.guard.arm(limits.header_timeout);
+                }
+                Some(Ok(_)) => {}
+                None if begun => return Head::Refused(Rejection::RequestTimeout(limits.header_timeout)),
+                None => return Head::Idle,
+            }
+        }
+    }
+
+    /// Reads more of a head; `None` when the time is up.
+    fn poll_more(&self, cx: &mut Context<'_>) -> Poll<Option<io::Result<usize>>> {
+        if let Poll::Ready(read) = self.wire.poll_fill(cx) {
+            return Poll::Ready(Some(read));
+        }
+        let worker = self.story.worker();
+        if worker.shutdown.reached(Phase::Drain) && self.wire.read.borrow().is_empty() {
+            return Poll::Ready(None);
+        }
+        self.wire.guard.poll_expired(cx).map(|()| None)
+    }
+
+    /// Makes a request of a head, with the body that follows it.
+    fn request(&self, head: ParsedRequest) -> Result<(Request<Body>, Asked), Rejection> {
+        let limits = self.story.worker().limits();
+        if head.method == Method::CONNECT && !self.story.takes_connect() {
+            return Err(Rejection::BadRequest("CONNECT is for the outbound port"));
+        }
+        let framing = http1::request_framing(head.version, &head.headers).map_err(refuse)?;
+        if let (Framing::Length(length), Some(limit)) = (framing, limits.body_bytes)
+            && length > limit
+        {
+            return Err(Rejection::BodyTooLarge { limit });
+        }
+        let wire = &self.wire;
+        wire.received.set(0);
+        wire.broken.set(false);
+        wire.next_read.set(FIRST_READ);
+        let waits = head.version == Version::HTTP_11
+            && framing != Framing::None
+            && headers::lists(&head.headers, &header::EXPECT, "100-continue");
+        wire.expects.set(waits);
+        let keep_alive = keeps_alive(head.version, &head.headers);
+        let mut read = wire.read.borrow_mut();
+        let body = match framing {
+            Framing::None | Framing::UntilClose => Body::Empty,
+            // All of it is here already: no stream is needed, and it can be sent again.
+            Framing::Length(length) if length <= read.len() as u64 => {
+                wire.expects.set(false);
+                wire.received.set(length);
+                Body::Full(read.split_to(usize::try_from(length).unwrap_or(0)).freeze())
+            }
+            Framing::Length(_) | Framing::Chunked => {
+                *wire.decoder.borrow_mut() = BodyDecoder::new(framing, limits.head);
+                wire.next_read.set(FIRST_READ * 2);
+                Body::stream(Incoming(Rc::clone(wire)))
+            }
+        };
+        if !matches!(body, Body::Stream(_)) {
+            *wire.decoder.borrow_mut() = BodyDecoder::Length(0);
+        }
+        let asked = Asked { method: head.method.clone(), version: head.version, keep_alive };
+        let mut request = Request::new(body);
+        *request.method_mut() = head.method;
+        *request.uri_mut() = head.uri;
+        *request.version_mut() = head.version;
+        *request.headers_mut() = head.headers;
+        Ok((request, asked))
+    }
+
+    /// Lets the story answer; `None` when the client went away or stalled meanwhile.
+    async fn answer(&mut self, request: Request<Body>) -> Option<Answer> {
+        let story = Rc::clone(&self.story);
+        let call = Call { request, peer: &self.peer, interim: &self.interim };
+        let mut walk = pin!(story.answer(call));
+        let (wire, interim, write) = (&self.wire, &self.interim, &mut self.write);
+        poll_fn(|cx| {
+            let walked = walk.as_mut().poll(cx);
+            for (status, headers) in interim.take() {
+                encode_status_line(status, write);
+                encode_headers(&headers, write);
+                write.put_slice(b"\r\n");
+            }
+            if !write.is_empty() {
+                let mut stream = wire.stream.borrow_mut();
+                match poll_write_all(&mut stream, write, &mut Bytes::new(), cx) {
+                    Poll::Ready(Err(_gone)) => return Poll::Ready(None),
+                    Poll::Ready(Ok(())) | Poll::Pending => {}
+                }
+            }
+            if let Poll::Ready(answer) = walked {
+                return Poll::Ready(Some(answer));
+            }
+            if wire.guard.poll_expired(cx).is_ready() || client_gone(wire, cx) {
+                return Poll::Ready(None);
+            }
+            Poll::Pending
+        })
+        .await
+    }
+
+    /// Writes an answer and says whether the connection can be used again.
+    async fn finish(&mut self, response: Response<Body>, record: Record, asked: &Asked) -> Afterwards {
+        let (parts, body) = response.into_parts();
+        let unread = !self.wire.decoder.borrow().is_done() || self.wire.broken.get();
+        let draining = self.story.worker().shutdown.reached(Phase::Drain);
+        let mut keep_alive = asked.keep_alive && !draining && !(unread && body_is_short(&body));
+        let framing = self.encode_head(parts.status, parts.headers, &body, asked, &mut keep_alive);
+        let written = self.write_body(body, framing).await;
+        self.wire.guard.disarm();
+        let Ok(written) = written else { return Afterwards::Close };
+        record.settle(self.wire.received.get(), written);
+        let complete = self.wire.decoder.borrow().is_done() && !self.wire.broken.get();
+        if keep_alive && complete {
+            return Afterwards::KeepAlive;
+        }
+        self.linger().await;
+        Afterwards::Close
+    }
+
+    /// Writes the head into the buffer and settles how the body is framed.
+    fn encode_head(
+        &mut self,
+        status: StatusCode,
+        mut head: HeaderMap,
+        body: &Body,
+        asked: &Asked,
+        keep_alive: &mut bool,
+    ) -> Framing {
+        let write = &mut self.write;
+        let bodiless = asked.method == Method::HEAD
+            || status == StatusCode::NO_CONTENT
+            || status == StatusCode::NOT_MODIFIED
+            || status.is_informational();
+        let declared = head.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+        let framing = match (bodiless, body.exact_len(), declared) {
+            (true, ..) => Framing::None,
+            (false, Some(length), _) => {
+                if declared != Some(length) {
+                    head.insert(header::CONTENT_LENGTH, length.into());
+                }
+                Framing::Length(length)
+            }
+            (false, None, Some(length)) => Framing::Length(length),
+            (false, None, None) if asked.version == Version::HTTP_11 => Framing::Chunked,
+            (false, None, None) => {
+                *keep_alive = false;
+                Framing::UntilClose
+            }
+        };
+        encode_status_line(status, write);
+        encode_headers(&head, write);
+        if framing == Framing::Chunked {
+            write.put_slice(b"transfer-encoding: chunked\r\n");
+        }
+        if !*keep_alive {
+            write.put_slice(b"connection: close\r\n");
+        } else if asked.version == Version::HTTP_10 {
+            write.put_slice(b"connection: keep-alive\r\n");
+        }
+        write.put_slice(b"\r\n");
+        framing
+    }
+
+    /// Writes what is in the buffer, then the body; how many bytes of body that were.
+    async fn write_body(&mut self, mut body: Body, framing: Framing) -> io::Result<u64> {
+        if framing == Framing::None {
+            // The answer to HEAD may still have a body on its way to us; it ends here.
+            self.flush(Bytes::new()).await?;
+            return Ok(0);
+        }
+        if let Body::Full(bytes) = &mut body {
+            let bytes = std::mem::take(bytes);
+            let length = bytes.len() as u64;
+            if bytes.len() <= SMALL_BODY {
+                self.write.put_slice(&bytes);
+                self.flush(Bytes::new()).await?;
+            } else {
+                self.flush(bytes).await?;
+            }
+            return Ok(length);
+        }
+        let mut written = 0;
+        let mut body = Pin::new(&mut body);
+        loop {
+            let frame = match poll_fn(|cx| Poll::Ready(body.as_mut().poll_frame(cx))).await {
+                Poll::Ready(frame) => frame,
+                Poll::Pending => {
+                    // Nothing to add for now: the client gets what there is.
+                    self.flush(Bytes::new()).await?;
+                    poll_fn(|cx| match body.as_mut().poll_frame(cx) {
+                        Poll::Ready(frame) => Poll::Ready(Ok(frame)),
+                        Poll::Pending if client_gone(&self.wire, cx) => {
+                            Poll::Ready(Err(io::Error::from(io::ErrorKind::ConnectionAborted)))
+                        }
+                        Poll::Pending => Poll::Pending,
+                    })
+                    .await?
+                }
+            };
+            match frame {
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(data) => {
+                        written += data.len() as u64;
+                        if framing == Framing::Chunked {
+                            http1::encode_chunk(&data, &mut self.write);
+                            self.flush(Bytes::new()).await?;
+                        } else {
+                            self.flush(data).await?;
+                        }
+                    }
+                    Err(frame) => {
+                        if framing == Framing::Chunked {
+                            http1::encode_last_chunk(frame.trailers_ref(), &mut self.write);
+                            self.flush(Bytes::new()).await?;
+                            return Ok(written);
+                        }
+                    }
+                },
+                None => break,
+                // The end must look like no end: without the last chunk the client knows that something is missing.
+                Some(Err(_broken)) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            }
+        }
+        match framing {
+            Framing::Chunked => http1::encode_last_chunk(None, &mut self.write),
+            Framing::Length(length) if length != written => {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            Framing::Length(_) | Framing::None | Framing::UntilClose => {}
+        }
+        self.flush(Bytes::new()).await?;
+        Ok(written)
+    }
+
+    /// Writes the buffer and then `frame`, and flushes; gives up when the client takes nothing for too long.
+    async fn flush(&mut self, mut frame: Bytes) -> io::Result<()> {
+        let (wire, write) = (&self.wire, &mut self.write);
+        let mut left = usize::MAX;
+        poll_fn(|cx| {
+            let mut stream = wire.stream.borrow_mut();
+            match poll_write_all(&mut stream, write, &mut frame, cx) {
+                Poll::Ready(done) => Poll::Ready(done),
+                Poll::Pending => {
+                    let now = write.len() + frame.len();
+                    if now < left {
+                        left = now;
+                        wire.guard.arm(wire.stall);
+                    }
+                    match wire.guard.poll_expired(cx) {
+                        Poll::Ready(()) => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
+                        Poll::Pending => Poll::Pending,
+                    }
+                }
+            }
+        })
+        .await
+    }
+
+    /// Hands both sides to each other.
+    async fn tunnel(mut self, tunnel: Tunnel) {
+        let Tunnel { response, far, record, asked } = tunnel;
+        let (parts, ()) = response.into_parts();
+        encode_status_line(parts.status, &mut self.write);
+        if asked.method != Method::CONNECT {
+            encode_headers(&parts.headers, &mut self.write);
+        }
+        self.write.put_slice(b"\r\n");
+        if self.flush(Bytes::new()).await.is_err() {
+            return;
+        }
+        let shutdown = self.story.worker().shutdown.clone();
+        let Ok(wire) = Rc::try_unwrap(self.wire) else { return };
+        let early = wire.read.into_inner().freeze();
+        let near = wire.stream.into_inner().with_prefix(early);
+        drop(wire.guard);
+        Box::pin(tunnel::join(near, far, record, &shutdown)).await;
+    }
+
+    /// Says that no more will come, then listens a little: a close with unread bytes would send a reset, which can
+    /// overtake the answer (RFC 9112 §9.6).
+    async fn linger(&self) {
+        let wire = &self.wire;
+        wire.guard.arm(LINGER);
+        wire.next_read.set(FIRST_READ);
+        poll_fn(|cx| {
+            let ended = Pin::new(&mut *wire.stream.borrow_mut()).poll_shutdown(cx);
+            match ended {
+                Poll::Pending if wire.guard.poll_expired(cx).is_pending() => Poll::Pending,
+                Poll::Pending | Poll::Ready(_) => Poll::Ready(()),
+            }
+        })
+        .await;
+        poll_fn(|cx| {
+            loop {
+                wire.read.borrow_mut().clear();
+                match wire.poll_fill(cx) {
+                    Poll::Ready(Ok(0) | Err(_)) => return Poll::Ready(()),
+                    Poll::Ready(Ok(_)) => {}
+                    Poll::Pending => return wire.guard.poll_expired(cx),
+                }
+                if wire.guard.is_expired() {
+                    return Poll::Ready(());
+                }
+            }
+        })
+        .await;
+    }
+}
+
+/// Whether waiting for the rest of a request's body would keep an answer that is complete already.
+fn body_is_short(body: &Body) -> bool {
+    !matches!(body, Body::Stream(_))
+}
+
+/// Writes the buffer and then `frame`, and flushes.
+fn poll_write_all(
+    stream: &mut Stream,
+    write: &mut BytesMut,
+    frame: &mut Bytes,
+    cx: &mut Context<'_>,
+) -> Poll<io::Result<()>> {
+    let mut stream = Pin::new(stream);
+    while write.has_remaining() || frame.has_remaining() {
+        let written = match (write.is_empty(), frame.is_empty()) {
+            (true, _) => ready!(stream.as_mut().poll_write(cx, frame))?,
+            (_, true) => ready!(stream.as_mut().poll_write(cx, write))?,
+            (false, false) => {
+                let slices = [IoSlice::new(write), IoSlice::new(frame)];
+                ready!(stream.as_mut().poll_write_vectored(cx, &slices))?
+            }
+        };
+        if written == 0 {
+            return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+        }
+        let of_buffer = written.min(write.len());
+        write.advance(of_buffer);
+        frame.advance(written - of_buffer);
+    }
+    stream.poll_flush(cx)
+}
+
+/// Whether the client has closed the connection while its request is being answered. What it sends ahead is kept for
+/// later, up to a bound.
+fn client_gone(wire: &Wire, cx: &mut Context<'_>) -> bool {
+    if !wire.decoder.borrow().is_done() || wire.read.borrow().len() >= READ_AHEAD {
+        return false;
+    }
+    loop {
+        match wire.poll_fill(cx) {
+            Poll::Ready(Ok(0) | Err(_)) => return true,
+            Poll::Ready(Ok(_)) if wire.read.borrow().len() < READ_AHEAD => {}
+            Poll::Ready(Ok(_)) | Poll::Pending => return false,
+        }
+    }
+}
+
+/// RFC 9112 §9.3.
+fn keeps_alive(version: Version, map: &HeaderMap) -> bool {
+    if version == Version::HTTP_10 {
+        return headers::lists(map, &header::CONNECTION, "keep-alive");
+    }
+    !headers::lists(map, &header::CONNECTION, "close")
+}
+
+fn refuse(error: HeadError) -> Rejection {
+    match error {
+        HeadError::TooLarge(limits) => {
+            Rejection::HeadersTooLarge { bytes: limits.bytes, headers: limits.headers }
+        }
+        HeadError::LineEnd => Rejection::BadRequest("a line of the head does not end in CR LF"),
+        HeadError::Grammar(what) => Rejection::BadRequest(what),
+        HeadError::Version => Rejection::BadRequest("the version is neither HTTP/1.0 nor HTTP/1.1"),
+        HeadError::Host => Rejection::BadRequest("a request has exactly one host header"),
+        HeadError::Length => Rejection::BadRequest("the length of the body is ambiguous"),
+        HeadError::Coding => Rejection::BadRequest("the only transfer coding is chunked"),
+    }
+}

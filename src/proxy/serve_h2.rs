@@ -1,0 +1,372 @@
+//! HTTP/2 with a client: one task drives the connection, one per stream answers its request.
+//!
+//! Floods are bounded by what RFC 9113 §10.5 leaves to us: streams, header bytes, and how many streams a client may
+//! reset before they were answered (rapid reset, CVE-2023-44487).
+
+use std::{
+    cell::Cell,
+    future::poll_fn,
+    pin::{Pin, pin},
+    rc::Rc,
+    task::{Context, Poll, ready},
+};
+
+use bytes::Bytes;
+use h2::{
+    Reason, RecvStream, SendStream,
+    server::{Builder, SendResponse},
+};
+use http::{HeaderMap, Method, Request, Response, Version, header};
+use http_body::{Body as _, Frame, SizeHint};
+
+use crate::{
+    net::Stream,
+    proxy::{
+        reject::Rejection,
+        story::Story,
+        worker::{Answer, Call, Peer},
+    },
+    runtime::{self, Guard, Phase},
+    wire::{Body, BodyError, Interim},
+};
+
+/// Window of one stream. 1 MiB carries 100 Mbit/s over a round trip of 80 ms.
+const STREAM_WINDOW: u32 = 1024 * 1024;
+/// Window of a connection, over all its streams.
+const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
+/// What may wait to be written per stream.
+const SEND_BUFFER: usize = 512 * 1024;
+/// Streams that a client may reset before we have seen them, and streams that we reset for its errors, before the
+/// connection is ended; Envoy's bound is 500 premature resets.
+const RESETS: usize = 100;
+
+/// Serves a connection until either side has had enough.
+pub async fn serve(stream: Stream, guard: Guard, story: Rc<Story>, peer: Peer) {
+    let limits = *story.worker().limits();
+    let header_bytes = u32::try_from(limits.head.bytes).unwrap_or(u32::MAX);
+    guard.arm(limits.header_timeout);
+    let shake = Builder::new()
+        .initial_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_send_buffer_size(SEND_BUFFER)
+        .max_concurrent_streams(limits.streams)
+        .max_header_list_size(header_bytes)
+        .max_pending_accept_reset_streams(RESETS)
+        .max_local_error_reset_streams(Some(RESETS))
+        .handshake::<_, Bytes>(stream);
+    let mut connection = tokio::select! {
+        shaken = shake => match shaken {
+            Ok(connection) => connection,
+            Err(error) => return tracing::debug!(%error, "an HTTP/2 connection did not begin"),
+        },
+        () = guard.expired() => return,
+    };
+    let peer = Rc::new(peer);
+    let open = Rc::new(Cell::new(0usize));
+    let mut leaving = false;
+    guard.arm(limits.idle_timeout);
+    loop {
+        let next = poll_fn(|cx| {
+            if let Poll::Ready(accepted) = connection.poll_accept(cx) {
+                return Poll::Ready(Next::Stream(Box::new(accepted)));
+            }
+            if !leaving && story.worker().shutdown.reached(Phase::Drain) {
+                return Poll::Ready(Next::Leave);
+            }
+            match guard.poll_expired(cx) {
+                Poll::Ready(()) if open.get() > 0 => Poll::Ready(Next::Busy),
+                Poll::Ready(()) => Poll::Ready(Next::Leave),
+                Poll::Pending => Poll::Pending,
+            }
+        })
+        .await;
+        match next {
+            Next::Stream(accepted) => match *accepted {
+                Some(Ok((request, respond))) => {
+                    guard.arm(limits.idle_timeout);
+                    let seat = Seat::take(&open);
+                    let (story, peer) = (Rc::clone(&story), Rc::clone(&peer));
+                    runtime::spawn_local("h2-stream", async move {
+                        answer(request, respond, &story, &peer).await;
+                        drop(seat);
+                    });
+                }
+                Some(Err(error)) => return tracing::debug!(%error, "an HTTP/2 connection ended"),
+                None => return,
+            },
+            Next::Busy => guard.arm(limits.idle_timeout),
+            Next::Leave if leaving => return,
+            Next::Leave => {
+                leaving = true;
+                connection.graceful_shutdown();
+                guard.arm(limits.idle_timeout);
+            }
+        }
+    }
+}
+
+/// What a connection has to attend to.
+enum Next {
+    Stream(Box<Option<Result<(Request<RecvStream>, SendResponse<Bytes>), h2::Error>>>),
+    /// Idle for too long, but for streams that are open.
+    Busy,
+    /// Idle for too long, or we are draining.
+    Leave,
+}
+
+/// Counts an open stream.
+struct Seat(Rc<Cell<usize>>);
+
+impl Seat {
+    fn take(open: &Rc<Cell<usize>>) -> Self {
+        open.set(open.get() + 1);
+        Self(Rc::clone(open))
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.0.set(self.0.get().saturating_sub(1));
+    }
+}
+
+/// Answers one request.
+async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>, story: &Rc<Story>, peer: &Peer) {
+    let received = Rc::new(Cell::new(0));
+    let method = request.method().clone();
+    if method == Method::CONNECT {
+        let refusal = story.refuse(&Rejection::BadRequest("CONNECT is for HTTP/1.1 on the outbound port"));
+        return finish(refusal, &mut respond, &method, 0).await;
+    }
+    let limit = story.worker().limits().body_bytes;
+    let (mut parts, stream) = request.into_parts();
+    parts.version = Version::HTTP_2;
+    join_cookies(&mut parts.headers);
+    let length = parts.headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+    if let (Some(length), Some(limit)) = (length, limit)
+        && length > limit
+    {
+        return finish(story.refuse(&Rejection::BodyTooLarge { limit }), &mut respond, &method, 0).await;
+    }
+    let incoming = Incoming { stream, received: Rc::clone(&received), limit, length, trailers: false };
+    let body = gather(incoming).await;
+    let interim = Interim::default();
+    let call = Call { request: Request::from_parts(parts, body), peer, interim: &interim };
+    let mut walk = pin!(story.answer(call));
+    let walked = poll_fn(|cx| {
+        let walked = walk.as_mut().poll(cx);
+        for (status, headers) in interim.take() {
+            let mut early = Response::new(());
+            *early.status_mut() = status;
+            *early.headers_mut() = headers;
+            if let Err(error) = respond.send_informational(early) {
+                tracing::trace!(%error, "an interim response could not be sent");
+            }
+        }
+        match walked {
+            Poll::Ready(answer) => Poll::Ready(Some(answer)),
+            // Whoever resets the stream no longer waits for the answer.
+            Poll::Pending => respond.poll_reset(cx).map(|_reason| None),
+        }
+    })
+    .await;
+    if let Some(answer) = walked {
+        finish(answer, &mut respond, &method, received.get()).await;
+    }
+}
+
+/// Sends an answer and settles its record.
+async fn finish(answer: Answer, respond: &mut SendResponse<Bytes>, method: &Method, received: u64) {
+    let Answer::Response(response, record) = answer else {
+        // Upgrades are asked for in HTTP/1.1 only, so no tunnel comes back here.
+        return respond.send_reset(Reason::INTERNAL_ERROR);
+    };
+    let (mut parts, body) = response.into_parts();
+    parts.version = Version::HTTP_2;
+    if let (false, Some(length)) = (parts.headers.contains_key(header::CONTENT_LENGTH), body.exact_len())
+        && length > 0
+    {
+        parts.headers.insert(header::CONTENT_LENGTH, length.into());
+    }
+    let ends = body.is_empty() || *method == Method::HEAD;
+    let stream = match respond.send_response(Response::from_parts(parts, ()), ends) {
+        Ok(stream) => stream,
+        Err(error) => return tracing::debug!(%error, "an answer could not be sent"),
+    };
+    let sent = if ends { Some(0) } else { send_body(stream, body).await };
+    if let Some(sent) = sent {
+        record.settle(received, sent);
+    }
+}
+
+/// Sends a body; `None` when it or the client broke off.
+async fn send_body(mut stream: SendStream<Bytes>, mut body: Body) -> Option<u64> {
+    let mut sent = 0;
+    loop {
+        let next = poll_fn(|cx| {
+            let mut body = Pin::new(&mut body);
+            match body.as_mut().poll_frame(cx) {
+                Poll::Ready(frame) => Poll::Ready(Some(frame)),
+                Poll::Pending => stream.poll_reset(cx).map(|_reason| None),
+            }
+        })
+        .await?;
+        match next {
+            Some(Ok(frame)) => match frame.into_data() {
+                Ok(data) => {
+                    sent += data.len() as u64;
+                    let last = body.is_empty();
+                    send_data(&mut stream, data, last).await?;
+                    if last {
+                        return Some(sent);
+                    }
+                }
+                Err(frame) => {
+                    let trailers = frame.into_trailers().unwrap_or_default();
+                    return stream.send_trailers(trailers).ok().map(|()| sent);
+                }
+            },
+            None => return stream.send_data(Bytes::new(), true).ok().map(|()| sent),
+            Some(Err(_broken)) => {
+                stream.send_reset(Reason::INTERNAL_ERROR);
+                return None;
+            }
+        }
+    }
+}
+
+/// Sends one piece as the window allows.
+async fn send_data(stream: &mut SendStream<Bytes>, mut data: Bytes, last: bool) -> Option<()> {
+    // What fits is sent at once: small answers never wait.
+    while !data.is_empty() {
+        stream.reserve_capacity(data.len());
+        let room = if stream.capacity() >= data.len() {
+            data.len()
+        } else {
+            poll_fn(|cx| stream.poll_capacity(cx)).await?.ok()?
+        };
+        let piece = data.split_to(room.min(data.len()));
+        let ends = last && data.is_empty();
+        stream.send_data(piece, ends).ok()?;
+    }
+    Some(())
+}
+
+/// RFC 9113 §8.2.3: cookies that came in several lines are one header again for everybody else.
+fn join_cookies(headers: &mut HeaderMap) {
+    if headers.get_all(header::COOKIE).iter().nth(1).is_none() {
+        return;
+    }
+    let lines: Vec<&[u8]> = headers.get_all(header::COOKIE).iter().map(http::HeaderValue::as_bytes).collect();
+    if let Ok(joined) = http::HeaderValue::from_bytes(&lines.join(&b"; "[..])) {
+        headers.insert(header::COOKIE, joined);
+    }
+}
+
+/// The body of a request.
+struct Incoming {
+    stream: RecvStream,
+    received: Rc<Cell<u64>>,
+    limit: Option<u64>,
+    length: Option<u64>,
+    trailers: bool,
+}
+
+impl Incoming {
+    fn took(&mut self, data: &Bytes) -> Result<(), BodyError> {
+        let received = self.received.get() + data.len() as u64;
+        self.received.set(received);
+        if let Some(limit) = self.limit.filter(|limit| received > *limit) {
+            return Err(BodyError::TooLarge { limit });
+        }
+        let released = self.stream.flow_control().release_capacity(data.len());
+        released.map_err(|_source| BodyError::Incomplete)
+    }
+}
+
+/// A small request is usually here in full when its head is.
+async fn gather(mut body: Incoming) -> Body {
+    if body.stream.is_end_stream() {
+        return Body::Empty;
+    }
+    let first = poll_fn(|cx| Poll::Ready(body.stream.poll_data(cx))).await;
+    if let Poll::Ready(Some(Ok(data))) = first {
+        return match body.took(&data) {
+            Ok(()) if body.stream.is_end_stream() => data.into(),
+            Ok(()) => Body::stream(Prepended { first: Some(Ok(data)), rest: body }),
+            Err(error) => Body::stream(Prepended { first: Some(Err(error)), rest: body }),
+        };
+    }
+    Body::stream(body)
+}
+
+impl http_body::Body for Incoming {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let this = &mut *self;
+        if !this.trailers {
+            match ready!(this.stream.poll_data(cx)) {
+                Some(Ok(data)) => {
+                    let taken = this.took(&data);
+                    return Poll::Ready(Some(taken.map(|()| Frame::data(data))));
+                }
+                Some(Err(_)) => return Poll::Ready(Some(Err(BodyError::Incomplete))),
+                None => this.trailers = true,
+            }
+        }
+        match ready!(this.stream.poll_trailers(cx)) {
+            Ok(Some(trailers)) => Poll::Ready(Some(Ok(Frame::trailers(trailers)))),
+            Ok(None) => Poll::Ready(None),
+            Err(_) => Poll::Ready(Some(Err(BodyError::Incomplete))),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.stream.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        // h2 holds the peer to its content-length.
+        self.length.map_or_else(SizeHint::default, |length| {
+            SizeHint::with_exact(length.saturating_sub(self.received.get()))
+        })
+    }
+}
+
+/// A frame that was read early, then the rest.
+struct Prepended {
+    first: Option<Result<Bytes, BodyError>>,
+    rest: Incoming,
+}
+
+impl http_body::Body for Prepended {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match self.first.take() {
+            Some(first) => Poll::Ready(Some(first.map(Frame::data))),
+            None => Pin::new(&mut self.rest).poll_frame(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.first.is_none() && self.rest.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let early = self.first.as_ref().and_then(|first| first.as_ref().ok()).map_or(0, Bytes::len);
+        self.rest.length.map_or_else(SizeHint::default, |length| {
+            let left = length.saturating_sub(self.rest.received.get());
+            SizeHint::with_exact(left + early as u64)
+        })
+    }
+}

@@ -1,0 +1,57 @@
+//! Which of the three stories a listener tells.
+
+use std::rc::Rc;
+
+use http::Method;
+
+use crate::proxy::{
+    edge::Edge,
+    inbound::Inbound,
+    outbound::Outbound,
+    reject::Rejection,
+    worker::{Answer, Call, Worker, refused},
+};
+
+/// What a listener does with requests.
+pub enum Story {
+    /// Calls of the local application.
+    Outbound(Rc<Worker>, Outbound),
+    /// Calls for the local application.
+    Inbound(Rc<Worker>, Inbound),
+    /// Calls for every service of a place.
+    Edge(Rc<Worker>, Edge),
+}
+
+impl Story {
+    /// Answers one request.
+    pub async fn answer(&self, call: Call<'_>) -> Answer {
+        match self {
+            Self::Outbound(_, outbound) => outbound.answer(call).await,
+            Self::Inbound(_, inbound) => inbound.answer(call).await,
+            Self::Edge(_, edge) => edge.answer(call).await,
+        }
+    }
+
+    /// The worker that tells it.
+    pub fn worker(&self) -> &Rc<Worker> {
+        match self {
+            Self::Outbound(worker, _) | Self::Inbound(worker, _) | Self::Edge(worker, _) => worker,
+        }
+    }
+
+    /// The answer to bytes that never became a request.
+    pub fn refuse(&self, rejection: &Rejection) -> Answer {
+        let worker = self.worker();
+        let desk = match self {
+            Self::Outbound(..) => &worker.outbound_desk,
+            Self::Inbound(..) | Self::Edge(..) => &worker.inbound_desk,
+        };
+        let record = desk.open(&Method::GET, &http::Uri::default());
+        refused(rejection, None, false, record)
+    }
+
+    /// Whether `CONNECT` means something here.
+    pub fn takes_connect(&self) -> bool {
+        matches!(self, Self::Outbound(..))
+    }
+}

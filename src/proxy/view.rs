@@ -1,0 +1,479 @@
+//! One worker's view of the project: the snapshot, with everything resolved that a request would otherwise look up.
+//!
+//! A view is built on the worker when the snapshot changes and replaced whole; requests that began on the old one end
+//! on it. Pools, vitals and budgets outlive views: an endpoint that did not change keeps its warm connections.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    net::SocketAddr,
+    rc::Rc,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use foldhash::fast::RandomState;
+use http::{
+    HeaderValue,
+    uri::{Authority, Scheme as UriScheme},
+};
+use tokio::time::Instant;
+
+use crate::{
+    api::Catalog,
+    balance::{Aim, Budget, Candidate, Picker, Tick, Vitals},
+    cost::{Kind, Leg, Meter, Path, PathKey, PriceBook, Site},
+    identity::{Grant, NotPermitted, Slot, Strictness, Tokens, permits},
+    model::{
+        AuthMethod, Circuit, Endpoint, EndpointId, EndpointState, Networking, NetworkMode, Origin, Place, Protocol,
+        Routing, Scheme, Service, ServiceName, Timeouts, Zone,
+    },
+    net::{ClientTls, Resolver, Tally},
+    proxy::{
+        record::Series,
+        settings::{App, Role, Settings},
+    },
+    runtime::Clock,
+    telemetry::{Direction, Registry},
+    upstream::{Connector, Pool, PoolSettings},
+};
+
+/// What every worker of a process shares about endpoints: one [`Vitals`] each, one [`Budget`] per service.
+#[derive(Debug)]
+pub struct Ward {
+    zero: Instant,
+    vitals: Mutex<HashMap<String, Arc<Vitals>>>,
+    budgets: Mutex<HashMap<ServiceName, Arc<Budget>>>,
+}
+
+impl Default for Ward {
+    fn default() -> Self {
+        Self { zero: Instant::now(), vitals: Mutex::default(), budgets: Mutex::default() }
+    }
+}
+
+impl Ward {
+    /// The moment `now`, as the balance counts time.
+    #[must_use]
+    pub fn tick(&self, now: Instant) -> Tick {
+        Tick::since(self.zero, now)
+    }
+
+    fn vitals(&self, key: String) -> Arc<Vitals> {
+        let now = self.tick(Instant::now());
+        let mut known = self.vitals.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(known.entry(key).or_insert_with(|| Arc::new(Vitals::new(now))))
+    }
+
+    fn budget(&self, service: &ServiceName) -> Arc<Budget> {
+        let mut known = self.budgets.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(known.entry(service.clone()).or_insert_with(|| Arc::new(Budget::for_retries())))
+    }
+}
+
+/// One way to one endpoint.
+pub struct Target {
+    /// The endpoint.
+    pub id: EndpointId,
+    /// How it is reached.
+    pub mode: NetworkMode,
+    /// What `host` says there; `None`: what the client said.
+    pub host: Option<HeaderValue>,
+    /// The same for HTTP/2.
+    pub authority: Authority,
+    /// `http` or `https`.
+    pub scheme: UriScheme,
+    /// Whether it wants a token, and the way there is fit for one.
+    pub takes_token: bool,
+    /// This worker's connections.
+    pub pool: Rc<Pool>,
+    /// What the process knows about it.
+    pub vitals: Arc<Vitals>,
+}
+
+/// One service as this worker calls it.
+pub struct Cluster {
+    /// Its name.
+    pub service: ServiceName,
+    /// Whether this proxy's service may speak to it.
+    pub grant: Result<Grant, NotPermitted>,
+    /// Where its token is.
+    pub token: Option<Arc<Slot>>,
+    /// The ways there, in the order of `candidates`.
+    pub targets: Vec<Rc<Target>>,
+    /// The same for the choice.
+    pub candidates: Vec<Candidate>,
+    /// What a good choice is.
+    pub aim: Aim,
+    /// This worker's memory of its choices.
+    pub picker: RefCell<Picker>,
+    /// How long things may take.
+    pub timeouts: Timeouts,
+    /// Attempts in all.
+    pub max_attempts: u32,
+    /// The pause between two attempts.
+    pub backoff: (Duration, Duration),
+    /// What retries may spend.
+    pub budget: Arc<Budget>,
+    /// Counts the calls.
+    pub series: Rc<Series>,
+    /// Why there may be no target.
+    pub absence: &'static str,
+}
+
+/// A worker's view of the project.
+pub struct View {
+    /// What it was made from.
+    pub catalog: Arc<Catalog>,
+    clusters: HashMap<ServiceName, Rc<Cluster>, RandomState>,
+    /// Authority of an endpoint's `url` → its service.
+    hosts: HashMap<Box<str>, ServiceName, RandomState>,
+    /// Whether missing grants refuse, as of the last look.
+    pub strictness: Cell<Strictness>,
+}
+
+impl View {
+    /// The service with this name.
+    #[must_use]
+    pub fn cluster(&self, name: &str) -> Option<&Rc<Cluster>> {
+        self.clusters.get(name)
+    }
+
+    /// The service one of whose endpoints has this host (and port, where it is not the scheme's own).
+    #[must_use]
+    pub fn service_of(&self, authority: &str) -> Option<&ServiceName> {
+        self.hosts.get(authority)
+    }
+
+    /// Every name there is.
+    pub fn names(&self) -> impl Iterator<Item = &ServiceName> {
+        self.catalog.project.services.keys()
+    }
+
+    /// Closes connections that are too old or unused for too long.
+    pub fn prune(&self, now: Instant) {
+        for target in self.clusters.values().flat_map(|cluster| &cluster.targets) {
+            target.pool.prune(now);
+        }
+    }
+}
+
+/// Counts a connection's bytes on the path it takes.
+struct OnPath {
+    path: Path,
+    kind: Kind,
+}
+
+impl Tally for OnPath {
+    fn sent(&self, bytes: usize) {
+        self.path.add(Leg::Request, self.kind, bytes as u64);
+    }
+
+    fn received(&self, bytes: usize) {
+        self.path.add(Leg::Response, self.kind, bytes as u64);
+    }
+}
+
+/// What identifies a pool that may be kept when the snapshot changes.
+type PoolKey = (ServiceName, EndpointId, Origin, Origin, NetworkMode, Protocol);
+
+/// Builds views on one worker.
+pub struct Surveyor {
+    /// The proxy's settings.
+    pub settings: Arc<Settings>,
+    /// What the workers share.
+    pub ward: Arc<Ward>,
+    /// Where tokens come from.
+    pub tokens: Arc<Tokens>,
+    /// Whom TLS trusts.
+    pub tls: Arc<ClientTls>,
+    /// Names to addresses.
+    pub resolver: Resolver,
+    /// The proxy's own listeners.
+    pub own: Arc<[SocketAddr]>,
+    /// Counts bytes.
+    pub meter: Arc<Meter>,
+    /// Counts requests.
+    pub registry: Arc<Registry>,
+    /// The pools of the last view.
+    pub pools: RefCell<HashMap<PoolKey, Rc<Pool>>>,
+    /// The series of the last view.
+    pub series: RefCell<HashMap<ServiceName, Rc<Series>>>,
+}
+
+/// One way to an endpoint, before anything is made for it.
+struct Way<'a> {
+    endpoint: &'a Endpoint,
+    address: &'a Origin,
+    mode: NetworkMode,
+    /// Fallback ways rank behind all others.
+    fallback: bool,
+    local: bool,
+}
+
+/// Added to the rank of a way that is only a fallback.
+const FALLBACK_RANK: u8 = 100;
+
+impl Surveyor {
+    /// The view of a snapshot.
+    #[must_use]
+    pub fn survey(&self, catalog: Arc<Catalog>) -> Rc<View> {
+        let strictness = Strictness::at(&catalog.project.mode, Clock::system().now());
+        let mut kept = HashMap::new();
+        let clusters = catalog
+            .project
+            .services
+            .iter()
+            .map(|(name, service)| {
+                let cluster = self.cluster(&catalog, name, service, strictness, &mut kept);
+                (name.clone(), Rc::new(cluster))
+            })
+            .collect();
+        let hosts = catalog.project.services.iter().flat_map(|(name, service)| {
+            service.endpoints.iter().map(|it| (it.url.authority().into(), name.clone()))
+        });
+        let hosts = hosts.collect();
+        // Pools that no endpoint uses any more end with the requests that still hold them.
+        *self.pools.borrow_mut() = kept;
+        Rc::new(View { hosts, clusters, catalog, strictness: Cell::new(strictness) })
+    }
+
+    fn cluster(
+        &self,
+        catalog: &Catalog,
+        name: &ServiceName,
+        service: &Service,
+        strictness: Strictness,
+        kept: &mut HashMap<PoolKey, Rc<Pool>>,
+    ) -> Cluster {
+        let mut absence = "it has no endpoints";
+        let ways = self.ways(&catalog.project.networking, service, &mut absence);
+        let mut targets = Vec::new();
+        let mut candidates = Vec::new();
+        for way in ways {
+            match self.target(name, service, &way, kept) {
+                Some((target, candidate)) => {
+                    targets.push(Rc::new(target));
+                    candidates.push(candidate);
+                }
+                None => absence = "its address cannot be used",
+            }
+        }
+        let wants_token = targets.iter().any(|target| target.takes_token);
+        Cluster {
+            service: name.clone(),
+            grant: permits(&catalog.project, &self.settings.service, name, strictness),
+            token: (wants_token && self.settings.role != Role::Edge).then(|| self.tokens.slot(name)),
+            targets,
+            candidates,
+            aim: Aim::new(&service.routing, &service.circuit),
+            picker: RefCell::default(),
+            timeouts: service.timeouts.clone(),
+            max_attempts: service.retries.max_attempts.max(1),
+            backoff: (service.retries.backoff.base, service.retries.backoff.max),
+            budget: self.ward.budget(name),
+            series: self.series_of(name),
+            absence,
+        }
+    }
+
+    fn series_of(&self, name: &ServiceName) -> Rc<Series> {
+        let mut known = self.series.borrow_mut();
+        let made = || Series::new(&self.registry, Direction::Outbound, self.settings.service.as_str(), name.as_str());
+        Rc::clone(known.entry(name.clone()).or_insert_with(made))
+    }
+
+    /// Every way from here to an endpoint of the service, preferred ones first.
+    fn ways<'a>(
+        &self,
+        networking: &Networking,
+        service: &'a Service,
+        absence: &mut &'static str,
+    ) -> Vec<Way<'a>> {
+        let mut ways = Vec::new();
+        for endpoint in &service.endpoints {
+            let Some(here) = &self.settings.place else {
+                // Without a place (a laptop) everything is far away and public.
+                ways.push(Way { endpoint, address: &endpoint.url, mode: NetworkMode::Public, fallback: false, local: false });
+                continue;
+            };
+            if *here == endpoint.place {
+                let (address, mode) = endpoint.local_address();
+                // An edge never dials a host it serves itself.
+                if self.settings.role == Role::Edge && mode == NetworkMode::Public {
+                    *absence = "its endpoint here has neither private_url nor internal_url for the edge to use";
+                    continue;
+                }
+                ways.push(Way { endpoint, address, mode, fallback: false, local: true });
+                continue;
+            }
+            if !networking.multi_cloud {
+                *absence = "it has no endpoint in this place, and multi_cloud is off";
+                continue;
+            }
+            let (mode, fallback) = networking.modes(here, &endpoint.place);
+            let modes = [(Some(mode), false), (fallback, true)];
+            for (mode, fallback) in modes.into_iter().filter_map(|(mode, fallback)| Some((mode?, fallback))) {
+                match endpoint.address(mode) {
+                    Some(address) => ways.push(Way { endpoint, address, mode, fallback, local: false }),
+                    None => *absence = "it has no address for the network mode between the places",
+                }
+            }
+        }
+        ways
+    }
+
+    fn target(
+        &self,
+        name: &ServiceName,
+        service: &Service,
+        way: &Way<'_>,
+        kept: &mut HashMap<PoolKey, Rc<Pool>>,
+    ) -> Option<(Target, Candidate)> {
+        let outbound = self.settings.outbound.as_ref();
+        // Cross-cloud calls may go through this cloud's own edge.
+        let edge = outbound.and_then(|outbound| outbound.via.as_ref()).filter(|_| {
+            self.settings.place.as_ref().is_some_and(|here| here.provider() != way.endpoint.place.provider())
+        });
+        let address = edge.unwrap_or(way.address);
+        let named = edge.unwrap_or(&way.endpoint.url);
+        let key = (
+            name.clone(),
+            way.endpoint.id.clone(),
+            address.clone(),
+            way.endpoint.url.clone(),
+            way.mode,
+            service.protocol,
+        );
+        let found = self.pools.borrow().get(&key).cloned();
+        let pool = match found {
+            Some(pool) => pool,
+            None => self.pool(name, way, address, named, service.protocol)?,
+        };
+        kept.insert(key, Rc::clone(&pool));
+        let vitals = self.ward.vitals(format!("{name}/{}/{address}", way.endpoint.id));
+        let here = self.settings.place.as_ref();
+        let rank = here.map_or(0, |here| {
+            Candidate::rank(service.routing.locality, here, self.settings.zone.as_ref(), way.endpoint)
+        });
+        let rank = if way.fallback { rank.saturating_add(FALLBACK_RANK) } else { rank };
+        let price = self.price(way);
+        let candidate =
+            Candidate::new(way.endpoint, rank, price, service.limits.requests, Arc::clone(&vitals));
+        let host = way.endpoint.url.authority();
+        let safe = address.scheme() == Scheme::Https || address.host().is_loopback()
+            || matches!(address.host(), crate::model::Host::Address(ip) if ip.is_loopback());
+        let keeps_host = self.settings.role == Role::Edge && way.local;
+        let target = Target {
+            id: way.endpoint.id.clone(),
+            mode: way.mode,
+            host: if keeps_host { None } else { Some(HeaderValue::try_from(&host).ok()?) },
+            authority: Authority::try_from(host).ok()?,
+            scheme: match address.scheme() {
+                Scheme::Http => UriScheme::HTTP,
+                Scheme::Https => UriScheme::HTTPS,
+            },
+            takes_token: safe && way.endpoint.auth_method == AuthMethod::BearerToken,
+            pool,
+            vitals,
+        };
+        Some((target, candidate))
+    }
+
+    fn price(&self, way: &Way<'_>) -> Option<crate::model::NanoUsd> {
+        let here = self.settings.place.as_ref()?;
+        // The book is some milliseconds of parsing: only who asks for prices pays.
+        let book = PriceBook::shipped();
+        let from = Site { place: here, zone: self.settings.zone.as_ref() };
+        let to = Site { place: &way.endpoint.place, zone: way.endpoint.zone.as_ref() };
+        let class = book.class(from, to, way.mode);
+        book.rate(class, here, Some(&way.endpoint.place)).map(|rate| rate.per_gb)
+    }
+
+    fn pool(
+        &self,
+        name: &ServiceName,
+        way: &Way<'_>,
+        address: &Origin,
+        named: &Origin,
+        protocol: Protocol,
+    ) -> Option<Rc<Pool>> {
+        let connector =
+            Connector::new(address.clone(), named.host(), &self.tls, self.resolver.clone(), Arc::clone(&self.own))
+                .ok()?;
+        let connector = match self.path(name, way) {
+            Some(path) => connector
+                .tallied(Rc::new(OnPath { path: path.clone(), kind: Kind::Http }))
+                .tunnels_tallied(Rc::new(OnPath { path, kind: Kind::Tunnel })),
+            None => connector,
+        };
+        let settings = PoolSettings { head: self.settings.limits.head, ..PoolSettings::default() };
+        Some(Pool::new(settings, protocol, connector))
+    }
+
+    fn path(&self, name: &ServiceName, way: &Way<'_>) -> Option<Path> {
+        let from = self.settings.place.clone()?;
+        let to = way.endpoint.place.clone();
+        let class = PriceBook::shipped().class(
+            Site { place: &from, zone: self.settings.zone.as_ref() },
+            Site { place: &to, zone: way.endpoint.zone.as_ref() },
+            way.mode,
+        );
+        Some(self.meter.path(PathKey { callee: name.clone(), from, to, mode: way.mode, class }))
+    }
+
+    /// The cluster of a single address that is no part of the catalog: the application, or a host outside the project.
+    #[must_use]
+    pub fn single(&self, app: &App, service: &ServiceName, host: Option<&Origin>) -> Option<Cluster> {
+        let name = host.unwrap_or(&app.origin);
+        let connector =
+            Connector::new(app.origin.clone(), name.host(), &self.tls, self.resolver.clone(), Arc::clone(&self.own))
+                .ok()?;
+        let settings = PoolSettings { head: self.settings.limits.head, ..PoolSettings::default() };
+        let pool = Pool::new(settings, app.protocol, connector);
+        let vitals = self.ward.vitals(format!("{service}//{}", app.origin));
+        let id: EndpointId = "app".parse().ok()?;
+        let endpoint = Endpoint {
+            id: id.clone(),
+            url: app.origin.clone(),
+            internal_url: None,
+            private_url: None,
+            place: Place::new("local".parse().ok()?, "local".parse().ok()?),
+            zone: None::<Zone>,
+            auth_method: AuthMethod::None,
+            weight: 100,
+            state: EndpointState::Active,
+        };
+        // The application is never left alone: there is no other endpoint to turn to.
+        let circuit = Circuit { failure_threshold: u32::MAX, recovery_timeout: Duration::from_secs(1) };
+        let authority = app.origin.authority();
+        let target = Target {
+            id,
+            mode: NetworkMode::Public,
+            host: host.and_then(|host| HeaderValue::try_from(host.authority()).ok()),
+            authority: Authority::try_from(authority).ok()?,
+            scheme: match app.origin.scheme() {
+                Scheme::Http => UriScheme::HTTP,
+                Scheme::Https => UriScheme::HTTPS,
+            },
+            takes_token: false,
+            pool,
+            vitals: Arc::clone(&vitals),
+        };
+        Some(Cluster {
+            service: service.clone(),
+            grant: Err(NotPermitted { caller: service.clone(), callee: service.clone() }),
+            token: None,
+            targets: vec![Rc::new(target)],
+            candidates: vec![Candidate::new(&endpoint, 0, None, None, vitals)],
+            aim: Aim::new(&Routing::default(), &circuit),
+            picker: RefCell::default(),
+            timeouts: Timeouts { request: None, ..Timeouts::default() },
+            max_attempts: 1,
+            backoff: (Duration::ZERO, Duration::ZERO),
+            budget: self.ward.budget(service),
+            series: self.series_of(service),
+            absence: "",
+        })
+    }
+}

@@ -1,0 +1,127 @@
+//! Cells that one writer counts in and anybody may read.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+/// Which way a request goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Direction {
+    /// From the application behind this proxy.
+    Outbound,
+    /// To the application behind this proxy.
+    Inbound,
+}
+
+impl Direction {
+    /// The direction as logs and metrics write it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Outbound => "outbound",
+            Self::Inbound => "inbound",
+        }
+    }
+}
+
+/// A counter with one writer. Not a clone of it, but the registry reads the same cell.
+#[derive(Debug)]
+pub struct Counter(Arc<AtomicU64>);
+
+impl Counter {
+    pub(super) fn new(cell: Arc<AtomicU64>) -> Self {
+        Self(cell)
+    }
+
+    /// One more.
+    pub fn inc(&self) {
+        self.add(1);
+    }
+
+    /// So many more. With a single writer a load and a store are enough.
+    pub fn add(&self, more: u64) {
+        self.0.store(self.0.load(Relaxed).wrapping_add(more), Relaxed);
+    }
+}
+
+/// The cells of a histogram.
+#[derive(Debug)]
+pub(super) struct Buckets {
+    /// Upper bounds in nanoseconds.
+    bounds: Vec<u64>,
+    /// One more than there are bounds: the last counts what is above all of them.
+    counts: Vec<AtomicU64>,
+    sum_nanos: AtomicU64,
+}
+
+impl Buckets {
+    pub(super) fn new(bounds: &[f64]) -> Self {
+        let nanos = |bound: &f64| u64::try_from(Duration::from_secs_f64(*bound).as_nanos()).unwrap_or(u64::MAX);
+        Self {
+            bounds: bounds.iter().map(nanos).collect(),
+            counts: (0..=bounds.len()).map(|_| AtomicU64::new(0)).collect(),
+            sum_nanos: AtomicU64::new(0),
+        }
+    }
+
+    /// Adds what is counted here to `sums`.
+    pub(super) fn add_to(&self, sums: &mut Sums) {
+        sums.counts.resize(self.counts.len(), 0);
+        for (sum, count) in sums.counts.iter_mut().zip(&self.counts) {
+            *sum += count.load(Relaxed);
+        }
+        sums.nanos = sums.nanos.wrapping_add(self.sum_nanos.load(Relaxed));
+    }
+}
+
+/// A histogram's counts, added up.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Sums {
+    /// Per bucket, not cumulative; the last is what is above all bounds.
+    pub(super) counts: Vec<u64>,
+    /// Sum of all values in nanoseconds.
+    pub(super) nanos: u64,
+}
+
+/// A histogram of durations with one writer.
+#[derive(Debug)]
+pub struct Histogram(Arc<Buckets>);
+
+impl Histogram {
+    pub(super) fn new(buckets: Arc<Buckets>) -> Self {
+        Self(buckets)
+    }
+
+    /// Counts a duration.
+    pub fn record(&self, span: Duration) {
+        let nanos = u64::try_from(span.as_nanos()).unwrap_or(u64::MAX);
+        let bucket = self.0.bounds.partition_point(|bound| *bound < nanos);
+        if let Some(cell) = self.0.counts.get(bucket) {
+            cell.store(cell.load(Relaxed).wrapping_add(1), Relaxed);
+        }
+        let sum = &self.0.sum_nanos;
+        sum.store(sum.load(Relaxed).wrapping_add(nanos), Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_duration_falls_into_the_bucket_whose_bound_it_does_not_exceed() {
+        let buckets = Arc::new(Buckets::new(&[0.001, 0.01]));
+        let histogram = Histogram::new(Arc::clone(&buckets));
+        for millis in [1, 2, 10, 11, 5000] {
+            histogram.record(Duration::from_millis(millis));
+        }
+        let mut sums = Sums::default();
+        buckets.add_to(&mut sums);
+        assert_eq!(sums.counts, [1, 2, 2]);
+        assert_eq!(sums.nanos, 5_024_000_000);
+    }
+}
