@@ -62,13 +62,16 @@ impl Proxy {
         let file = load()?;
         let mut signals = Signals::listen().context("signals cannot be listened to")?;
         let settings = file.shutdown.clone();
-        let mut running = start(file).await?;
+        let running = start(file).await?;
         tracing::info!(listeners = ?running.listeners, "the proxy serves");
         loop {
             tokio::select! {
                 signal = signals.next() => match signal {
                     Signal::Stop => break,
-                    Signal::StopAtOnce => return Ok(running.abort().await),
+                    Signal::StopAtOnce => return {
+                        let _: () = running.abort().await;
+                        Ok(())
+                    },
                     Signal::Reload => match load() {
                         Ok(_same_shape) => running.reload(),
                         Err(faults) => tracing::error!("the settings were not taken over, the old ones stay:\n{faults}"),

@@ -1,5 +1,7 @@
 //! Settings as the YAML that would say all of them. A new field is shown or this does not compile.
 
+use std::path::PathBuf;
+
 use serde::Serialize;
 
 use super::{
@@ -44,7 +46,7 @@ impl Effective for ProjectFile {
                 })),
             ),
             ("identities".to_owned(), self.show_identities()),
-            ("issuers".to_owned(), Shown::list(issuers, show_issuer)),
+            ("issuers".to_owned(), Shown::list(issuers.iter().zip(&self.jwks_files), show_issuer)),
         ];
         entries.extend(self.costs.iter().cloned());
         match mode {
@@ -228,18 +230,14 @@ fn show_health(health: &HealthCheck) -> Shown {
     ])
 }
 
-fn show_issuer(issuer: &Issuer) -> Shown {
-    let Issuer { issuer, jwks_uri, jwks, audiences } = issuer;
-    let keys = match (jwks_uri, jwks) {
-        (Some(uri), _) => ("jwks_uri", Shown::text(uri)),
-        // The keys are public, but their place is what a reader looks for; it is kept in the file alone.
-        (None, Some(_) | None) => ("jwks_file", Shown::text("as in the file")),
-    };
-    Shown::map([
-        ("issuer", Shown::text(issuer)),
-        keys,
-        ("audiences", Shown::list(audiences, Shown::text)),
-    ])
+fn show_issuer((issuer, jwks_file): (&Issuer, &Option<PathBuf>)) -> Shown {
+    // The keys themselves are public, but a reader looks for their place.
+    let Issuer { issuer, jwks_uri, jwks: _, audiences } = issuer;
+    let mut entries = vec![("issuer", Shown::text(issuer))];
+    entries.extend(jwks_uri.iter().map(|uri| ("jwks_uri", Shown::text(uri))));
+    entries.extend(jwks_file.iter().map(|path| ("jwks_file", Shown::text(path.display()))));
+    entries.push(("audiences", Shown::list(audiences, Shown::text)));
+    Shown::map(entries)
 }
 
 fn proxy(settings: &ProxyFile) -> Shown {

@@ -223,7 +223,7 @@ fn rule_path(text: &str) -> Result<(), String> {
     if body.contains('*') {
         return Err("put * only at the end, after a slash: /v1/*".to_owned());
     }
-    let plain = if body.is_empty() { "/" } else { body };
+    let plain = if text == "/*" { "/" } else { body };
     if !plain.starts_with('/') || plain.contains(['?', '#']) {
         return Err(RULE_PATH.advice.to_owned());
     }

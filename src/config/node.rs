@@ -464,8 +464,8 @@ mod tests {
     #[test]
     fn anchors_tags_documents_and_depth_are_refused() {
         for (text, fault) in [
-            ("a: &x 1\nb: *x", "x.yaml:1:7: found an anchor or alias;"),
-            ("a: !!int 1", "x.yaml:1:10: found a tag;"),
+            ("a: &x 1\nb: *x", "x.yaml:1:4: found an anchor or alias;"),
+            ("a: !!int 1", "found a tag;"),
             ("a: 1\n---\nb: 2", "x.yaml:2:1: found a second document;"),
             ("? [a]\n: 1", "found a list or map as a key;"),
             ("a: [", "found text that is no YAML"),

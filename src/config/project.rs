@@ -38,6 +38,8 @@ pub struct ProjectFile {
     pub notes: Vec<String>,
     /// Where the secrets of `identities` came from; for `infrar check`, which shows no secret.
     pub(super) secret_files: BTreeMap<ServiceName, PathBuf>,
+    /// Where the keys of `issuers` came from, in the same order.
+    pub(super) jwks_files: Vec<Option<PathBuf>>,
     /// `capabilities` and `prices` as written: checked, and read by nothing yet.
     pub(super) costs: Vec<(String, Shown)>,
 }
@@ -70,7 +72,7 @@ pub(super) fn read(
         Secrets::Read => reader.identities(top.key("identities")),
         Secrets::Leave => Default::default(),
     };
-    let issuers = reader.issuers(top.key("issuers"));
+    let (issuers, jwks_files) = reader.issuers(top.key("issuers"));
     let mode = reader.mode(root);
     if secrets == Secrets::Read {
         reader.callers_without_identity(&permissions, &identities);
@@ -79,7 +81,7 @@ pub(super) fn read(
     let notes = reader.notes;
     let name = top.key("project").parse()?;
     let project = Project { name, networking, services, permissions, issuers, mode };
-    Some(ProjectFile { project, identities, notes, secret_files, costs })
+    Some(ProjectFile { project, identities, notes, secret_files, jwks_files, costs })
 }
 
 struct Reader<'a> {
@@ -418,7 +420,8 @@ impl Reader<'_> {
         }
     }
 
-    fn issuers(&mut self, at: At<'_>) -> Vec<Issuer> {
+    fn issuers(&mut self, at: At<'_>) -> (Vec<Issuer>, Vec<Option<PathBuf>>) {
+        let mut jwks_files = Vec::new();
         let mut seen = BTreeSet::new();
         let mut issuers = Vec::new();
         for node in at.items() {
@@ -436,6 +439,7 @@ impl Reader<'_> {
             if let Some(uri) = uri {
                 self.plain_web(uri);
             }
+            jwks_files.push(file.and_then(|file| self.files.path(file)));
             issuers.push(Issuer {
                 issuer,
                 jwks_uri: here.key("jwks_uri").with(web_url),
@@ -443,7 +447,7 @@ impl Reader<'_> {
                 audiences: texts(here.key("audiences")),
             });
         }
-        issuers
+        (issuers, jwks_files)
     }
 
     fn mode(&mut self, root: &Node) -> Enforcement {

@@ -27,7 +27,7 @@ const FULL: &[u8] =
     retry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
 
 /// One listener on one worker.
-pub struct Door {
+pub(super) struct Door {
     /// Its place in the list of listeners, the same on every worker.
     pub index: usize,
     /// What it does with requests.
@@ -47,7 +47,7 @@ impl Door {
 
 /// Accepts connections of one listener until the proxy stops accepting; hands those above this worker's even share to
 /// the worker with fewest.
-pub async fn listen(
+pub(super) async fn listen(
     door: Rc<Door>,
     listener: TcpListener,
     worker: Rc<Worker>,
@@ -83,7 +83,7 @@ pub async fn listen(
 }
 
 /// Takes over connections that other workers accepted.
-pub async fn take_over(
+pub(super) async fn take_over(
     doors: Vec<Rc<Door>>,
     mut handed: tokio::sync::mpsc::Receiver<Handover<usize>>,
     worker: Rc<Worker>,

@@ -109,7 +109,7 @@ async fn only_this_machine(headers: HeaderMap, request: Request, next: Next) -> 
     let named = request
         .uri()
         .authority()
-        .map(axum::http::uri::Authority::as_str)
+        .map(http::uri::Authority::as_str)
         .or(host)
         .unwrap_or_default();
     let host = route::host(named);

@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// Answers calls for all services of a place.
-pub struct Edge {
+pub(super) struct Edge {
     worker: Rc<Worker>,
     gate: Gate,
 }
@@ -34,13 +34,13 @@ pub struct Edge {
 impl Edge {
     /// The public listener of an edge.
     #[must_use]
-    pub fn new(worker: Rc<Worker>, settings: InboundSettings) -> Self {
+    pub(super) fn new(worker: Rc<Worker>, settings: InboundSettings) -> Self {
         let gate = Gate::new(Rc::clone(&worker), settings);
         Self { worker, gate }
     }
 
     /// Answers one request; a refusal is an answer too.
-    pub async fn answer(&self, mut call: Call<'_>) -> Answer {
+    pub(super) async fn answer(&self, mut call: Call<'_>) -> Answer {
         let mut record = self.worker.inbound_desk.open(call.request.method(), call.request.uri());
         let grpc = headers::is_grpc(call.request.headers());
         let id = headers::identify(call.request.headers_mut());

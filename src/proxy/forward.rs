@@ -27,7 +27,7 @@ const PENALTY: Duration = Duration::from_secs(5);
 const FAR: Duration = Duration::from_secs(24 * 3600);
 
 /// A request ready to be sent.
-pub struct Dispatch<'a> {
+pub(super) struct Dispatch<'a> {
     /// The method.
     pub method: Method,
     /// The target as it arrived.
@@ -52,7 +52,7 @@ fn repeatable(method: &Method, headers: &HeaderMap) -> bool {
 }
 
 /// One request's way through its attempts.
-pub struct Forward<'a> {
+pub(super) struct Forward<'a> {
     cluster: &'a Rc<Cluster>,
     ward: &'a Ward,
     dispatch: Dispatch<'a>,
@@ -82,7 +82,7 @@ enum Attempt {
 
 impl<'a> Forward<'a> {
     /// A request on its way to `cluster`.
-    pub fn new(
+    pub(super) fn new(
         cluster: &'a Rc<Cluster>,
         ward: &'a Ward,
         dispatch: Dispatch<'a>,
@@ -108,7 +108,7 @@ impl<'a> Forward<'a> {
     ///
     /// # Errors
     /// The [`Rejection`] of the last attempt.
-    pub async fn tunnel(
+    pub(super) async fn tunnel(
         cluster: &'a Rc<Cluster>,
         ward: &'a Ward,
         record: &'a mut Record,
@@ -153,7 +153,7 @@ impl<'a> Forward<'a> {
     ///
     /// # Errors
     /// The [`Rejection`] of the last attempt.
-    pub async fn send(mut self) -> Result<Received, Rejection> {
+    pub(super) async fn send(mut self) -> Result<Received, Rejection> {
         if self.cluster.targets.is_empty() {
             let (service, why) = (self.cluster.service.clone(), self.cluster.absence);
             return Err(Rejection::NoHealthyEndpoint { service, why });

@@ -24,14 +24,14 @@ use crate::{
 };
 
 /// Finds out who calls and what it may do; shared by sidecar and edge.
-pub struct Gate {
+pub(super) struct Gate {
     worker: Rc<Worker>,
     settings: InboundSettings,
     cache: RefCell<TokenCache>,
 }
 
 /// Who was let in.
-pub struct Admitted {
+pub(super) struct Admitted {
     /// Proof of it.
     pub grant: Grant,
     /// What the token said; `None` on a public path.
@@ -41,7 +41,7 @@ pub struct Admitted {
 impl Gate {
     /// The gate of one listener on one worker.
     #[must_use]
-    pub fn new(worker: Rc<Worker>, settings: InboundSettings) -> Self {
+    pub(super) fn new(worker: Rc<Worker>, settings: InboundSettings) -> Self {
         let cache = RefCell::new(TokenCache::new(settings.token_cache));
         Self { worker, settings, cache }
     }
@@ -50,7 +50,7 @@ impl Gate {
     ///
     /// # Errors
     /// The [`Rejection`].
-    pub async fn admit(
+    pub(super) async fn admit(
         &self,
         parts: &Parts,
         callee: &ServiceName,
@@ -125,7 +125,7 @@ impl Gate {
     }
 
     /// Puts on what the application may rely on.
-    pub fn undress(&self, headers: &mut HeaderMap, admitted: &Admitted) {
+    pub(super) fn undress(&self, headers: &mut HeaderMap, admitted: &Admitted) {
         headers::strip_identity(headers);
         if let Some(claims) = &admitted.claims {
             headers.insert(headers::CALLER.clone(), claims.caller_header().clone());
@@ -164,7 +164,7 @@ fn refuse(fault: &TokenFault) -> Rejection {
 }
 
 /// Answers calls for the application behind this proxy.
-pub struct Inbound {
+pub(super) struct Inbound {
     worker: Rc<Worker>,
     gate: Gate,
     callee: ServiceName,
@@ -174,14 +174,14 @@ pub struct Inbound {
 impl Inbound {
     /// The way in to `app`.
     #[must_use]
-    pub fn new(worker: Rc<Worker>, settings: InboundSettings, app: Rc<Cluster>) -> Self {
+    pub(super) fn new(worker: Rc<Worker>, settings: InboundSettings, app: Rc<Cluster>) -> Self {
         let callee = worker.settings.service.clone();
         let gate = Gate::new(Rc::clone(&worker), settings);
         Self { worker, gate, callee, app }
     }
 
     /// Answers one request from outside; a refusal is an answer too.
-    pub async fn answer(&self, mut call: Call<'_>) -> Answer {
+    pub(super) async fn answer(&self, mut call: Call<'_>) -> Answer {
         let mut record = self.worker.inbound_desk.open(call.request.method(), call.request.uri());
         let grpc = headers::is_grpc(call.request.headers());
         let id = headers::identify(call.request.headers_mut());
@@ -225,7 +225,7 @@ impl Inbound {
 }
 
 /// Says where a request came from, and gives it the `host` that HTTP/2 says as `:authority`.
-pub fn arrived(parts: &mut Parts, peer: &Peer, upgrade: Option<&HeaderValue>) {
+pub(super) fn arrived(parts: &mut Parts, peer: &Peer, upgrade: Option<&HeaderValue>) {
     if let Some(authority) = parts.uri.authority()
         && let Ok(host) = HeaderValue::from_str(authority.as_str())
     {

@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// Answers calls of the local application.
-pub struct Outbound {
+pub(super) struct Outbound {
     worker: Rc<Worker>,
     settings: OutboundSettings,
     /// The service that this port belongs to; `None`: the request says which.
@@ -42,12 +42,12 @@ enum Route {
 impl Outbound {
     /// The way out of `worker`; on a port of its own when `only` is given.
     #[must_use]
-    pub fn new(worker: Rc<Worker>, settings: OutboundSettings, only: Option<ServiceName>) -> Self {
+    pub(super) fn new(worker: Rc<Worker>, settings: OutboundSettings, only: Option<ServiceName>) -> Self {
         Self { worker, settings, only }
     }
 
     /// Answers one request of the local application; a refusal is an answer too.
-    pub async fn answer(&self, mut call: Call<'_>) -> Answer {
+    pub(super) async fn answer(&self, mut call: Call<'_>) -> Answer {
         let mut record = self.worker.outbound_desk.open(call.request.method(), call.request.uri());
         let grpc = headers::is_grpc(call.request.headers());
         let id = headers::identify(call.request.headers_mut());

@@ -204,7 +204,7 @@ struct Asked {
 }
 
 /// One connection.
-pub struct Connection {
+pub(super) struct Connection {
     wire: Rc<Wire>,
     story: Rc<Story>,
     peer: Peer,
@@ -214,7 +214,7 @@ pub struct Connection {
 
 impl Connection {
     /// A connection whose first bytes, if any were read, are in `read`.
-    pub fn new(stream: Stream, read: BytesMut, guard: Guard, story: Rc<Story>, peer: Peer) -> Self {
+    pub(super) fn new(stream: Stream, read: BytesMut, guard: Guard, story: Rc<Story>, peer: Peer) -> Self {
         let limits = *story.worker().limits();
         let wire = Rc::new(Wire {
             stream: RefCell::new(stream),
@@ -232,7 +232,7 @@ impl Connection {
     }
 
     /// Serves requests until either side has had enough.
-    pub async fn serve(mut self) {
+    pub(super) async fn serve(mut self) {
         loop {
             // The room that a request needs is boxed and given back while the connection is idle: thousands of idle
             // connections cost little, and a busy one allocates it once.

@@ -41,7 +41,7 @@ const SEND_BUFFER: usize = 512 * 1024;
 const RESETS: usize = 100;
 
 /// Serves a connection until either side has had enough.
-pub async fn serve(stream: Stream, guard: Guard, story: Rc<Story>, peer: Peer) {
+pub(super) async fn serve(stream: Stream, guard: Guard, story: Rc<Story>, peer: Peer) {
     let limits = *story.worker().limits();
     let header_bytes = u32::try_from(limits.head.bytes).unwrap_or(u32::MAX);
     guard.arm(limits.header_timeout);

@@ -72,7 +72,7 @@ impl Ward {
 }
 
 /// One way to one endpoint.
-pub struct Target {
+pub(super) struct Target {
     /// The endpoint.
     pub id: EndpointId,
     /// How it is reached.
@@ -92,7 +92,7 @@ pub struct Target {
 }
 
 /// One service as this worker calls it.
-pub struct Cluster {
+pub(super) struct Cluster {
     /// Its name.
     pub service: ServiceName,
     /// Whether this proxy's service may speak to it.
@@ -122,7 +122,7 @@ pub struct Cluster {
 }
 
 /// A worker's view of the project.
-pub struct View {
+pub(super) struct View {
     /// What it was made from.
     pub catalog: Arc<Catalog>,
     clusters: HashMap<ServiceName, Rc<Cluster>, RandomState>,
@@ -135,23 +135,23 @@ pub struct View {
 impl View {
     /// The service with this name.
     #[must_use]
-    pub fn cluster(&self, name: &str) -> Option<&Rc<Cluster>> {
+    pub(super) fn cluster(&self, name: &str) -> Option<&Rc<Cluster>> {
         self.clusters.get(name)
     }
 
     /// The service one of whose endpoints has this host (and port, where it is not the scheme's own).
     #[must_use]
-    pub fn service_of(&self, authority: &str) -> Option<&ServiceName> {
+    pub(super) fn service_of(&self, authority: &str) -> Option<&ServiceName> {
         self.hosts.get(authority)
     }
 
     /// Every name there is.
-    pub fn names(&self) -> impl Iterator<Item = &ServiceName> {
+    pub(super) fn names(&self) -> impl Iterator<Item = &ServiceName> {
         self.catalog.project.services.keys()
     }
 
     /// Closes connections that are too old or unused for too long.
-    pub fn prune(&self, now: Instant) {
+    pub(super) fn prune(&self, now: Instant) {
         for target in self.clusters.values().flat_map(|cluster| &cluster.targets) {
             target.pool.prune(now);
         }
@@ -178,7 +178,7 @@ impl Tally for OnPath {
 type PoolKey = (ServiceName, EndpointId, Origin, Origin, NetworkMode, Protocol);
 
 /// Builds views on one worker.
-pub struct Surveyor {
+pub(super) struct Surveyor {
     /// The proxy's settings.
     pub settings: Arc<Settings>,
     /// What the workers share.
@@ -217,7 +217,7 @@ const FALLBACK_RANK: u8 = 100;
 impl Surveyor {
     /// The view of a snapshot.
     #[must_use]
-    pub fn survey(&self, catalog: Arc<Catalog>) -> Rc<View> {
+    pub(super) fn survey(&self, catalog: Arc<Catalog>) -> Rc<View> {
         let strictness = Strictness::at(&catalog.project.mode, Clock::system().now());
         let mut kept = HashMap::new();
         let clusters = catalog
@@ -456,7 +456,7 @@ impl Surveyor {
 
     /// The cluster of a single address that is no part of the catalog: the application, or a host outside the project.
     #[must_use]
-    pub fn single(
+    pub(super) fn single(
         &self,
         app: &App,
         service: &ServiceName,

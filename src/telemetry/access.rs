@@ -120,7 +120,7 @@ impl AccessLog {
     pub fn record(&self, entry: &Entry<'_>) {
         let line = if self.text { text(entry) } else { json(entry) };
         // Each write is one message to the writing thread; it fails only when that thread is gone.
-        if (&mut self.writer.clone()).write_all(line.as_bytes()).is_err() {
+        if self.writer.clone().write_all(line.as_bytes()).is_err() {
             tracing::trace!("an access log line was lost");
         }
     }
