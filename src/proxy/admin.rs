@@ -106,12 +106,8 @@ async fn only_this_machine(headers: HeaderMap, request: Request, next: Next) -> 
         );
     }
     let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
-    let named = request
-        .uri()
-        .authority()
-        .map(http::uri::Authority::as_str)
-        .or(host)
-        .unwrap_or_default();
+    let named =
+        request.uri().authority().map(http::uri::Authority::as_str).or(host).unwrap_or_default();
     let host = route::host(named);
     let loopback =
         host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());

@@ -96,7 +96,11 @@ pub(super) fn lists(headers: &HeaderMap, name: &HeaderName, word: &str) -> bool 
 }
 
 /// The protocol that the client asks to switch to, if it does.
-pub(super) fn upgrade(method: &Method, version: Version, headers: &HeaderMap) -> Option<HeaderValue> {
+pub(super) fn upgrade(
+    method: &Method,
+    version: Version,
+    headers: &HeaderMap,
+) -> Option<HeaderValue> {
     let asked = version == Version::HTTP_11
         && *method != Method::CONNECT
         && headers.contains_key(header::UPGRADE)

@@ -108,7 +108,9 @@ impl Gate {
         for last in [false, true] {
             let verifier = self.worker.verifier();
             let now = Clock::system().unix_seconds();
-            match self.cache.borrow_mut().verify(&verifier, token, &audience, now) {
+            // The cache is let go before anything is waited for.
+            let verified = self.cache.borrow_mut().verify(&verifier, token, &audience, now);
+            match verified {
                 Ok(claims) => return Ok(claims),
                 Err(fault) if !last && matches!(fault, TokenFault::UnknownKey { .. }) => {
                     if !verifier.refresh(&fault).await {

@@ -42,7 +42,11 @@ enum Route {
 impl Outbound {
     /// The way out of `worker`; on a port of its own when `only` is given.
     #[must_use]
-    pub(super) fn new(worker: Rc<Worker>, settings: OutboundSettings, only: Option<ServiceName>) -> Self {
+    pub(super) fn new(
+        worker: Rc<Worker>,
+        settings: OutboundSettings,
+        only: Option<ServiceName>,
+    ) -> Self {
         Self { worker, settings, only }
     }
 

@@ -26,7 +26,10 @@ pub(super) fn name(host: &str) -> &str {
 }
 
 /// The known names nearest to what was asked for, the nearest first; nothing that is far off.
-pub(super) fn nearest<'a>(asked: &str, known: impl Iterator<Item = &'a ServiceName>) -> Vec<String> {
+pub(super) fn nearest<'a>(
+    asked: &str,
+    known: impl Iterator<Item = &'a ServiceName>,
+) -> Vec<String> {
     let asked = name(asked);
     let mut near: Vec<(f64, &ServiceName)> = known
         .map(|name| (strsim::jaro_winkler(asked, name.as_str()), name))

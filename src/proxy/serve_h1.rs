@@ -214,7 +214,13 @@ pub(super) struct Connection {
 
 impl Connection {
     /// A connection whose first bytes, if any were read, are in `read`.
-    pub(super) fn new(stream: Stream, read: BytesMut, guard: Guard, story: Rc<Story>, peer: Peer) -> Self {
+    pub(super) fn new(
+        stream: Stream,
+        read: BytesMut,
+        guard: Guard,
+        story: Rc<Story>,
+        peer: Peer,
+    ) -> Self {
         let limits = *story.worker().limits();
         let wire = Rc::new(Wire {
             stream: RefCell::new(stream),
