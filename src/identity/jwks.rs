@@ -16,18 +16,22 @@ use std::{
 };
 
 use arc_swap::{ArcSwap, Guard};
-use futures_util::future::BoxFuture;
-use jsonwebtoken::jwk::JwkSet;
+use futures_util::{FutureExt, future::BoxFuture};
+use serde_json::Value;
 use tokio::{
     runtime::Handle,
     sync::watch,
     time::{Instant, sleep, timeout},
 };
 use tracing::{info, warn};
+use url::Url;
 
-use crate::identity::{
-    backoff::Backoff,
-    keys::{KeySet, KeySetError},
+use crate::{
+    api::Client,
+    identity::{
+        backoff::Backoff,
+        keys::{KeySet, KeySetError},
+    },
 };
 
 /// How long fetched keys are taken as they are.
@@ -51,6 +55,9 @@ pub enum FetchFault {
     /// The issuer did not answer, or not with a key set.
     #[error("the issuer's keys could not be fetched")]
     Source(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// Its published configuration cannot be used.
+    #[error("the issuer's configuration cannot be used: {0}")]
+    Discovery(&'static str),
     /// It answered with a set that cannot be used.
     #[error("the issuer's keys cannot be used")]
     Set(#[from] KeySetError),
@@ -59,8 +66,59 @@ pub enum FetchFault {
     Deadline,
 }
 
-/// Asks an issuer for its keys, once.
-pub type Fetch = Arc<dyn Fn() -> BoxFuture<'static, Result<JwkSet, FetchFault>> + Send + Sync>;
+impl FetchFault {
+    fn source(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self::Source(error.into())
+    }
+}
+
+/// Asks an issuer for its keys, once: gives a JWK set as JSON.
+pub type Fetch = Arc<dyn Fn() -> BoxFuture<'static, Result<Value, FetchFault>> + Send + Sync>;
+
+/// The keys of the project's own issuer, from any replica of the control plane.
+#[must_use]
+pub fn control_keys(client: Client) -> Fetch {
+    Arc::new(move || {
+        let client = client.clone();
+        async move { client.own_jwks().await.map_err(FetchFault::source) }.boxed()
+    })
+}
+
+/// The keys at `jwks_uri`.
+#[must_use]
+pub fn keys_at(client: Client, jwks_uri: Url) -> Fetch {
+    Arc::new(move || {
+        let (client, url) = (client.clone(), jwks_uri.clone());
+        async move { client.jwks(&url).await.map_err(FetchFault::source) }.boxed()
+    })
+}
+
+/// The keys of an issuer that publishes its configuration (OpenID Connect Discovery 1.0 §4), asked anew each
+/// time because the place of the keys may move. The configuration must name this very issuer, and keys are
+/// not fetched in the clear for an issuer that is not.
+#[must_use]
+pub fn discovered_keys(client: Client, issuer: Arc<str>) -> Fetch {
+    Arc::new(move || {
+        let (client, issuer) = (client.clone(), issuer.clone());
+        async move {
+            let place =
+                format!("{}/.well-known/openid-configuration", issuer.trim_end_matches('/'));
+            let place = Url::parse(&place).map_err(FetchFault::source)?;
+            let found = client.jwks(&place).await.map_err(FetchFault::source)?;
+            let text = |name| found.get(name).and_then(Value::as_str);
+            if text("issuer") != Some(&issuer) {
+                return Err(FetchFault::Discovery("it names another issuer"));
+            }
+            let keys = text("jwks_uri").and_then(|uri| Url::parse(uri).ok());
+            let keys = keys.ok_or(FetchFault::Discovery("it names no jwks_uri"))?;
+            if keys.scheme() != "https" && keys.scheme() != place.scheme() {
+                return Err(FetchFault::Discovery("its keys are not under https"));
+            }
+            client.jwks(&keys).await.map_err(FetchFault::source)
+        }
+        .boxed()
+    })
+}
 
 /// What came of looking for a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -271,8 +329,8 @@ impl Jwks {
         side.spawn(running.carry(answer));
     }
 
-    fn take(&self, fetched: Result<JwkSet, FetchFault>) -> Result<(), FetchFault> {
-        let fresh = KeySet::read(fetched?)?;
+    fn take(&self, fetched: Result<Value, FetchFault>) -> Result<(), FetchFault> {
+        let fresh = KeySet::from_json(&fetched?)?;
         self.lock().fetched_at = Some(Instant::now());
         if self.load().same_as(&fresh) {
             return Ok(());
@@ -316,7 +374,7 @@ struct Running {
 }
 
 impl Running {
-    async fn carry(mut self, answer: BoxFuture<'static, Result<JwkSet, FetchFault>>) {
+    async fn carry(mut self, answer: BoxFuture<'static, Result<Value, FetchFault>>) {
         let fetched = timeout(FETCH_LIMIT, answer).await.unwrap_or(Err(FetchFault::Deadline));
         match self.keys.take(fetched) {
             Ok(()) => self.worked = true,

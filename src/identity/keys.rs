@@ -17,6 +17,7 @@ use jsonwebtoken::jwk::{
     AlgorithmParameters, CommonParameters, EllipticCurve, Jwk, JwkSet, KeyAlgorithm, KeyOperations,
     PublicKeyUse, RSAKeyParameters,
 };
+use serde::Deserialize;
 
 /// More keys than any issuer of the field publishes; what is beyond is not read.
 const MAX_KEYS: usize = 64;
@@ -137,7 +138,7 @@ fn parse(jwk: &Jwk) -> Option<(Algorithm, ParsedPublicKey)> {
             let (algorithm, verification, bytes) = match curve.curve {
                 EllipticCurve::P256 => (Algorithm::Es256, &ECDSA_P256_SHA256_FIXED, 32),
                 EllipticCurve::P384 => (Algorithm::Es384, &ECDSA_P384_SHA384_FIXED, 48),
-                _ => return None,
+                EllipticCurve::P521 | EllipticCurve::Ed25519 | _ => return None,
             };
             // The uncompressed point of SEC 1 §2.3.3; RFC 7518 §6.2.1.2 gives both parts in full length.
             let mut point = vec![4];
@@ -156,7 +157,10 @@ fn parse(jwk: &Jwk) -> Option<(Algorithm, ParsedPublicKey)> {
             let bytes = unbase64(&pair.x).filter(|bytes| bytes.len() == 32)?;
             (Algorithm::EdDsa, ParsedPublicKey::new(&ED25519, bytes).ok()?)
         }
-        _ => return None,
+        AlgorithmParameters::OctetKeyPair(_)
+        | AlgorithmParameters::OctetKey(_)
+        | AlgorithmParameters::Other(_)
+        | _ => return None,
     };
     named.is_none_or(|named| named == algorithm).then_some((algorithm, key))
 }
@@ -245,13 +249,14 @@ impl KeySet {
         if keys.is_empty() { Err(KeySetError::Empty) } else { Ok(Self { keys, source }) }
     }
 
-    /// Reads a set from JSON, as `jwks_file` has it.
+    /// Reads a set from JSON, as `jwks_uri` and `jwks_file` have it; a key that cannot be read is left out.
     ///
     /// # Errors
     /// [`KeySetError`].
     pub fn from_json(json: &serde_json::Value) -> Result<Self, KeySetError> {
-        use serde::Deserialize;
-        Self::read(JwkSet::deserialize(json).map_err(|_source| KeySetError::Shape)?)
+        let keys = json.get("keys").and_then(serde_json::Value::as_array);
+        let keys = keys.ok_or(KeySetError::Shape)?.iter().take(MAX_KEYS);
+        Self::read(JwkSet { keys: keys.filter_map(|key| Jwk::deserialize(key).ok()).collect() })
     }
 
     /// How many keys can verify.

@@ -10,14 +10,21 @@ mod jwks;
 mod keys;
 mod mint;
 mod policy;
+mod tokens;
 mod verify;
 
-pub use jwks::{Fetch, FetchFault, Jwks, JwksStats, Refreshed};
+pub use jwks::{
+    Fetch, FetchFault, Jwks, JwksStats, Refreshed, control_keys, discovered_keys, keys_at,
+};
 pub use keys::{Algorithm, KeyId, KeySet, KeySetError};
 pub use mint::{Mint, MintError, MintSettings, Minted, OwnClaims, write_private};
 pub use policy::{
     Access, Action, Grant, NotPermitted, PathFault, PathRule, Refused, Rule, RuleFault, Rules,
     Strictness, admit, normalise, permits,
+};
+pub use tokens::{
+    Bearer, ControlTokens, NoTokens, Slot, StoredToken, TokenSource, TokenStats, TokenUnavailable,
+    Tokens,
 };
 pub use verify::{
     Caller, Claims, LEEWAY_SECONDS, MAX_TOKEN_BYTES, TokenCache, TokenFault, Trusted, Verifier,

@@ -1,0 +1,698 @@
+//! Audience → bearer, renewed early.
+//!
+//! One [`Slot`] per callee. A request looks into its slot without a lock; only when nothing usable lies there
+//! does it wait, together with everybody else, for the one question that is asked on the side runtime.
+//! Nobody who gives up waiting takes that question along. From half of its life a token that is in use is
+//! renewed behind the requests' back, and while the issuer is down the old one serves until five seconds
+//! before it expires: an expired token is never handed out.
+
+use std::{
+    collections::HashMap,
+    fmt, io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use arc_swap::ArcSwapOption;
+use futures_util::{FutureExt, future::BoxFuture};
+use http::HeaderValue;
+use secrecy::{ExposeSecret, SecretString};
+use serde::{Deserialize, Serialize};
+use tokio::{
+    runtime::Handle,
+    sync::watch,
+    time::{Instant, sleep, sleep_until, timeout},
+};
+use tracing::{debug, warn};
+
+use crate::{
+    api::{Client, ClientError, Credential, TokenAnswer},
+    identity::{backoff::Backoff, verify::peek_expiry},
+    model::{Project, ScopeSet, ServiceName},
+    runtime::Clock,
+};
+
+/// A token is not used in its last seconds: it must still be good when it arrives.
+const MARGIN: Duration = Duration::from_secs(5);
+/// How long one question may take, all replicas included.
+const ASK_LIMIT: Duration = Duration::from_secs(20);
+/// Pauses after failures.
+const RETRY: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
+/// How often a token file is looked at.
+const FILE_EVERY: Duration = Duration::from_secs(1);
+/// The life of a bearer from a file that does not say when it ends; the file is watched anyway.
+const NO_EXPIRY: Duration = Duration::from_secs(365 * 86_400);
+/// The largest token file that is read.
+const FILE_LIMIT: u64 = 64 * 1024;
+
+/// Why there is no token. Shared by all who waited for it.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum TokenUnavailable {
+    /// The issuer says no: `invalid_target` when the callee is not granted (RFC 8707 §2), `invalid_client`.
+    #[error("the issuer refuses a token ({code})")]
+    Refused {
+        /// The `error` of RFC 6749 §5.2.
+        code: String,
+        /// Status and detail.
+        #[source]
+        source: Arc<ClientError>,
+    },
+    /// The issuer gave no usable answer.
+    #[error("the issuer cannot be asked for a token")]
+    Unreachable(#[source] Arc<ClientError>),
+    /// It gave none in time.
+    #[error("the issuer gave no answer in time")]
+    Deadline,
+    /// What came cannot be sent, or has expired already.
+    #[error("the token cannot be used")]
+    Unusable,
+    /// The token file cannot be read.
+    #[error("the token file {} cannot be read", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: Arc<io::Error>,
+    },
+    /// Nothing is set up that could issue one.
+    #[error("no control plane and no token file gives tokens for this service")]
+    NoSource,
+}
+
+impl TokenUnavailable {
+    /// Whether the issuer said that the callee is not granted: no failure, but a missing permission.
+    #[must_use]
+    pub fn is_permission(&self) -> bool {
+        matches!(self, Self::Refused { code, .. } if matches!(code.as_str(), "invalid_target" | "access_denied"))
+    }
+}
+
+impl From<ClientError> for TokenUnavailable {
+    fn from(error: ClientError) -> Self {
+        match &error {
+            ClientError::Refused { code, .. } if !error.is_temporary() => {
+                Self::Refused { code: code.clone(), source: Arc::new(error) }
+            }
+            ClientError::Refused { .. }
+            | ClientError::Unreachable { .. }
+            | ClientError::Malformed { .. }
+            | ClientError::Settings { .. } => Self::Unreachable(Arc::new(error)),
+        }
+    }
+}
+
+/// Whoever issues bearers.
+pub trait TokenSource: Send + Sync + 'static {
+    /// Asks for a bearer for `audience`, once. Awaited on the side runtime.
+    fn ask(
+        &self,
+        audience: &ServiceName,
+    ) -> BoxFuture<'static, Result<TokenAnswer, TokenUnavailable>>;
+}
+
+/// The project's own token endpoint.
+#[derive(Clone, Debug)]
+pub struct ControlTokens {
+    client: Client,
+    credential: Credential,
+}
+
+impl ControlTokens {
+    /// Tokens for the bearer of `credential`, with all scopes that are granted to it.
+    #[must_use]
+    pub fn new(client: Client, credential: Credential) -> Self {
+        Self { client, credential }
+    }
+}
+
+impl TokenSource for ControlTokens {
+    fn ask(
+        &self,
+        audience: &ServiceName,
+    ) -> BoxFuture<'static, Result<TokenAnswer, TokenUnavailable>> {
+        let (asker, audience, here) = (self.clone(), audience.clone(), Handle::current());
+        // The client's future keeps to one thread, so it is given one; questions are rare and one per callee.
+        let asking = tokio::task::spawn_blocking(move || {
+            here.block_on(asker.client.token(&asker.credential, audience.as_str(), None))
+        });
+        asking
+            .map(|ended| match ended {
+                Ok(answer) => answer.map_err(TokenUnavailable::from),
+                Err(_ended) => Err(TokenUnavailable::Unusable),
+            })
+            .boxed()
+    }
+}
+
+/// No issuer at all: a proxy that has only token files.
+#[derive(Clone, Copy, Debug)]
+pub struct NoTokens;
+
+impl TokenSource for NoTokens {
+    fn ask(&self, _: &ServiceName) -> BoxFuture<'static, Result<TokenAnswer, TokenUnavailable>> {
+        std::future::ready(Err(TokenUnavailable::NoSource)).boxed()
+    }
+}
+
+/// A bearer from elsewhere, in a file. Its life is that of the JWT in it, if it is one.
+struct TokenFile {
+    path: PathBuf,
+    clock: Clock,
+}
+
+impl TokenSource for TokenFile {
+    fn ask(&self, _: &ServiceName) -> BoxFuture<'static, Result<TokenAnswer, TokenUnavailable>> {
+        let (path, clock) = (self.path.clone(), self.clock);
+        async move {
+            let fault = |source: io::Error| TokenUnavailable::File {
+                path: path.clone(),
+                source: Arc::new(source),
+            };
+            let text = read_small(&path).await.map_err(fault)?;
+            let text = text.trim();
+            let left =
+                peek_expiry(text.as_bytes()).map(|at| at.saturating_sub(clock.unix_seconds()));
+            let expires_in = match left {
+                None => NO_EXPIRY,
+                Some(left) => Duration::from_secs(u64::try_from(left).unwrap_or(0)),
+            };
+            let scope = ScopeSet::default();
+            Ok(TokenAnswer { access_token: SecretString::from(text), expires_in, scope })
+        }
+        .boxed()
+    }
+}
+
+async fn read_small(path: &Path) -> io::Result<String> {
+    if tokio::fs::metadata(path).await?.len() > FILE_LIMIT {
+        return Err(io::Error::from(io::ErrorKind::FileTooLarge));
+    }
+    tokio::fs::read_to_string(path).await
+}
+
+/// One token, ready to be sent.
+pub struct Bearer {
+    header: HeaderValue,
+    scope: ScopeSet,
+    renew_at: Instant,
+    usable_until: Instant,
+    issued_at: i64,
+    expires_at: i64,
+}
+
+impl fmt::Debug for Bearer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { scope, expires_at, .. } = self;
+        f.debug_struct("Bearer")
+            .field("scope", scope)
+            .field("expires_at", expires_at)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Bearer {
+    /// The value of `authorization`, marked sensitive.
+    #[must_use]
+    pub fn header(&self) -> &HeaderValue {
+        &self.header
+    }
+
+    /// The token alone, for the admin API.
+    #[must_use]
+    pub fn token(&self) -> SecretString {
+        let text = self.header.to_str().ok().and_then(|text| text.strip_prefix("Bearer "));
+        SecretString::from(text.unwrap_or_default())
+    }
+
+    /// The scopes it carries, as the issuer said.
+    #[must_use]
+    pub fn scope(&self) -> &ScopeSet {
+        &self.scope
+    }
+
+    /// Until when it may be sent: five seconds before it expires.
+    #[must_use]
+    pub fn usable_until(&self) -> Instant {
+        self.usable_until
+    }
+
+    /// When it expires, seconds since 1970 by this machine's clock.
+    #[must_use]
+    pub fn expires_at(&self) -> i64 {
+        self.expires_at
+    }
+
+    /// When it was received, likewise.
+    #[must_use]
+    pub fn issued_at(&self) -> i64 {
+        self.issued_at
+    }
+
+    fn is_usable(&self, now: Instant) -> bool {
+        now < self.usable_until
+    }
+
+    /// `None` when it cannot stand in a header or is in its last seconds already. `asked` is before the
+    /// question left, so that its way is not counted as life.
+    fn new(answer: &TokenAnswer, asked: Instant, issued_at: i64) -> Option<Self> {
+        let text = answer.access_token.expose_secret();
+        if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return None;
+        }
+        let mut header = HeaderValue::try_from(format!("Bearer {text}")).ok()?;
+        header.set_sensitive(true);
+        let life = answer.expires_in.min(NO_EXPIRY);
+        let usable_until = asked + life.checked_sub(MARGIN).filter(|left| !left.is_zero())?;
+        // From half of its life, a little later for some, so that proxies do not renew together.
+        let renew_at = asked + life.mul_f64(0.5 + 0.1 * fastrand::f64());
+        let expires_at =
+            issued_at.saturating_add(i64::try_from(life.as_secs()).unwrap_or(i64::MAX));
+        let scope = answer.scope.clone();
+        Some(Self { header, scope, renew_at, usable_until, issued_at, expires_at })
+    }
+}
+
+/// A token on disk. It holds a secret: no `Debug`.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct StoredToken {
+    callee: ServiceName,
+    token: String,
+    scope: ScopeSet,
+    issued_at: i64,
+    expires_at: i64,
+}
+
+/// Numbers for `infrar_token_*`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TokenStats {
+    /// Tokens received.
+    pub received: u64,
+    /// Questions without a token in the end, refusals included.
+    pub failures: u64,
+    /// For each callee how long its token may still be sent; `None` without one.
+    pub left: Vec<(ServiceName, Option<Duration>)>,
+}
+
+/// All outbound tokens of this process.
+pub struct Tokens {
+    shared: Arc<Shared>,
+    source: Arc<dyn TokenSource>,
+    files: HashMap<ServiceName, PathBuf>,
+    slots: Mutex<HashMap<ServiceName, Arc<Slot>>>,
+}
+
+struct Shared {
+    side: Handle,
+    clock: Clock,
+    changes: watch::Sender<u64>,
+    received: AtomicU64,
+    failures: AtomicU64,
+}
+
+impl fmt::Debug for Tokens {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tokens").field("slots", &self.lock().len()).finish_non_exhaustive()
+    }
+}
+
+impl Tokens {
+    /// Tokens from `source`, but those for services in `files` from their file.
+    #[must_use]
+    pub fn new(
+        source: Arc<dyn TokenSource>,
+        files: HashMap<ServiceName, PathBuf>,
+        side: Handle,
+        clock: Clock,
+    ) -> Self {
+        let changes = watch::Sender::new(0);
+        let (received, failures) = (AtomicU64::new(0), AtomicU64::new(0));
+        let shared = Arc::new(Shared { side, clock, changes, received, failures });
+        Self { shared, source, files, slots: Mutex::default() }
+    }
+
+    /// The slot for a callee, for as long as this process lives. Takes a lock: look it up when a snapshot is
+    /// built, not for every request.
+    #[must_use]
+    pub fn slot(&self, callee: &ServiceName) -> Arc<Slot> {
+        let mut slots = self.lock();
+        if let Some(slot) = slots.get(callee) {
+            return slot.clone();
+        }
+        let file = self.files.get(callee);
+        let source = file.map_or_else(
+            || self.source.clone(),
+            |path| Arc::new(TokenFile { path: path.clone(), clock: self.shared.clock }),
+        );
+        let slot = Slot::new(callee.clone(), source, file.is_some(), self.shared.clone());
+        if let Some(path) = file {
+            self.shared.side.spawn(watch_file(Arc::downgrade(&slot), path.clone()));
+        }
+        slots.insert(callee.clone(), slot.clone());
+        slot
+    }
+
+    /// Renews at once every token whose scopes are not what `permissions` grants `me` now, so that a new grant
+    /// does not wait for half a token's life.
+    pub fn reconcile(&self, project: &Project, me: &ServiceName) {
+        for slot in self.lock().values() {
+            let Some(bearer) = slot.bearer.load_full() else { continue };
+            let granted = project.granted(me, &slot.callee);
+            if !slot.from_file && granted.is_some_and(|granted| *granted != bearer.scope) {
+                slot.ask();
+            }
+        }
+    }
+
+    /// Tells of every new token, so that they can be kept on disk when received.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.shared.changes.subscribe()
+    }
+
+    /// The tokens that are worth keeping on disk: usable ones, and none that came from a file.
+    #[must_use]
+    pub fn snapshot(&self) -> Vec<StoredToken> {
+        let now = Instant::now();
+        let slots: Vec<_> = self.lock().values().filter(|slot| !slot.from_file).cloned().collect();
+        let stored = slots.iter().filter_map(|slot| {
+            let bearer = slot.bearer.load_full().filter(|bearer| bearer.is_usable(now))?;
+            Some(StoredToken {
+                callee: slot.callee.clone(),
+                token: bearer.token().expose_secret().to_owned(),
+                scope: bearer.scope.clone(),
+                issued_at: bearer.issued_at,
+                expires_at: bearer.expires_at,
+            })
+        });
+        stored.collect()
+    }
+
+    /// Takes tokens of an earlier run, but those that have expired since.
+    pub fn restore(&self, stored: Vec<StoredToken>) {
+        let (now, today) = (Instant::now(), self.shared.clock.unix_seconds());
+        for token in stored {
+            // A clock that was set back must not lengthen a life.
+            let life = token.expires_at.saturating_sub(token.issued_at);
+            let left = token.expires_at.saturating_sub(today).min(life);
+            let answer = TokenAnswer {
+                access_token: SecretString::from(token.token),
+                expires_in: Duration::from_secs(u64::try_from(left).unwrap_or(0)),
+                scope: token.scope,
+            };
+            let slot = self.slot(&token.callee);
+            if let Some(bearer) = Bearer::new(&answer, now, today).filter(|_| !slot.from_file) {
+                slot.put(bearer);
+            }
+        }
+    }
+
+    /// Numbers for metrics.
+    #[must_use]
+    pub fn stats(&self) -> TokenStats {
+        let now = Instant::now();
+        let left = |slot: &Slot| {
+            let bearer = slot.bearer.load();
+            let bearer = bearer.as_ref().filter(|bearer| bearer.is_usable(now))?;
+            Some(bearer.usable_until.duration_since(now))
+        };
+        TokenStats {
+            received: self.shared.received.load(Ordering::Relaxed),
+            failures: self.shared.failures.load(Ordering::Relaxed),
+            left: self.lock().values().map(|slot| (slot.callee.clone(), left(slot))).collect(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<ServiceName, Arc<Slot>>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The token for one callee. Shared by all workers.
+pub struct Slot {
+    callee: ServiceName,
+    source: Arc<dyn TokenSource>,
+    from_file: bool,
+    shared: Arc<Shared>,
+    bearer: ArcSwapOption<Bearer>,
+    /// Whether anybody looked at the present token: only those are renewed.
+    used: AtomicBool,
+    state: Mutex<State>,
+    /// Counts questions that have ended, however they did.
+    ended: watch::Sender<u64>,
+}
+
+#[derive(Default)]
+struct State {
+    asking: bool,
+    keeping: bool,
+    failures: u32,
+    /// The last failure, and until when it is the answer to everybody.
+    failed: Option<(TokenUnavailable, Instant)>,
+}
+
+impl fmt::Debug for Slot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Slot").field("callee", &self.callee).finish_non_exhaustive()
+    }
+}
+
+impl Slot {
+    fn new(
+        callee: ServiceName,
+        source: Arc<dyn TokenSource>,
+        from_file: bool,
+        shared: Arc<Shared>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            callee,
+            source,
+            from_file,
+            shared,
+            bearer: ArcSwapOption::empty(),
+            used: AtomicBool::new(false),
+            state: Mutex::default(),
+            ended: watch::Sender::new(0),
+        })
+    }
+
+    /// For whom.
+    #[must_use]
+    pub fn callee(&self) -> &ServiceName {
+        &self.callee
+    }
+
+    /// The token, if one lies ready. No lock, no wait.
+    #[must_use]
+    pub fn current(&self, now: Instant) -> Option<Arc<Bearer>> {
+        self.with_current(now, Arc::clone)
+    }
+
+    /// As [`Slot::current`], lending the token instead of counting a reference, which all cores would share.
+    pub fn with_current<T>(&self, now: Instant, read: impl FnOnce(&Arc<Bearer>) -> T) -> Option<T> {
+        let bearer = self.bearer.load();
+        let bearer = bearer.as_ref().filter(|bearer| bearer.is_usable(now))?;
+        // Written once per token: a store for each request would share the line between cores.
+        if !self.used.load(Ordering::Relaxed) {
+            self.used.store(true, Ordering::Relaxed);
+        }
+        Some(read(bearer))
+    }
+
+    /// The token, waited for when none lies ready. Whoever waits shares one question, and its failure; for a
+    /// moment after a failure it is the answer at once. Cancel-safe; the question goes on without the asker.
+    /// May be awaited on any runtime.
+    ///
+    /// # Errors
+    /// [`TokenUnavailable`].
+    pub async fn bearer(self: &Arc<Self>) -> Result<Arc<Bearer>, TokenUnavailable> {
+        if let Some(bearer) = self.current(Instant::now()) {
+            return Ok(bearer);
+        }
+        let mut ended = {
+            let mut state = self.lock();
+            let ended = self.ended.subscribe();
+            // A question may have ended between the look and the lock.
+            if let Some(bearer) = self.current(Instant::now()) {
+                return Ok(bearer);
+            }
+            if !state.asking {
+                state.refuse_early(Instant::now())?;
+                self.begin(&mut state);
+            }
+            ended
+        };
+        // The other end lives in this slot, so it cannot be gone.
+        let _told = ended.changed().await;
+        if let Some(bearer) = self.current(Instant::now()) {
+            return Ok(bearer);
+        }
+        let failed = self.lock().failed.clone();
+        Err(failed.map_or(TokenUnavailable::Unusable, |(fault, _)| fault))
+    }
+
+    /// Asks for a fresh token now, unless a question is under way.
+    fn ask(self: &Arc<Self>) {
+        let mut state = self.lock();
+        if !state.asking {
+            self.begin(&mut state);
+        }
+    }
+
+    fn begin(self: &Arc<Self>, state: &mut State) {
+        state.asking = true;
+        // On the side runtime whoever asked, so that a worker or request that goes away does not take it along.
+        self.shared.side.spawn(Asking { slot: self.clone(), outcome: None }.carry());
+    }
+
+    fn put(self: &Arc<Self>, bearer: Bearer) {
+        self.bearer.store(Some(Arc::new(bearer)));
+        self.used.store(false, Ordering::Relaxed);
+        let mut state = self.lock();
+        (state.failures, state.failed) = (0, None);
+        if !state.keeping && !self.from_file {
+            state.keeping = true;
+            self.shared.side.spawn(keep(Arc::downgrade(self)));
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the keeper should do, or `None` when there is nothing left to keep.
+    fn next_step(self: &Arc<Self>) -> Option<Step> {
+        let now = Instant::now();
+        let Some(bearer) = self.bearer.load_full().filter(|bearer| bearer.is_usable(now)) else {
+            let mut state = self.lock();
+            // Another token may have come before the lock.
+            if self.bearer.load().as_ref().is_some_and(|bearer| bearer.is_usable(now)) {
+                return Some(Step::Sleep(now));
+            }
+            self.bearer.store(None);
+            state.keeping = false;
+            return None;
+        };
+        if now < bearer.renew_at {
+            return Some(Step::Sleep(bearer.renew_at.min(bearer.usable_until)));
+        }
+        if !self.used.load(Ordering::Relaxed) {
+            let look = bearer.usable_until.duration_since(now) / 8;
+            let look = look.clamp(Duration::from_millis(250), Duration::from_secs(15));
+            return Some(Step::Sleep((now + look).min(bearer.usable_until)));
+        }
+        let mut state = self.lock();
+        if !state.asking {
+            let early = state.failed.as_ref().map(|(_, until)| *until).filter(|until| now < *until);
+            if let Some(until) = early {
+                return Some(Step::Sleep(until.min(bearer.usable_until)));
+            }
+            let ended = self.ended.subscribe();
+            self.begin(&mut state);
+            return Some(Step::Wait(ended));
+        }
+        Some(Step::Wait(self.ended.subscribe()))
+    }
+}
+
+impl State {
+    fn refuse_early(&self, now: Instant) -> Result<(), TokenUnavailable> {
+        match &self.failed {
+            Some((fault, until)) if now < *until => Err(fault.clone()),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What keeps a token fresh does next.
+enum Step {
+    Sleep(Instant),
+    Wait(watch::Receiver<u64>),
+}
+
+/// Renews a slot's token while it is used; ends when there is nothing left to renew.
+async fn keep(slot: Weak<Slot>) {
+    loop {
+        let Some(step) = slot.upgrade().and_then(|slot| slot.next_step()) else { return };
+        match step {
+            Step::Sleep(until) => sleep_until(until).await,
+            Step::Wait(mut ended) => {
+                let _told = ended.changed().await;
+            }
+        }
+    }
+}
+
+/// Reads a token file again whenever it is another one: content, or the link that a projected volume swaps.
+async fn watch_file(slot: Weak<Slot>, path: PathBuf) {
+    let mut seen = None;
+    loop {
+        let now = stamp(&path).await;
+        let Some(slot) = slot.upgrade() else { return };
+        if now.is_some() && now != seen {
+            slot.ask();
+        }
+        drop(slot);
+        seen = now;
+        sleep(FILE_EVERY).await;
+    }
+}
+
+async fn stamp(path: &Path) -> Option<(u64, u64, i64, i64)> {
+    use std::os::unix::fs::MetadataExt;
+    let file = tokio::fs::metadata(path).await.ok()?;
+    Some((file.ino(), file.len(), file.mtime(), file.mtime_nsec()))
+}
+
+/// A question under way; whatever ends it, those who wait are told.
+struct Asking {
+    slot: Arc<Slot>,
+    outcome: Option<Result<Bearer, TokenUnavailable>>,
+}
+
+impl Asking {
+    async fn carry(mut self) {
+        let shared = self.slot.shared.clone();
+        let (asked, today) = (Instant::now(), shared.clock.unix_seconds());
+        let answer = timeout(ASK_LIMIT, self.slot.source.ask(&self.slot.callee)).await;
+        let answer = answer.unwrap_or(Err(TokenUnavailable::Deadline));
+        let bearer = answer.and_then(|answer| {
+            Bearer::new(&answer, asked, today).ok_or(TokenUnavailable::Unusable)
+        });
+        self.outcome = Some(bearer);
+    }
+
+    fn settle(&mut self) {
+        let (slot, shared) = (&self.slot, &self.slot.shared);
+        // Without an outcome the source panicked or the runtime ends.
+        match self.outcome.take().unwrap_or(Err(TokenUnavailable::Unusable)) {
+            Ok(bearer) => {
+                debug!(callee = %slot.callee, expires_at = bearer.expires_at, "token received");
+                slot.put(bearer);
+                shared.received.fetch_add(1, Ordering::Relaxed);
+                shared.changes.send_modify(|count| *count += 1);
+            }
+            Err(fault) => {
+                shared.failures.fetch_add(1, Ordering::Relaxed);
+                let cause = std::error::Error::source(&fault).map(ToString::to_string);
+                warn!(callee = %slot.callee, %fault, cause, "no token");
+                let mut state = slot.lock();
+                state.failures = state.failures.saturating_add(1);
+                let until = Instant::now() + RETRY.pause(state.failures);
+                state.failed = Some((fault, until));
+            }
+        }
+    }
+}
+
+impl Drop for Asking {
+    fn drop(&mut self) {
+        self.settle();
+        self.slot.lock().asking = false;
+        self.slot.ended.send_modify(|count| *count += 1);
+    }
+}
