@@ -116,7 +116,6 @@ thread_local! {
 
 impl AccessLog {
     /// Lines on standard output.
-    #[must_use]
     pub fn stdout(format: Format) -> (Self, Flushing) {
         let text = format.is_text(io::stdout().is_terminal());
         Self::open(io::stdout(), text)

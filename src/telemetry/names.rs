@@ -1,5 +1,7 @@
 //! The one list of metric names. A name, once published, stays.
 
+use crate::telemetry::cells::MOST_BUCKETS;
+
 /// What a metric is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -44,6 +46,7 @@ const fn gauge(name: &'static str, help: &'static str) -> Name {
 }
 
 const fn histogram(name: &'static str, help: &'static str, bounds: &'static [f64]) -> Name {
+    assert!(bounds.len() < MOST_BUCKETS, "a histogram has no more cells than this");
     Name { name, help, kind: Kind::Histogram, bounds }
 }
 
