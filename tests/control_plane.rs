@@ -1,11 +1,6 @@
 //! Stories of the control plane, told through a really started one on a free port: tokens that any standard library
 //! can check, a catalog that is fetched once, changes that arrive by themselves, and keys that outlive a restart.
-#![expect(
-    clippy::unwrap_used,
-    clippy::indexing_slicing,
-    clippy::panic,
-    reason = "the helpers of a test may fail it"
-)]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "the helpers of a test may fail it")]
 
 use std::{
     collections::BTreeMap,
