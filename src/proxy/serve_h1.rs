@@ -20,7 +20,8 @@ use tokio_util::io::poll_read_buf;
 
 use crate::{
     http1::{
-        self, BodyDecoder, Framing, HeadError, ParsedRequest, Piece, encode_headers, encode_status_line,
+        self, BodyDecoder, Framing, HeadError, ParsedRequest, Piece, encode_headers,
+        encode_status_line,
     },
     net::Stream,
     proxy::{
@@ -129,7 +130,9 @@ impl http_body::Body for Incoming {
                     }
                     return Poll::Ready(Some(Ok(Frame::data(data))));
                 }
-                Ok(Piece::Trailers(trailers)) => return Poll::Ready(Some(Ok(Frame::trailers(trailers)))),
+                Ok(Piece::Trailers(trailers)) => {
+                    return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
+                }
                 Ok(Piece::End) => return Poll::Ready(None),
                 Ok(Piece::More) => {}
                 Err(_framing) => return self.fail(BodyError::Framing),
@@ -201,7 +204,7 @@ struct Asked {
 }
 
 /// One connection.
-pub struct Connection {
+pub(super) struct Connection {
     wire: Rc<Wire>,
     story: Rc<Story>,
     peer: Peer,
@@ -211,7 +214,13 @@ pub struct Connection {
 
 impl Connection {
     /// A connection whose first bytes, if any were read, are in `read`.
-    pub fn new(stream: Stream, read: BytesMut, guard: Guard, story: Rc<Story>, peer: Peer) -> Self {
+    pub(super) fn new(
+        stream: Stream,
+        read: BytesMut,
+        guard: Guard,
+        story: Rc<Story>,
+        peer: Peer,
+    ) -> Self {
         let limits = *story.worker().limits();
         let wire = Rc::new(Wire {
             stream: RefCell::new(stream),
@@ -229,7 +238,7 @@ impl Connection {
     }
 
     /// Serves requests until either side has had enough.
-    pub async fn serve(mut self) {
+    pub(super) async fn serve(mut self) {
         loop {
             // The room that a request needs is boxed and given back while the connection is idle: thousands of idle
             // connections cost little, and a busy one allocates it once.
@@ -251,7 +260,7 @@ impl Connection {
         self.write = BytesMut::new();
         wire.guard.arm(self.story.worker().limits().idle_timeout);
         poll_fn(|cx| {
-            if self.story.worker().shutdown.reached(Phase::Drain) || wire.guard.poll_expired(cx).is_ready() {
+            if self.story.end().reached(Phase::Drain) || wire.guard.poll_expired(cx).is_ready() {
                 return Poll::Ready(false);
             }
             wire.stream.borrow().poll_readable(cx).map(|ready| ready.is_ok())
@@ -318,7 +327,9 @@ impl Connection {
                     self.wire.guard.arm(limits.header_timeout);
                 }
                 Some(Ok(_)) => {}
-                None if begun => return Head::Refused(Rejection::RequestTimeout(limits.header_timeout)),
+                None if begun => {
+                    return Head::Refused(Rejection::RequestTimeout(limits.header_timeout));
+                }
                 None => return Head::Idle,
             }
         }
@@ -329,8 +340,7 @@ impl Connection {
         if let Poll::Ready(read) = self.wire.poll_fill(cx) {
             return Poll::Ready(Some(read));
         }
-        let worker = self.story.worker();
-        if worker.shutdown.reached(Phase::Drain) && self.wire.read.borrow().is_empty() {
+        if self.story.end().reached(Phase::Drain) && self.wire.read.borrow().is_empty() {
             return Poll::Ready(None);
         }
         self.wire.guard.poll_expired(cx).map(|()| None)
@@ -416,10 +426,15 @@ impl Connection {
     }
 
     /// Writes an answer and says whether the connection can be used again.
-    async fn finish(&mut self, response: Response<Body>, record: Record, asked: &Asked) -> Afterwards {
+    async fn finish(
+        &mut self,
+        response: Response<Body>,
+        record: Record,
+        asked: &Asked,
+    ) -> Afterwards {
         let (parts, body) = response.into_parts();
         let unread = !self.wire.decoder.borrow().is_done() || self.wire.broken.get();
-        let draining = self.story.worker().shutdown.reached(Phase::Drain);
+        let draining = self.story.end().reached(Phase::Drain);
         let mut keep_alive = asked.keep_alive && !draining && !(unread && body_is_short(&body));
         let framing = self.encode_head(parts.status, parts.headers, &body, asked, &mut keep_alive);
         let written = self.write_body(body, framing).await;
@@ -448,7 +463,8 @@ impl Connection {
             || status == StatusCode::NO_CONTENT
             || status == StatusCode::NOT_MODIFIED
             || status.is_informational();
-        let declared = head.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+        let declared =
+            head.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
         let framing = match (bodiless, body.exact_len(), declared) {
             (true, ..) => Framing::None,
             (false, Some(length), _) => {
@@ -585,7 +601,7 @@ impl Connection {
         if self.flush(Bytes::new()).await.is_err() {
             return;
         }
-        let shutdown = self.story.worker().shutdown.clone();
+        let shutdown = self.story.end().clone();
         let Ok(wire) = Rc::try_unwrap(self.wire) else { return };
         let early = wire.read.into_inner().freeze();
         let near = wire.stream.into_inner().with_prefix(early);

@@ -88,7 +88,9 @@ pub struct AccessLog {
 
 /// Writes what still waits when it is dropped.
 #[derive(Debug)]
-pub struct Flushing(#[expect(dead_code, reason = "held for its Drop, which writes what waits")] WorkerGuard);
+pub struct Flushing(
+    #[expect(dead_code, reason = "held for its Drop, which writes what waits")] WorkerGuard,
+);
 
 impl AccessLog {
     /// Lines on standard output.
@@ -118,7 +120,7 @@ impl AccessLog {
     pub fn record(&self, entry: &Entry<'_>) {
         let line = if self.text { text(entry) } else { json(entry) };
         // Each write is one message to the writing thread; it fails only when that thread is gone.
-        if (&mut self.writer.clone()).write_all(line.as_bytes()).is_err() {
+        if self.writer.clone().write_all(line.as_bytes()).is_err() {
             tracing::trace!("an access log line was lost");
         }
     }
@@ -236,6 +238,9 @@ mod tests {
         log.record(&entry());
         drop((log, flushing));
         let written = String::from_utf8(paper.0.lock().unwrap().clone()).unwrap();
-        assert!(written.contains("web → data POST /que\\\"ry 200 - 1.5 ms 5 B azure-eastus"), "{written}");
+        assert!(
+            written.contains("web → data POST /que\\\"ry 200 - 1.5 ms 5 B azure-eastus"),
+            "{written}"
+        );
     }
 }

@@ -60,7 +60,9 @@ pub(super) struct Buckets {
 
 impl Buckets {
     pub(super) fn new(bounds: &[f64]) -> Self {
-        let nanos = |bound: &f64| u64::try_from(Duration::from_secs_f64(*bound).as_nanos()).unwrap_or(u64::MAX);
+        let nanos = |bound: &f64| {
+            u64::try_from(Duration::from_secs_f64(*bound).as_nanos()).unwrap_or(u64::MAX)
+        };
         Self {
             bounds: bounds.iter().map(nanos).collect(),
             counts: (0..=bounds.len()).map(|_| AtomicU64::new(0)).collect(),

@@ -10,7 +10,10 @@ use std::{
 
 use prometheus::{
     TextEncoder,
-    proto::{Bucket, Counter as CounterProto, Gauge, Histogram as HistogramProto, LabelPair, Metric, MetricFamily, MetricType},
+    proto::{
+        Bucket, Counter as CounterProto, Gauge, Histogram as HistogramProto, LabelPair, Metric,
+        MetricFamily, MetricType,
+    },
 };
 
 use crate::telemetry::{
@@ -85,7 +88,12 @@ fn owned(labels: &[(&'static str, &str)]) -> Labels {
 }
 
 impl Registry {
-    fn series<T>(&self, name: Name, labels: &[(&'static str, &str)], add: impl FnOnce(&mut Series) -> T) -> T {
+    fn series<T>(
+        &self,
+        name: Name,
+        labels: &[(&'static str, &str)],
+        add: impl FnOnce(&mut Series) -> T,
+    ) -> T {
         let mut families = self.families.lock().unwrap_or_else(PoisonError::into_inner);
         let family = families.entry(name.name).or_default();
         family.name = Some(name);
@@ -165,19 +173,23 @@ impl Families {
     }
 
     fn encode(self) -> String {
-        let families: Vec<MetricFamily> = self.0.into_values().filter_map(|(name, metrics)| {
-            let name = name?;
-            let mut family = MetricFamily::default();
-            family.set_name(name.name.to_owned());
-            family.set_help(name.help.to_owned());
-            family.set_field_type(match name.kind {
-                Kind::Counter => MetricType::COUNTER,
-                Kind::Gauge => MetricType::GAUGE,
-                Kind::Histogram => MetricType::HISTOGRAM,
-            });
-            family.set_metric(metrics.into_values().collect());
-            Some(family)
-        }).collect();
+        let families: Vec<MetricFamily> = self
+            .0
+            .into_values()
+            .filter_map(|(name, metrics)| {
+                let name = name?;
+                let mut family = MetricFamily::default();
+                family.set_name(name.name.to_owned());
+                family.set_help(name.help.to_owned());
+                family.set_field_type(match name.kind {
+                    Kind::Counter => MetricType::COUNTER,
+                    Kind::Gauge => MetricType::GAUGE,
+                    Kind::Histogram => MetricType::HISTOGRAM,
+                });
+                family.set_metric(metrics.into_values().collect());
+                Some(family)
+            })
+            .collect();
         // The encoder fails for families without series only, and there are none.
         TextEncoder::new().encode_to_string(&families).unwrap_or_default()
     }
@@ -236,7 +248,13 @@ mod tests {
 
     fn filled() -> Registry {
         let registry = Registry::default();
-        let labels = [("direction", "outbound"), ("caller", "a"), ("callee", "b"), ("code", "200"), ("error", "")];
+        let labels = [
+            ("direction", "outbound"),
+            ("caller", "a"),
+            ("callee", "b"),
+            ("code", "200"),
+            ("error", ""),
+        ];
         registry.counter(names::REQUESTS, &labels).add(3);
         let still = registry.counter(names::REQUESTS, &labels);
         still.add(4);
@@ -271,7 +289,10 @@ mod tests {
             .stderr(Stdio::piped())
             .spawn();
         let Ok(mut promtool) = spawned else {
-            #[expect(clippy::disallowed_methods, reason = "a missing tool may only be skipped outside CI")]
+            #[expect(
+                clippy::disallowed_methods,
+                reason = "a missing tool may only be skipped outside CI"
+            )]
             let ci = std::env::var("CI").is_ok_and(|value| value == "true");
             assert!(!ci, "promtool is not installed");
             println!("skipped: promtool is not installed (Debian's package prometheus has it)");
@@ -279,7 +300,8 @@ mod tests {
         };
         promtool.stdin.take().unwrap().write_all(filled().expose().as_bytes()).unwrap();
         let output = promtool.wait_with_output().unwrap();
-        let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        let said =
+            String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success() && said.is_empty(), "{said}");
     }
 }

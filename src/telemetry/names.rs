@@ -26,11 +26,14 @@ pub struct Name {
 
 /// From a tenth of a millisecond, a call next door, to a minute, which no timeout outlasts.
 const CALLS: &[f64] = &[
-    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5,
+    5.0, 10.0, 30.0, 60.0,
 ];
 /// What the proxy itself adds: microseconds.
-const OVERHEAD: &[f64] =
-    &[0.000005, 0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1, 1.0];
+const OVERHEAD: &[f64] = &[
+    0.000005, 0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1,
+    1.0,
+];
 
 const fn counter(name: &'static str, help: &'static str) -> Name {
     Name { name, help, kind: Kind::Counter, bounds: &[] }
@@ -50,8 +53,11 @@ pub const REQUESTS: Name = counter(
     "Requests answered, by HTTP status and, where infrar answered itself, its problem code.",
 );
 /// How long requests took.
-pub const REQUEST_DURATION: Name =
-    histogram("infrar_request_duration_seconds", "From a request's head to the last byte of its answer.", CALLS);
+pub const REQUEST_DURATION: Name = histogram(
+    "infrar_request_duration_seconds",
+    "From a request's head to the last byte of its answer.",
+    CALLS,
+);
 /// How long they took beyond the endpoint's own time.
 pub const PROXY_OVERHEAD: Name = histogram(
     "infrar_proxy_overhead_seconds",
@@ -71,28 +77,38 @@ pub const EGRESS_USD: Name = counter(
 /// Client connections.
 pub const CONNECTIONS: Name = gauge("infrar_connections", "Open connections of clients.");
 /// Age of the snapshot in use.
-pub const SNAPSHOT_AGE: Name =
-    gauge("infrar_snapshot_age_seconds", "Since the snapshot in use was last confirmed by its source.");
+pub const SNAPSHOT_AGE: Name = gauge(
+    "infrar_snapshot_age_seconds",
+    "Since the snapshot in use was last confirmed by its source.",
+);
 /// Revision of the snapshot in use.
-pub const SNAPSHOT_REVISION: Name = gauge("infrar_snapshot_revision", "Revision of the snapshot in use.");
+pub const SNAPSHOT_REVISION: Name =
+    gauge("infrar_snapshot_revision", "Revision of the snapshot in use.");
 /// Tokens received.
-pub const TOKENS_RECEIVED: Name = counter("infrar_token_received_total", "Tokens received from the issuer or a file.");
+pub const TOKENS_RECEIVED: Name =
+    counter("infrar_token_received_total", "Tokens received from the issuer or a file.");
 /// Attempts to get one that failed.
-pub const TOKEN_FAILURES: Name = counter("infrar_token_failures_total", "Attempts to get a token that failed.");
+pub const TOKEN_FAILURES: Name =
+    counter("infrar_token_failures_total", "Attempts to get a token that failed.");
 /// Fetches of keys.
-pub const JWKS_FETCHES: Name = counter("infrar_jwks_fetches_total", "Fetches of an issuer's public keys.");
+pub const JWKS_FETCHES: Name =
+    counter("infrar_jwks_fetches_total", "Fetches of an issuer's public keys.");
 /// Those that failed.
 pub const JWKS_FAILURES: Name =
     counter("infrar_jwks_failures_total", "Fetches of an issuer's public keys that failed.");
 /// Age of the keys in use.
-pub const JWKS_AGE: Name = gauge("infrar_jwks_age_seconds", "Since an issuer's public keys were last fetched.");
+pub const JWKS_AGE: Name =
+    gauge("infrar_jwks_age_seconds", "Since an issuer's public keys were last fetched.");
 /// Build.
 pub const BUILD_INFO: Name = gauge("infrar_build_info", "1, with the version as a label.");
 /// Bugs.
-pub const TASK_PANICS: Name = counter("infrar_task_panics_total", "Tasks that panicked: each is a bug to report.");
+pub const TASK_PANICS: Name =
+    counter("infrar_task_panics_total", "Tasks that panicked: each is a bug to report.");
 /// Log lines lost.
-pub const LOG_DROPPED: Name =
-    counter("infrar_log_lines_dropped_total", "Log lines dropped because they came faster than they could be written.");
+pub const LOG_DROPPED: Name = counter(
+    "infrar_log_lines_dropped_total",
+    "Log lines dropped because they came faster than they could be written.",
+);
 /// Memory.
 pub const PROCESS_MEMORY: Name = gauge("process_resident_memory_bytes", "Resident memory.");
 /// File descriptors.
@@ -100,4 +116,5 @@ pub const PROCESS_FDS: Name = gauge("process_open_fds", "Open file descriptors."
 /// CPU time.
 pub const PROCESS_CPU: Name = counter("process_cpu_seconds_total", "User and system CPU time.");
 /// Start.
-pub const PROCESS_START: Name = gauge("process_start_time_seconds", "Start of the process, seconds since 1970.");
+pub const PROCESS_START: Name =
+    gauge("process_start_time_seconds", "Start of the process, seconds since 1970.");

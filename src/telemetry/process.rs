@@ -29,7 +29,9 @@ pub(super) fn collect(found: &mut Families) {
         .split_whitespace()
         .map(|field| field.parse().unwrap_or_default())
         .collect();
-    if let (Some(user), Some(system), Some(start)) = (fields.get(11), fields.get(12), fields.get(19)) {
+    if let (Some(user), Some(system), Some(start)) =
+        (fields.get(11), fields.get(12), fields.get(19))
+    {
         found.counter(names::PROCESS_CPU, &[], (user + system) / TICKS);
         if let Some(boot) = booted() {
             found.gauge(names::PROCESS_START, &[], boot + start / TICKS);

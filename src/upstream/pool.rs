@@ -159,7 +159,11 @@ impl Pool {
     ///
     /// # Errors
     /// [`ConnectError`] when a new one was needed and could not be had; nothing has been sent then.
-    pub async fn lease(self: &Rc<Self>, want: Want, limit: Duration) -> Result<Lease, ConnectError> {
+    pub async fn lease(
+        self: &Rc<Self>,
+        want: Want,
+        limit: Duration,
+    ) -> Result<Lease, ConnectError> {
         if self.wants_h2(want) {
             return self.lease_h2(limit).await;
         }
@@ -193,9 +197,9 @@ impl Pool {
 
     fn is_fit(&self, connection: &mut H1, now: Instant) -> bool {
         // A second before the peer would hang up: our request must not cross its close.
-        let peer = connection.peer_idle.map_or(self.settings.idle, |limit| {
-            limit.saturating_sub(Duration::from_secs(1))
-        });
+        let peer = connection
+            .peer_idle
+            .map_or(self.settings.idle, |limit| limit.saturating_sub(Duration::from_secs(1)));
         let idle = self.settings.idle.min(peer);
         now.duration_since(connection.idle_since) < idle
             && now.duration_since(connection.opened) < self.settings.age
@@ -204,7 +208,8 @@ impl Pool {
     async fn lease_h2(self: &Rc<Self>, limit: Duration) -> Result<Lease, ConnectError> {
         let deadline = Instant::now() + limit;
         loop {
-            let room = self.shared.borrow().iter().find(|connection| connection.has_room()).cloned();
+            let room =
+                self.shared.borrow().iter().find(|connection| connection.has_room()).cloned();
             if let Some(connection) = room {
                 return Ok(Lease::H2 { connection });
             }
