@@ -37,7 +37,7 @@ impl Format {
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
     /// The level cannot be read.
-    #[error("{0:?} is no log level; write error, warn, info, debug or trace")]
+    #[error("{0:?} is no log level; write off, error, warn, info, debug or trace")]
     Level(String),
     /// Another log runs already.
     #[error("a log runs in this process already")]
@@ -76,6 +76,11 @@ pub fn start(format: Format, level: &str) -> Result<LogGuard, LogError> {
 }
 
 fn filter(level: &str) -> Result<EnvFilter, LogError> {
+    // A bare word that is no level would be taken for the name of a target, and silence everything else.
+    let bare = !level.is_empty() && !level.contains(['=', ',']);
+    if bare && level.parse::<LevelFilter>().is_err() {
+        return Err(LogError::Level(level.to_owned()));
+    }
     EnvFilter::builder()
         // Else a value in a directive is an expression, run for every span.
         .with_regex(false)
@@ -143,8 +148,11 @@ mod tests {
 
     #[test]
     fn a_level_nobody_knows_is_refused_with_what_was_written() {
-        let error = filter("infrar=loud").unwrap_err();
-        assert!(error.to_string().starts_with("\"infrar=loud\" is no log level"), "{error}");
+        // A misspelt level alone would else pass for a target.
+        for wrong in ["infrar=loud", "infos"] {
+            let error = filter(wrong).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("{wrong:?} is no log level")), "{error}");
+        }
     }
 
     #[test]
