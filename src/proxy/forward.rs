@@ -164,13 +164,13 @@ impl<'a> Forward<'a> {
             match self.attempt().await? {
                 Attempt::Received(received) => return Ok(received),
                 Attempt::Held { received, flight } => {
-                    if !self.may_go_on().await {
+                    if !Box::pin(self.may_go_on()).await {
                         self.record.carried_by(flight);
                         return Ok(received);
                     }
                 }
                 Attempt::Failed { rejection, again } => {
-                    if !again || !self.may_go_on().await {
+                    if !again || !Box::pin(self.may_go_on()).await {
                         return Err(rejection);
                     }
                 }
@@ -264,13 +264,17 @@ impl<'a> Forward<'a> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let limit = self.cluster.timeouts.connect.min(left);
-            let lease = target.pool.lease(want, limit).await.map_err(|error| {
-                tracing::debug!(
-                    service = %self.cluster.service, endpoint = %target.id, error = &error as &dyn std::error::Error,
-                    "no connection to an endpoint"
-                );
-                (refuse_connect(self.cluster, &error), true)
-            })?;
+            let lease = match target.pool.kept(want) {
+                Some(lease) => lease,
+                // Boxed, like everything that most requests never do: the room for it would be in every future.
+                None => Box::pin(target.pool.lease(want, limit)).await.map_err(|error| {
+                    tracing::debug!(
+                        service = %self.cluster.service, endpoint = %target.id,
+                        error = &error as &dyn std::error::Error, "no connection to an endpoint"
+                    );
+                    (refuse_connect(self.cluster, &error), true)
+                })?,
+            };
             let stale = lease.may_be_stale();
             // A body that streams is gone once it has been handed over.
             let whole = self.is_whole() && !matches!(self.dispatch.body, Body::Stream(_));

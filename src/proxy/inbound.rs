@@ -97,33 +97,26 @@ impl Gate {
     }
 
     /// Who is it? The token is verified, or remembered as verified.
-    async fn claims(
-        &self,
-        headers: &HeaderMap,
-        callee: &ServiceName,
-    ) -> Result<Rc<Claims>, Rejection> {
+    async fn claims(&self, headers: &HeaderMap, callee: &ServiceName) -> Result<Rc<Claims>, Rejection> {
         let token = bearer(headers)?;
-        let audience = [callee.as_str()];
-        // Two looks: between them the key that was not known may have been fetched.
-        for last in [false, true] {
-            let verifier = self.worker.verifier();
-            let now = Clock::system().unix_seconds();
-            // The cache is let go before anything is waited for.
-            let verified = self.cache.borrow_mut().verify(&verifier, token, &audience, now);
-            match verified {
-                Ok(claims) => return Ok(claims),
-                Err(fault) if !last && matches!(fault, TokenFault::UnknownKey { .. }) => {
-                    if !verifier.refresh(&fault).await {
-                        return Err(refuse(&fault));
-                    }
+        match self.verified(token, callee) {
+            Ok(claims) => Ok(claims),
+            Err(fault @ TokenFault::UnknownKey { .. }) => {
+                // The key may be newer than our set of them: one more look, once it has been fetched.
+                let found = Box::pin(self.worker.verifier().refresh(&fault)).await;
+                if !found {
+                    return Err(refuse(callee, &fault));
                 }
-                Err(fault) => {
-                    tracing::debug!(%callee, reason = fault.label(), "a token was refused");
-                    return Err(refuse(&fault));
-                }
+                self.verified(token, callee).map_err(|fault| refuse(callee, &fault))
             }
+            Err(fault) => Err(refuse(callee, &fault)),
         }
-        Err(Rejection::TokenInvalid("its key is not known"))
+    }
+
+    fn verified(&self, token: &[u8], callee: &ServiceName) -> Result<Rc<Claims>, TokenFault> {
+        let now = Clock::system().unix_seconds();
+        let verifier = self.worker.verifier();
+        self.cache.borrow_mut().verify(&verifier, token, &[callee.as_str()], now)
     }
 
     /// Puts on what the application may rely on.
@@ -157,7 +150,8 @@ fn bearer(headers: &HeaderMap) -> Result<&[u8], Rejection> {
     if token.is_empty() { Err(Rejection::TokenMissing) } else { Ok(token) }
 }
 
-fn refuse(fault: &TokenFault) -> Rejection {
+fn refuse(callee: &ServiceName, fault: &TokenFault) -> Rejection {
+    tracing::debug!(%callee, reason = fault.label(), "a token was refused");
     match fault {
         TokenFault::Missing => Rejection::TokenMissing,
         TokenFault::Expired => Rejection::TokenExpired,

@@ -3,12 +3,12 @@
 //! One port understands four ways of asking: an absolute target (`HTTP_PROXY`), a plain call with a `Host`, `CONNECT
 //! name:port`, and a port that belongs to one service. Whatever the way, the walk is the same.
 
-use std::rc::Rc;
+use std::{rc::Rc, sync::Arc};
 
 use http::{HeaderValue, Method, Response, StatusCode, header};
 
 use crate::{
-    identity::TokenUnavailable,
+    identity::{Slot, TokenUnavailable},
     model::ServiceName,
     proxy::{
         forward::{Dispatch, Forward},
@@ -56,7 +56,7 @@ impl Outbound {
         let grpc = headers::is_grpc(call.request.headers());
         let id = headers::identify(call.request.headers_mut());
         let walk = if call.request.method() == Method::CONNECT {
-            self.tunnel(&call, &mut record).await
+            Box::pin(self.tunnel(&call, &mut record)).await
         } else {
             self.carry(call, &id, grpc, &mut record).await
         };
@@ -173,10 +173,15 @@ impl Outbound {
         if let Some(header) = slot.with_current(now, |bearer| bearer.header().clone()) {
             return Ok(Some(header));
         }
+        Box::pin(self.first_bearer(cluster, slot)).await.map(Some)
+    }
+
+    /// Waits for a token that is not there yet.
+    async fn first_bearer(&self, cluster: &Cluster, slot: &Arc<Slot>) -> Result<HeaderValue, Rejection> {
         let limit = cluster.timeouts.request.unwrap_or(std::time::Duration::from_secs(30));
         let service = || cluster.service.clone();
         match tokio::time::timeout(limit, slot.bearer()).await {
-            Ok(Ok(bearer)) => Ok(Some(bearer.header().clone())),
+            Ok(Ok(bearer)) => Ok(bearer.header().clone()),
             Ok(Err(error)) if error.is_permission() => Err(Rejection::NotPermitted {
                 caller: self.worker.settings.service.to_string(),
                 callee: service(),
@@ -187,10 +192,9 @@ impl Outbound {
                 );
                 Err(Rejection::TokenUnavailable { service: service(), why: why(&error) })
             }
-            Err(_elapsed) => Err(Rejection::TokenUnavailable {
-                service: service(),
-                why: "the issuer did not answer in time",
-            }),
+            Err(_elapsed) => {
+                Err(Rejection::TokenUnavailable { service: service(), why: "the issuer did not answer in time" })
+            }
         }
     }
 }

@@ -86,10 +86,11 @@ pub(super) async fn serve(stream: Stream, guard: Guard, story: Rc<Story>, peer: 
                     guard.arm(limits.idle_timeout);
                     let seat = Seat::take(&open);
                     let (story, peer) = (Rc::clone(&story), Rc::clone(&peer));
-                    runtime::spawn_local("h2-stream", async move {
+                    // Boxed here: what is moved on is then a pointer and not the room for a whole request.
+                    runtime::spawn_local("h2-stream", Box::pin(async move {
                         answer(request, respond, &story, &peer).await;
                         drop(seat);
-                    });
+                    }));
                 }
                 Some(Err(error)) => return tracing::debug!(%error, "an HTTP/2 connection ended"),
                 None => return,

@@ -162,6 +162,21 @@ impl Pool {
         }
     }
 
+    /// A connection that is there already, without waiting for anything.
+    #[must_use]
+    pub fn kept(self: &Rc<Self>, want: Want) -> Option<Lease> {
+        if self.wants_h2(want) {
+            return self.roomy().map(|connection| Lease::H2 { connection });
+        }
+        let connection = self.warm(Instant::now(), want.repeatable)?;
+        Some(Lease::H1 { connection, home: Home::begin(self), fresh: false })
+    }
+
+    /// A shared connection that takes another stream.
+    fn roomy(&self) -> Option<Rc<H2>> {
+        self.shared.borrow().iter().find(|connection| connection.has_room()).cloned()
+    }
+
     /// A connection for one request, a kept one if there is any.
     ///
     /// # Errors
