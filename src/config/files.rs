@@ -41,14 +41,17 @@ impl Files {
     /// relative to the working folder.
     pub(super) fn path(&self, node: &Node) -> Option<PathBuf> {
         let written = Path::new(node.scalar()?);
-        if let Ok(below_root) = written.strip_prefix("/") {
-            return Some(self.root.join(below_root));
-        }
-        let base = match &node.at.source {
-            Source::File(file) => file.parent(),
-            Source::Variable(_) | Source::Flag(_) => None,
+        let path = if let Ok(below_root) = written.strip_prefix("/") {
+            self.root.join(below_root)
+        } else {
+            let base = match &node.at.source {
+                Source::File(file) => file.parent(),
+                Source::Variable(_) | Source::Flag(_) => None,
+            };
+            base.map_or_else(|| written.to_owned(), |base| base.join(written))
         };
-        Some(base.map_or_else(|| written.to_owned(), |base| base.join(written)))
+        // Absolute, so that it means the same when it is printed and when the working folder changes.
+        Some(std::path::absolute(&path).unwrap_or(path))
     }
 
     /// The path of a file and what is in it.

@@ -79,14 +79,14 @@ kind!(
 kind!(
     SPAN,
     "a length of time",
-    "write a length of time, such as 25ms, 5s or 7d",
+    "write a length of time, such as 25ms, 5s or 7d (at most 366d)",
     SPAN_PATTERN,
     |text| { time(text).is_some() }
 );
 kind!(
     POSITIVE_SPAN,
     "a length of time above zero",
-    "write a length of time above zero, such as 25ms, 5s or 7d",
+    "write a length of time above zero, such as 25ms, 5s or 7d (at most 366d)",
     SPAN_PATTERN,
     |text| time(text).is_some_and(|span| !span.is_zero())
 );

@@ -53,12 +53,6 @@ fn settings(shape: &'static Shape) -> Vec<Setting> {
     found
 }
 
-/// The variables of every key of `shape`, for the published reference.
-#[cfg(test)]
-pub(super) fn variables(shape: &'static Shape) -> Vec<String> {
-    settings(shape).iter().map(Setting::variable).collect()
-}
-
 /// Puts environment and flags over what the file says.
 pub(super) fn overlay(
     root: &mut Node,
@@ -207,5 +201,23 @@ fn unknown_flag(path: &str, settings: &[Setting]) -> Fault {
         path: String::new(),
         found: format!("the unknown setting {}", quoted(path)),
         advice,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::proxy_keys::PROXY, *};
+
+    #[test]
+    fn every_variable_names_one_setting() {
+        let mut names: Vec<String> = settings(&PROXY).iter().map(Setting::variable).collect();
+        let all = names.len();
+        names.sort();
+        names.dedup();
+        assert_eq!(names.len(), all);
+        assert!(all > 60, "{names:?}");
+        assert!(FOREIGN.iter().all(|name| !names.iter().any(|known| known == name)));
+        // None of them looks like what Kubernetes says about a service.
+        assert!(names.iter().all(|name| !is_service_link(name, "x")));
     }
 }

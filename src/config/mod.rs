@@ -17,7 +17,6 @@ mod project;
 mod project_keys;
 mod proxy;
 mod proxy_keys;
-
 mod settings;
 mod shape;
 mod show;
@@ -112,6 +111,13 @@ pub fn load_proxy_under(
         })
     });
     finish(settings, faults, file.unwrap_or(Path::new("settings")))
+}
+
+/// Whether a file is a `proxy.yaml`: it has `role` at its top. Any other is a `project.yaml`; one that cannot be
+/// read is told so by whoever reads it as that.
+#[must_use]
+pub fn is_proxy(file: &Path) -> bool {
+    read_tree(file, &mut Vec::new()).is_some_and(|tree| tree.has("role"))
 }
 
 /// The `INFRAR_…` variables of this process, for [`load_proxy`].

@@ -402,8 +402,19 @@ impl Reader<'_> {
                     identities.insert(name, Identity::Workload { issuer, subject });
                 }
                 parts => {
-                    let set = parts.iter().flatten().count();
-                    let found = if set == 0 { "no proof" } else { "half or two ways of proof" };
+                    let set: Vec<&str> = parts
+                        .iter()
+                        .flatten()
+                        .filter_map(|part| part.path.rsplit('.').next())
+                        .collect();
+                    // A value that is no map, or a key that is none of these, has been told so.
+                    if set.is_empty()
+                        && !matches!(&entry.value.value, Value::Map(keys) if keys.is_empty())
+                    {
+                        continue;
+                    }
+                    let found =
+                        if set.is_empty() { "no proof".to_owned() } else { set.join(" and ") };
                     let advice = "write either client_secret_file, or issuer and subject";
                     self.faults.push(entry.value.fault_found(found, advice));
                 }

@@ -130,7 +130,7 @@ impl Reader<'_> {
         let nowhere = absent(root, "outbound");
         let section = entry(root, "outbound").unwrap_or(&nowhere);
         let here = section.here();
-        let listen = self.listen(section, "listen", OUTBOUND_LISTEN)?;
+        let listen = self.listen(section, "listen", OUTBOUND_LISTEN);
         let mut ports = BTreeMap::new();
         for entry in here.key("ports").entries() {
             let (Ok(name), Some(address)) = (entry.key.parse(), entry.value.parse()) else {
@@ -149,7 +149,7 @@ impl Reader<'_> {
         let via = here.key("via").parse();
         self.via_is_encrypted(here.key("via"), via.as_ref());
         Some(Outbound {
-            listen,
+            listen: listen?,
             ports,
             unknown_hosts: match here.key("unknown_hosts").text() {
                 Some("allow") => UnknownHosts::Allow,

@@ -11,6 +11,7 @@ use tokio_util::io::poll_read_buf;
 use crate::{
     net::{self, Handover, Open, Placement, ServerTls, Spread, Stream, Tallied},
     proxy::{
+        headers::Forwarded,
         serve_h1, serve_h2,
         story::Story,
         worker::{Peer, Worker},
@@ -138,7 +139,10 @@ async fn connection(
         }
     };
     let server_name = stream.server_name().map(Box::from);
-    let peer = Peer { address, tls: stream.is_tls(), server_name };
+    // The application itself is nobody to be named.
+    let named = (!door.story.takes_connect()).then_some(address);
+    let forwarded = Forwarded::new(named, stream.is_tls());
+    let peer = Peer { server_name, forwarded };
     let story = Rc::clone(&door.story);
     drop(door);
     match stream.alpn() {

@@ -3,7 +3,7 @@
 //! RFC 9110 §7.6.1 says which headers end at each hop; everything else passes untouched. What infrar adds is written
 //! once per request, from values that a snapshot has prepared.
 
-use std::net::SocketAddr;
+use std::{cell::RefCell, net::SocketAddr};
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Version, header};
 
@@ -175,22 +175,50 @@ pub(super) fn identify(headers: &mut HeaderMap) -> HeaderValue {
     id
 }
 
-/// Adds this hop to `forwarded` (RFC 7239): whom the request came from, which host it asked for, and how.
-pub(super) fn forwarded(headers: &mut HeaderMap, peer: Option<SocketAddr>, host: &str, tls: bool) {
-    let mut text = String::with_capacity(host.len() + 64);
-    if let Some(peer) = peer {
-        let ip = peer.ip().to_canonical();
-        // §6: IPv6 stands in brackets and quotes.
-        let node = if ip.is_ipv6() { format!("for=\"[{ip}]\";") } else { format!("for={ip};") };
-        text.push_str(&node);
+/// Says in `forwarded` (RFC 7239) whom a connection's requests come from, which host they ask for, and how. Requests of
+/// one connection mostly ask for one host, so the last value is kept.
+#[derive(Debug)]
+pub(super) struct Forwarded {
+    peer: Option<SocketAddr>,
+    tls: bool,
+    last: RefCell<Option<(String, HeaderValue)>>,
+}
+
+impl Forwarded {
+    /// For a connection from `peer`; `None` where the client is the application itself.
+    pub(super) fn new(peer: Option<SocketAddr>, tls: bool) -> Self {
+        Self { peer, tls, last: RefCell::default() }
     }
-    let token = host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~".contains(&b));
-    let quotes = if token { "" } else { "\"" };
-    for part in ["host=", quotes, host, quotes, ";proto=", if tls { "https" } else { "http" }] {
-        text.push_str(part);
+
+    /// Adds this hop.
+    pub(super) fn add(&self, headers: &mut HeaderMap, host: &str) {
+        let mut last = self.last.borrow_mut();
+        if let Some((known, value)) = &*last
+            && known == host
+        {
+            headers.append(header::FORWARDED, value.clone());
+            return;
+        }
+        if let Ok(value) = HeaderValue::try_from(self.element(host)) {
+            headers.append(header::FORWARDED, value.clone());
+            *last = Some((host.to_owned(), value));
+        }
     }
-    if let Ok(value) = HeaderValue::try_from(text) {
-        headers.append(header::FORWARDED, value);
+
+    fn element(&self, host: &str) -> String {
+        let mut text = String::with_capacity(host.len() + 64);
+        if let Some(peer) = self.peer {
+            let ip = peer.ip().to_canonical();
+            // §6: IPv6 stands in brackets and quotes.
+            let node = if ip.is_ipv6() { format!("for=\"[{ip}]\";") } else { format!("for={ip};") };
+            text.push_str(&node);
+        }
+        let token = host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~".contains(&b));
+        let quotes = if token { "" } else { "\"" };
+        for part in ["host=", quotes, host, quotes, ";proto=", if self.tls { "https" } else { "http" }] {
+            text.push_str(part);
+        }
+        text
     }
 }
 
@@ -260,8 +288,8 @@ mod tests {
     #[test]
     fn forwarded_names_the_peer_the_host_and_the_scheme() {
         let mut map = HeaderMap::new();
-        forwarded(&mut map, Some("192.0.2.1:999".parse().unwrap()), "data", false);
-        forwarded(&mut map, Some("[2001:db8::1]:999".parse().unwrap()), "data:8443", true);
+        Forwarded::new(Some("192.0.2.1:999".parse().unwrap()), false).add(&mut map, "data");
+        Forwarded::new(Some("[2001:db8::1]:999".parse().unwrap()), true).add(&mut map, "data:8443");
         let all: Vec<_> = map.get_all("forwarded").iter().map(|v| v.to_str().unwrap()).collect();
         assert_eq!(
             all,

@@ -235,7 +235,7 @@ pub(super) fn arrived(parts: &mut Parts, peer: &Peer, upgrade: Option<&HeaderVal
     }
     let host = parts.headers.get(header::HOST).cloned();
     let host = host.as_ref().and_then(|host| host.to_str().ok()).unwrap_or_default();
-    headers::forwarded(&mut parts.headers, Some(peer.address), host, peer.tls);
+    peer.forwarded.add(&mut parts.headers, host);
     if let Some(protocol) = upgrade {
         parts.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
         parts.headers.insert(header::UPGRADE, protocol.clone());

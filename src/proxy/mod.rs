@@ -54,7 +54,7 @@ const PRUNE: Duration = Duration::from_secs(1);
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// A listener's address cannot be had.
-    #[error("{0}")]
+    #[error(transparent)]
     Bind(#[from] BindError),
     /// No thread could be had.
     #[error("the workers did not start")]

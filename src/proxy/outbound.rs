@@ -85,7 +85,7 @@ impl Outbound {
         headers::strip_hop_by_hop(&mut parts.headers);
         headers::strip_identity(&mut parts.headers);
         record.identified(id, headers::continue_trace(&mut parts.headers));
-        headers::forwarded(&mut parts.headers, None, &asked, call.peer.tls);
+        call.peer.forwarded.add(&mut parts.headers, &asked);
         if let Some(protocol) = &upgrade {
             parts.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
             parts.headers.insert(header::UPGRADE, protocol.clone());

@@ -38,6 +38,8 @@ use crate::{
 
 /// What a read asks for at first.
 const FIRST_READ: usize = 8 * 1024;
+/// What the first read of a large body asks for.
+const LARGE_READ: usize = 128 * 1024;
 /// What a read of a large body asks for at most.
 const LARGEST_READ: usize = 512 * 1024;
 /// Bytes of a body that are copied behind the head, so that both leave in one packet.
@@ -378,7 +380,7 @@ impl Connection {
             }
             Framing::Length(_) | Framing::Chunked => {
                 *wire.decoder.borrow_mut() = BodyDecoder::new(framing, limits.head);
-                wire.next_read.set(FIRST_READ * 2);
+                wire.next_read.set(first_read(framing));
                 Body::stream(Incoming(Rc::clone(wire)))
             }
         };
@@ -640,6 +642,14 @@ impl Connection {
     }
 }
 
+/// What the first read of a body asks for: all of it, within bounds.
+fn first_read(framing: Framing) -> usize {
+    match framing {
+        Framing::Length(length) => usize::try_from(length).unwrap_or(usize::MAX).clamp(FIRST_READ, LARGE_READ),
+        Framing::None | Framing::Chunked | Framing::UntilClose => FIRST_READ * 2,
+    }
+}
+
 /// Whether waiting for the rest of a request's body would keep an answer that is complete already.
 fn body_is_short(body: &Body) -> bool {
     !matches!(body, Body::Stream(_))
@@ -678,13 +688,16 @@ fn client_gone(wire: &Wire, cx: &mut Context<'_>) -> bool {
     if !wire.decoder.borrow().is_done() || wire.read.borrow().len() >= READ_AHEAD {
         return false;
     }
-    loop {
+    // The socket is asked first: the buffer is still shared with the head that came in it, so that reading now would
+    // mean another one.
+    while let Poll::Ready(Ok(())) = { wire.stream.borrow().poll_readable(cx) } {
         match wire.poll_fill(cx) {
             Poll::Ready(Ok(0) | Err(_)) => return true,
             Poll::Ready(Ok(_)) if wire.read.borrow().len() < READ_AHEAD => {}
             Poll::Ready(Ok(_)) | Poll::Pending => return false,
         }
     }
+    false
 }
 
 /// RFC 9112 §9.3.

@@ -471,7 +471,10 @@ impl Surveyor {
             Arc::clone(&self.own),
         )
         .ok()?;
-        let settings = PoolSettings { head: self.settings.limits.head, ..PoolSettings::default() };
+        // An application behind TLS speaks what ALPN finds; on loopback HTTP/1.1 costs less than HTTP/2.
+        let prefer_h2 = app.origin.scheme() == Scheme::Https;
+        let settings =
+            PoolSettings { head: self.settings.limits.head, prefer_h2, ..PoolSettings::default() };
         let pool = Pool::new(settings, app.protocol, connector);
         let vitals = self.ward.vitals(format!("{service}//{}", app.origin));
         let id: EndpointId = "app".parse().ok()?;

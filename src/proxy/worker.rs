@@ -12,7 +12,7 @@ use crate::{
     net::Stream,
     proxy::{
         Ends,
-        headers::{self, Via},
+        headers::{self, Forwarded, Via},
         record::{Desk, Record},
         reject::Rejection,
         settings::{App, Limits, Settings},
@@ -24,12 +24,10 @@ use crate::{
 
 /// Who speaks to us on a connection.
 pub(super) struct Peer {
-    /// Its address.
-    pub address: std::net::SocketAddr,
-    /// Whether the connection is encrypted.
-    pub tls: bool,
     /// The host it asked for in the TLS handshake.
     pub server_name: Option<Box<str>>,
+    /// What `forwarded` says of it.
+    pub(super) forwarded: Forwarded,
 }
 
 /// What a story made of a request.

@@ -1,5 +1,7 @@
 //! The one list of metric names. A name, once published, stays.
 
+use crate::telemetry::cells::MOST_BUCKETS;
+
 /// What a metric is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -44,6 +46,7 @@ const fn gauge(name: &'static str, help: &'static str) -> Name {
 }
 
 const fn histogram(name: &'static str, help: &'static str, bounds: &'static [f64]) -> Name {
+    assert!(bounds.len() < MOST_BUCKETS, "a histogram has no more cells than this");
     Name { name, help, kind: Kind::Histogram, bounds }
 }
 
@@ -73,6 +76,14 @@ pub const EGRESS_BYTES: Name = counter(
 pub const EGRESS_USD: Name = counter(
     "infrar_egress_usd_total",
     "Price of those bytes in the marginal band of the shipped price book, in US dollars.",
+);
+/// Labels: `service`, `endpoint`.
+pub const CIRCUIT_STATE: Name =
+    gauge("infrar_circuit_state", "State of an endpoint's circuit: 0 closed, 1 half-open, 2 open.");
+/// Labels: `service`, `endpoint`.
+pub const ENDPOINT_LATENCY: Name = gauge(
+    "infrar_endpoint_latency_seconds",
+    "Peak EWMA of an endpoint's response time, as the balancer sees it.",
 );
 /// Client connections.
 pub const CONNECTIONS: Name = gauge("infrar_connections", "Open connections of clients.");
@@ -118,3 +129,60 @@ pub const PROCESS_CPU: Name = counter("process_cpu_seconds_total", "User and sys
 /// Start.
 pub const PROCESS_START: Name =
     gauge("process_start_time_seconds", "Start of the process, seconds since 1970.");
+
+/// All of the above.
+pub const ALL: &[Name] = &[
+    REQUESTS,
+    REQUEST_DURATION,
+    PROXY_OVERHEAD,
+    EGRESS_BYTES,
+    EGRESS_USD,
+    CIRCUIT_STATE,
+    ENDPOINT_LATENCY,
+    CONNECTIONS,
+    SNAPSHOT_AGE,
+    SNAPSHOT_REVISION,
+    TOKENS_RECEIVED,
+    TOKEN_FAILURES,
+    JWKS_FETCHES,
+    JWKS_FAILURES,
+    JWKS_AGE,
+    BUILD_INFO,
+    TASK_PANICS,
+    LOG_DROPPED,
+    PROCESS_MEMORY,
+    PROCESS_FDS,
+    PROCESS_CPU,
+    PROCESS_START,
+];
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn the_list_is_complete_and_no_name_is_there_twice() {
+        let written = include_str!("names.rs").matches(": Name =").count();
+        // One is this test's own text.
+        assert_eq!(ALL.len(), written - 1);
+        let names: BTreeSet<_> = ALL.iter().map(|metric| metric.name).collect();
+        assert_eq!(names.len(), ALL.len());
+    }
+
+    #[test]
+    fn names_are_words_that_end_as_their_kind_demands() {
+        for metric in ALL {
+            let (name, help) = (metric.name, metric.help);
+            assert!(name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'), "{name}");
+            assert!(name.starts_with("infrar_") || name.starts_with("process_"), "{name}");
+            assert_eq!(name.ends_with("_total"), metric.kind == Kind::Counter, "{name}");
+            assert!(help.ends_with('.'), "{name}: {help}");
+            let histogram = metric.kind == Kind::Histogram;
+            assert_eq!(histogram, !metric.bounds.is_empty(), "{name}");
+            assert!(!histogram || name.ends_with("_seconds"), "{name}");
+            assert!(metric.bounds.is_sorted_by(|low, high| low < high), "{name}");
+        }
+    }
+}

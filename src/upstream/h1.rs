@@ -32,6 +32,8 @@ use crate::{
 
 /// What one read asks for at first; a body that fills it asks for twice as much the next time.
 const FIRST_READ: usize = 8 * 1024;
+/// What the first read of a large body asks for.
+const LARGE_READ: usize = 128 * 1024;
 /// What one read asks for at most.
 const LARGEST_READ: usize = 512 * 1024;
 /// How long a request waits for `100 Continue` before it sends its body anyway (RFC 9110 §10.1.1).
@@ -312,7 +314,8 @@ fn finish(
             Body::Full(bytes)
         }
         _ => {
-            exchange.next_read = FIRST_READ * 2;
+            let known = decoder.remaining().map_or(FIRST_READ * 2, |left| usize::try_from(left).unwrap_or(usize::MAX));
+            exchange.next_read = known.clamp(FIRST_READ, LARGE_READ);
             Body::stream(Incoming { exchange: Some(exchange), decoder, home, reusable })
         }
     };
