@@ -2,13 +2,17 @@
 
 mod ca;
 mod check;
+pub mod completions;
 mod control;
 mod demo;
 mod flags;
 mod health;
 mod proxy;
+mod reach;
 mod sample;
 mod scene;
+pub mod services;
+pub mod token;
 mod trust;
 mod up;
 mod watch;
