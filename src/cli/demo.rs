@@ -32,7 +32,7 @@ use crate::{
     },
     config,
     control::{self, Control},
-    identity::write_private,
+    runtime::write_private,
     runtime::{Clock, Signal, Signals, Supervisor},
 };
 

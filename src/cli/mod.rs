@@ -2,6 +2,114 @@
 
 mod ca;
 mod check;
+mod control;
+mod demo;
+mod flags;
+mod health;
+mod proxy;
 mod sample;
 mod scene;
+mod trust;
+mod up;
 mod watch;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::{
+    config::Faults,
+    control::ControlError,
+    net,
+    proxy::StartError,
+    runtime::{Side, Supervisor},
+    telemetry::{self, Format},
+};
+
+/// A proxy beside each service, an edge in each cloud, and the small control plane they share.
+#[derive(Debug, Parser)]
+#[command(name = "infrar", version, about, propagate_version = true)]
+struct Cli {
+    /// The form of log lines: auto (text on a terminal, else json), text or json.
+    #[arg(long, global = true, env = "INFRAR_LOG_FORMAT", value_parser = log_format)]
+    log_format: Option<Format>,
+    /// How much is logged: error, warn, info, debug or trace, or directives.
+    #[arg(long, global = true, env = "INFRAR_LOG_LEVEL")]
+    log_level: Option<String>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Up(up::Up),
+    /// Two simulated clouds with sidecars and sample services in one process, live traffic.
+    Demo,
+    Proxy(proxy::Proxy),
+    Control(control::ControlArgs),
+    Check(check::Check),
+    Health(health::Health),
+}
+
+fn log_format(text: &str) -> Result<Format, String> {
+    match text {
+        "auto" => Ok(Format::Auto),
+        "text" => Ok(Format::Text),
+        "json" => Ok(Format::Json),
+        _ => Err("write auto, text or json".to_owned()),
+    }
+}
+
+/// Reads the command line and runs one command; the exit code is 0 when it is done, 1 when it failed, 2 for wrong usage
+/// or configuration.
+#[must_use]
+pub fn main() -> ExitCode {
+    net::install_provider();
+    let cli = Cli::parse();
+    let quiet = matches!(cli.command, Command::Demo);
+    let level = cli.log_level.as_deref().unwrap_or(if quiet { "warn" } else { "info" });
+    let log = match telemetry::start(cli.log_format.unwrap_or_default(), level) {
+        Ok(log) => log,
+        Err(error) => return fail(&error.into()),
+    };
+    let side = match Side::start() {
+        Ok(side) => side,
+        Err(error) => return fail(&error.into()),
+    };
+    let outcome = side.block_on(run(cli.command));
+    drop(side);
+    drop(log);
+    match outcome {
+        Ok(code) => code,
+        Err(error) => fail(&error),
+    }
+}
+
+async fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Up(up) => up.run().await?,
+        Command::Demo => {
+            let supervisor = Supervisor::new(tokio::runtime::Handle::current());
+            demo::run(&supervisor).await?;
+        }
+        Command::Proxy(proxy) => proxy.run().await?,
+        Command::Control(control) => control.run().await?,
+        Command::Check(check) => return Ok(check.run()),
+        Command::Health(health) => return health.run().await,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Says what went wrong, and whose it was.
+#[expect(clippy::print_stderr, reason = "this is where commands speak to people")]
+fn fail(error: &anyhow::Error) -> ExitCode {
+    eprintln!("infrar: {error:#}");
+    let configuration = error.chain().any(|cause| {
+        cause.is::<Faults>()
+            || cause.downcast_ref::<ControlError>().is_some_and(ControlError::is_configuration)
+            || cause.is::<net::BindError>()
+            || cause.is::<StartError>()
+            || cause.is::<net::TlsError>()
+    });
+    if configuration { ExitCode::from(2) } else { ExitCode::FAILURE }
+}

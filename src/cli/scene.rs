@@ -201,8 +201,8 @@ workers: 1
                 ),
             ),
             (
-                "Where a call would go now, and what was measured",
-                format!("curl http://{}/v1/endpoint/data-intelligence", web.admin),
+                "What this sidecar knows of the project",
+                format!("curl http://{}/v1/snapshot", web.admin),
             ),
             ("The same as metrics", format!("curl http://{}/metrics", web.admin)),
             (

@@ -23,9 +23,9 @@ use crate::{
     },
     config::{self, ProjectFile},
     control::{self, Control, Identity},
-    identity::write_private,
     model::{Place, Project, ServiceName},
     net,
+    runtime::write_private,
     runtime::{Signal, Signals},
 };
 

@@ -135,14 +135,14 @@ fn form(request: &Request<'_>) -> Result<BTreeMap<String, String>, TokenRefusal>
         if value.is_empty() {
             continue;
         }
-        match form.insert(name.into_owned(), value.into_owned()) {
-            None => {}
-            // One token is for one callee; RFC 8707 would allow several.
-            Some(_) if form.contains_key("resource") || form.contains_key("audience") => {
-                return Err(TokenRefusal::Targets);
-            }
-            Some(_) => return Err(TokenRefusal::Request("a field is there twice")),
+        if form.contains_key(name.as_ref()) {
+            return Err(match name.as_ref() {
+                // One token is for one callee; RFC 8707 would allow several.
+                "resource" | "audience" => TokenRefusal::Targets,
+                _ => TokenRefusal::Request("a field is there twice"),
+            });
         }
+        form.insert(name.into_owned(), value.into_owned());
     }
     Ok(form)
 }

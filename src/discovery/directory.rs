@@ -20,7 +20,11 @@ pub struct Directory {
 
 impl Default for Directory {
     fn default() -> Self {
-        Self { current: ArcSwapOption::empty(), changes: watch::Sender::new(0), confirmed: Mutex::default() }
+        Self {
+            current: ArcSwapOption::empty(),
+            changes: watch::Sender::new(0),
+            confirmed: Mutex::default(),
+        }
     }
 }
 
@@ -58,7 +62,8 @@ impl Directory {
     }
 
     fn note(&self, age: Duration) {
-        *self.confirmed.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), age));
+        *self.confirmed.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some((Instant::now(), age));
     }
 
     /// How long ago a source last said that the snapshot is current; `None` before the first one.

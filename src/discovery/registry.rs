@@ -20,7 +20,8 @@ const SHORTEST: Duration = Duration::from_millis(200);
 const LONGEST: Duration = Duration::from_secs(5);
 
 /// Asks for a bearer for the control plane's own API; `Err` says why there is none.
-pub type AskBearer = Arc<dyn Fn() -> BoxFuture<'static, Result<SecretString, String>> + Send + Sync>;
+pub type AskBearer =
+    Arc<dyn Fn() -> BoxFuture<'static, Result<SecretString, String>> + Send + Sync>;
 
 /// Why the control plane was not understood this time.
 #[derive(Debug, thiserror::Error)]

@@ -138,7 +138,11 @@ impl State {
     ///
     /// # Errors
     /// [`StateFault`] when there is something that must not be used.
-    pub fn kept<T: DeserializeOwned>(&self, name: &str, oldest: Duration) -> Result<Option<Stored<T>>, StateFault> {
+    pub fn kept<T: DeserializeOwned>(
+        &self,
+        name: &str,
+        oldest: Duration,
+    ) -> Result<Option<Stored<T>>, StateFault> {
         let path = self.path(name);
         let io = |source| StateFault::Io { path: path.clone(), source };
         let facts = match fs::metadata(&path) {
@@ -163,7 +167,11 @@ impl State {
             return Err(StateFault::Damaged(path));
         }
         if envelope.service != self.service.as_str() {
-            return Err(StateFault::Other { path, expected: self.service.clone(), found: envelope.service });
+            return Err(StateFault::Other {
+                path,
+                expected: self.service.clone(),
+                found: envelope.service,
+            });
         }
         // A clock that was set back makes no file younger than new.
         let seconds = self.clock.unix_seconds().saturating_sub(envelope.saved_at);

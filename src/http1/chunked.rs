@@ -78,7 +78,9 @@ impl ChunkDecoder {
                     self.expect = Expect::Size;
                 }
                 Expect::Trailers => {
-                    let Some(trailers) = trailers(buffer, self.limits)? else { return Ok(Chunk::More) };
+                    let Some(trailers) = trailers(buffer, self.limits)? else {
+                        return Ok(Chunk::More);
+                    };
                     self.expect = Expect::Nothing;
                     return Ok(Chunk::End(trailers));
                 }
@@ -108,7 +110,9 @@ fn size_line(buffer: &mut BytesMut) -> Result<Option<u64>, HeadError> {
     let mut size = 0u64;
     for digit in digits {
         let value = char::from(*digit).to_digit(16).ok_or(HeadError::Grammar("a chunk size"))?;
-        size = size.checked_mul(16).and_then(|s| s.checked_add(u64::from(value)))
+        size = size
+            .checked_mul(16)
+            .and_then(|s| s.checked_add(u64::from(value)))
             .ok_or(HeadError::Grammar("a chunk size"))?;
     }
     Ok(Some(size))

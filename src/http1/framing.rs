@@ -46,7 +46,9 @@ fn transfer_encoding(headers: &HeaderMap) -> Option<Result<(), HeadError>> {
 pub fn request_framing(version: Version, headers: &HeaderMap) -> Result<Framing, HeadError> {
     match (transfer_encoding(headers), content_length(headers)) {
         (None, None) => Ok(Framing::None),
-        (None, Some(length)) => length.map(|n| if n == 0 { Framing::None } else { Framing::Length(n) }),
+        (None, Some(length)) => {
+            length.map(|n| if n == 0 { Framing::None } else { Framing::Length(n) })
+        }
         (Some(_), Some(_)) => Err(HeadError::Length),
         // §6.1: a transfer coding in HTTP/1.0 means faulty framing.
         (Some(_), None) if version == Version::HTTP_10 => Err(HeadError::Coding),
@@ -108,7 +110,10 @@ mod tests {
         ] {
             assert!(request_framing(Version::HTTP_11, &headers(lines)).is_err(), "{lines:?}");
         }
-        assert!(request_framing(Version::HTTP_10, &headers(&[("transfer-encoding", "chunked")])).is_err());
+        assert!(
+            request_framing(Version::HTTP_10, &headers(&[("transfer-encoding", "chunked")]))
+                .is_err()
+        );
     }
 
     #[test]

@@ -105,7 +105,11 @@ fn end_of_head(bytes: &[u8], limits: HeadLimits) -> Result<Option<usize>, HeadEr
         }
         let end = at + 1;
         if end - line == 2 && line > 0 {
-            return if end > limits.bytes { Err(HeadError::TooLarge(limits)) } else { Ok(Some(end)) };
+            return if end > limits.bytes {
+                Err(HeadError::TooLarge(limits))
+            } else {
+                Ok(Some(end))
+            };
         }
         line = end;
     }
@@ -200,8 +204,7 @@ pub fn parse_response(
     let mut spilled = Vec::new();
     let config = httparse::ParserConfig::default();
     let mut parsed = httparse::Response::new(&mut []);
-    let mut outcome =
-        config.parse_response_with_uninit_headers(&mut parsed, &head, &mut inline);
+    let mut outcome = config.parse_response_with_uninit_headers(&mut parsed, &head, &mut inline);
     if matches!(outcome, Err(httparse::Error::TooManyHeaders)) {
         spilled.resize_with(limits.headers, MaybeUninit::uninit);
         parsed = httparse::Response::new(&mut []);
@@ -234,7 +237,8 @@ mod tests {
 
     #[test]
     fn a_request_is_read_and_what_follows_it_is_left() {
-        let mut buffer = BytesMut::from("\r\nPOST /query?a=b HTTP/1.1\r\nHost: data\r\nX: 1\r\n\r\nbody");
+        let mut buffer =
+            BytesMut::from("\r\nPOST /query?a=b HTTP/1.1\r\nHost: data\r\nX: 1\r\n\r\nbody");
         let head = parse_request(&mut buffer, HeadLimits::default()).unwrap().unwrap();
         assert_eq!((head.method, head.version), (Method::POST, Version::HTTP_11));
         assert_eq!(head.uri, "/query?a=b");

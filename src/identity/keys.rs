@@ -138,7 +138,7 @@ fn parse(jwk: &Jwk) -> Option<(Algorithm, ParsedPublicKey)> {
             let (algorithm, verification, bytes) = match curve.curve {
                 EllipticCurve::P256 => (Algorithm::Es256, &ECDSA_P256_SHA256_FIXED, 32),
                 EllipticCurve::P384 => (Algorithm::Es384, &ECDSA_P384_SHA384_FIXED, 48),
-                _ => return None,
+                EllipticCurve::P521 | EllipticCurve::Ed25519 | _ => return None,
             };
             // The uncompressed point of SEC 1 §2.3.3; RFC 7518 §6.2.1.2 gives both parts in full length.
             let mut point = vec![4];
@@ -157,7 +157,10 @@ fn parse(jwk: &Jwk) -> Option<(Algorithm, ParsedPublicKey)> {
             let bytes = unbase64(&pair.x).filter(|bytes| bytes.len() == 32)?;
             (Algorithm::EdDsa, ParsedPublicKey::new(&ED25519, bytes).ok()?)
         }
-        _ => return None,
+        AlgorithmParameters::OctetKeyPair(_)
+        | AlgorithmParameters::OctetKey(_)
+        | AlgorithmParameters::Other(_)
+        | _ => return None,
     };
     named.is_none_or(|named| named == algorithm).then_some((algorithm, key))
 }

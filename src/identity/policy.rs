@@ -263,7 +263,7 @@ pub struct Rules {
 }
 
 /// What a request does, in the eyes of the rules.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action<'a> {
     /// Open to everybody.
     Public,

@@ -94,11 +94,14 @@ impl TokenUnavailable {
 
 impl From<ClientError> for TokenUnavailable {
     fn from(error: ClientError) -> Self {
-        match error {
-            ClientError::Refused { ref code, .. } if !error.is_temporary() => {
+        match &error {
+            ClientError::Refused { code, .. } if !error.is_temporary() => {
                 Self::Refused { code: code.clone(), source: Arc::new(error) }
             }
-            other => Self::Unreachable(Arc::new(other)),
+            ClientError::Refused { .. }
+            | ClientError::Unreachable { .. }
+            | ClientError::Malformed { .. }
+            | ClientError::Settings { .. } => Self::Unreachable(Arc::new(error)),
         }
     }
 }

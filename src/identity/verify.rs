@@ -331,7 +331,8 @@ impl Verifier {
         }
 
         let scopes = body.scopes(trusted.ours)?;
-        let header = |text: &[u8]| HeaderValue::from_bytes(text).map_err(|_| TokenFault::Malformed);
+        let header =
+            |text: &[u8]| HeaderValue::from_bytes(text).map_err(|_source| TokenFault::Malformed);
         Ok(Claims {
             issuer: trusted.issuer.clone(),
             caller_header: header(caller.as_str().as_bytes())?,

@@ -1,12 +1,6 @@
 //! Socket → TLS → HTTP connection; the connection limit; draining.
 
-use std::{
-    net::SocketAddr,
-    pin::Pin,
-    rc::Rc,
-    sync::Arc,
-    task::Poll,
-};
+use std::{net::SocketAddr, pin::Pin, rc::Rc, sync::Arc, task::Poll};
 
 use bytes::BytesMut;
 use ipnet::IpNet;
@@ -17,6 +11,7 @@ use tokio_util::io::poll_read_buf;
 use crate::{
     net::{self, Handover, Open, Placement, ServerTls, Spread, Stream, Tallied},
     proxy::{
+        headers::Forwarded,
         serve_h1, serve_h2,
         story::Story,
         worker::{Peer, Worker},
@@ -28,11 +23,12 @@ use crate::{
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// Said to a client that is one too many, on plaintext listeners.
-const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nproxy-status: infrar; error=connection_limit_reached\r\n\
+const FULL: &[u8] =
+    b"HTTP/1.1 503 Service Unavailable\r\nproxy-status: infrar; error=connection_limit_reached\r\n\
     retry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
 
 /// One listener on one worker.
-pub struct Door {
+pub(super) struct Door {
     /// Its place in the list of listeners, the same on every worker.
     pub index: usize,
     /// What it does with requests.
@@ -52,11 +48,17 @@ impl Door {
 
 /// Accepts connections of one listener until the proxy stops accepting; hands those above this worker's even share to
 /// the worker with fewest.
-pub async fn listen(door: Rc<Door>, listener: TcpListener, worker: Rc<Worker>, me: WorkerId, spread: Spread<usize>) {
+pub(super) async fn listen(
+    door: Rc<Door>,
+    listener: TcpListener,
+    worker: Rc<Worker>,
+    me: WorkerId,
+    spread: Spread<usize>,
+) {
     loop {
         let (tcp, peer) = tokio::select! {
             accepted = net::accept(&listener) => accepted,
-            () = worker.shutdown.wait(Phase::StopAccepting) => return,
+            () = door.story.end().wait(Phase::StopAccepting) => return,
         };
         if !door.allows(peer) {
             tracing::debug!(%peer, "a connection from an address that is not allowed was closed");
@@ -82,7 +84,7 @@ pub async fn listen(door: Rc<Door>, listener: TcpListener, worker: Rc<Worker>, m
 }
 
 /// Takes over connections that other workers accepted.
-pub async fn take_over(
+pub(super) async fn take_over(
     doors: Vec<Rc<Door>>,
     mut handed: tokio::sync::mpsc::Receiver<Handover<usize>>,
     worker: Rc<Worker>,
@@ -106,7 +108,7 @@ fn turn_away(door: &Door, tcp: &TcpStream) {
 fn admit(door: &Rc<Door>, tcp: TcpStream, peer: SocketAddr, open: Open, worker: &Rc<Worker>) {
     let door = Rc::clone(door);
     let guard = worker.watchdog.register();
-    let work = worker.shutdown.work();
+    let work = door.story.end().work();
     runtime::spawn_local("connection", connection(door, tcp, peer, guard, (open, work)));
 }
 
@@ -114,7 +116,13 @@ fn admit(door: &Rc<Door>, tcp: TcpStream, peer: SocketAddr, open: Open, worker: 
 type Counted = (Open, InFlight);
 
 /// TLS if the listener has it, then whichever HTTP the client speaks.
-async fn connection(door: Rc<Door>, tcp: TcpStream, address: SocketAddr, guard: Guard, counted: Counted) {
+async fn connection(
+    door: Rc<Door>,
+    tcp: TcpStream,
+    address: SocketAddr,
+    guard: Guard,
+    counted: Counted,
+) {
     let tallied = Tallied::new(tcp, None);
     let limit = door.story.worker().limits().header_timeout;
     let mut stream = match &door.tls {
@@ -123,18 +131,25 @@ async fn connection(door: Rc<Door>, tcp: TcpStream, address: SocketAddr, guard: 
             let shake = TlsAcceptor::from(tls.current()).accept(tallied);
             match guard.limit(limit, Box::pin(shake)).await {
                 Ok(Ok(stream)) => Stream::server(stream),
-                Ok(Err(error)) => return tracing::debug!(%address, %error, "a TLS handshake failed"),
+                Ok(Err(error)) => {
+                    return tracing::debug!(%address, %error, "a TLS handshake failed");
+                }
                 Err(_expired) => return tracing::debug!(%address, "a TLS handshake took too long"),
             }
         }
     };
     let server_name = stream.server_name().map(Box::from);
-    let peer = Peer { address, tls: stream.is_tls(), server_name };
+    // The application itself is nobody to be named.
+    let named = (!door.story.takes_connect()).then_some(address);
+    let forwarded = Forwarded::new(named, stream.is_tls());
+    let peer = Peer { server_name, forwarded };
     let story = Rc::clone(&door.story);
     drop(door);
     match stream.alpn() {
         Some(b"h2") => Box::pin(serve_h2::serve(stream, guard, story, peer)).await,
-        Some(_) => serve_h1::Connection::new(stream, BytesMut::new(), guard, story, peer).serve().await,
+        Some(_) => {
+            serve_h1::Connection::new(stream, BytesMut::new(), guard, story, peer).serve().await
+        }
         None => {
             let Some(read) = first_bytes(&mut stream, &guard, &story).await else { return };
             if read.starts_with(PREFACE) {
@@ -189,7 +204,7 @@ async fn first_bytes(stream: &mut Stream, guard: &Guard, story: &Rc<Story>) -> O
 
 /// Whether waiting makes no more sense.
 fn waited<T>(guard: &Guard, story: &Story, cx: &std::task::Context<'_>) -> Poll<Option<T>> {
-    if story.worker().shutdown.reached(Phase::Drain) {
+    if story.end().reached(Phase::Drain) {
         return Poll::Ready(None);
     }
     guard.poll_expired(cx).map(|()| None)

@@ -13,7 +13,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::Notify};
 use tower_http::{limit::RequestBodyLimitLayer, timeout::TimeoutLayer};
 
 use crate::{
@@ -39,8 +39,10 @@ pub struct Admin {
     pub directory: Arc<Directory>,
     /// Whether the proxy can serve.
     pub ready: Ready,
-    /// To drain.
+    /// Of the ways in: a proxy that ends is not ready.
     pub shutdown: Shutdown,
+    /// Told when somebody asks for the end.
+    pub drain: Arc<Notify>,
 }
 
 impl Admin {
@@ -72,7 +74,9 @@ impl Admin {
             .route("/livez", get(|| async { "ok\n" }))
             .route("/readyz", get(readyz))
             .route("/metrics", get(metrics))
-            .fallback(|| async { problem(StatusCode::NOT_FOUND, "not-found", "there is nothing here") })
+            .fallback(|| async {
+                problem(StatusCode::NOT_FOUND, "not-found", "there is nothing here")
+            })
     }
 
     async fn run(&self, listener: TcpListener, routes: Router) -> std::io::Result<()> {
@@ -95,12 +99,18 @@ fn problem(status: StatusCode, code: &str, detail: &str) -> Response {
 /// Keeps web pages out.
 async fn only_this_machine(headers: HeaderMap, request: Request, next: Next) -> Response {
     if headers.contains_key(header::ORIGIN) {
-        return problem(StatusCode::FORBIDDEN, "origin-not-allowed", "the admin API is not for web pages");
+        return problem(
+            StatusCode::FORBIDDEN,
+            "origin-not-allowed",
+            "the admin API is not for web pages",
+        );
     }
     let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
-    let named = request.uri().authority().map(axum::http::uri::Authority::as_str).or(host).unwrap_or_default();
+    let named =
+        request.uri().authority().map(http::uri::Authority::as_str).or(host).unwrap_or_default();
     let host = route::host(named);
-    let loopback = host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
+    let loopback =
+        host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
     if !loopback {
         return problem(
             StatusCode::MISDIRECTED_REQUEST,
@@ -128,7 +138,7 @@ async fn metrics(State(admin): State<Admin>) -> Response {
 
 async fn drain(State(admin): State<Admin>) -> Response {
     tracing::info!("told to drain");
-    admin.shutdown.advance(Phase::NotReady);
+    admin.drain.notify_one();
     (StatusCode::ACCEPTED, "draining\n").into_response()
 }
 

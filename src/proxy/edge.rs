@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// Answers calls for all services of a place.
-pub struct Edge {
+pub(super) struct Edge {
     worker: Rc<Worker>,
     gate: Gate,
 }
@@ -34,13 +34,13 @@ pub struct Edge {
 impl Edge {
     /// The public listener of an edge.
     #[must_use]
-    pub fn new(worker: Rc<Worker>, settings: InboundSettings) -> Self {
+    pub(super) fn new(worker: Rc<Worker>, settings: InboundSettings) -> Self {
         let gate = Gate::new(Rc::clone(&worker), settings);
         Self { worker, gate }
     }
 
     /// Answers one request; a refusal is an answer too.
-    pub async fn answer(&self, mut call: Call<'_>) -> Answer {
+    pub(super) async fn answer(&self, mut call: Call<'_>) -> Answer {
         let mut record = self.worker.inbound_desk.open(call.request.method(), call.request.uri());
         let grpc = headers::is_grpc(call.request.headers());
         let id = headers::identify(call.request.headers_mut());
@@ -63,7 +63,8 @@ impl Edge {
         // Which service is meant?
         let view = self.worker.view()?;
         let callee = callee(&view, &parts.uri, &parts.headers, call.peer)?;
-        let cluster = view.cluster(callee.as_str()).ok_or_else(|| unknown(&view, callee.as_str()))?;
+        let cluster =
+            view.cluster(callee.as_str()).ok_or_else(|| unknown(&view, callee.as_str()))?;
         // Who is it, and may it?
         let admitted = self.gate.admit(&parts, &callee, Some(&view), record).await?;
         // What does the far side see? The token, and the host where the service is ours.
@@ -88,11 +89,19 @@ impl Edge {
 }
 
 fn unknown(view: &View, asked: &str) -> Rejection {
-    Rejection::UnknownService { authority: asked.to_owned(), nearest: route::nearest(asked, view.names()) }
+    Rejection::UnknownService {
+        authority: asked.to_owned(),
+        nearest: route::nearest(asked, view.names()),
+    }
 }
 
 /// The service that a request is for.
-fn callee(view: &View, uri: &Uri, headers: &HeaderMap, peer: &Peer) -> Result<ServiceName, Rejection> {
+fn callee(
+    view: &View,
+    uri: &Uri,
+    headers: &HeaderMap,
+    peer: &Peer,
+) -> Result<ServiceName, Rejection> {
     let named = uri.authority().map(http::uri::Authority::as_str);
     let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
     let asked = named.or(host).unwrap_or_default();

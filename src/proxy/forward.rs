@@ -27,7 +27,7 @@ const PENALTY: Duration = Duration::from_secs(5);
 const FAR: Duration = Duration::from_secs(24 * 3600);
 
 /// A request ready to be sent.
-pub struct Dispatch<'a> {
+pub(super) struct Dispatch<'a> {
     /// The method.
     pub method: Method,
     /// The target as it arrived.
@@ -52,7 +52,7 @@ fn repeatable(method: &Method, headers: &HeaderMap) -> bool {
 }
 
 /// One request's way through its attempts.
-pub struct Forward<'a> {
+pub(super) struct Forward<'a> {
     cluster: &'a Rc<Cluster>,
     ward: &'a Ward,
     dispatch: Dispatch<'a>,
@@ -69,14 +69,20 @@ pub struct Forward<'a> {
 enum Attempt {
     Received(Received),
     /// An answer that another endpoint might better.
-    Held { received: Received, flight: Flight<Arc<Vitals>> },
+    Held {
+        received: Received,
+        flight: Flight<Arc<Vitals>>,
+    },
     /// It failed; `again` says whether another may follow.
-    Failed { rejection: Rejection, again: bool },
+    Failed {
+        rejection: Rejection,
+        again: bool,
+    },
 }
 
 impl<'a> Forward<'a> {
     /// A request on its way to `cluster`.
-    pub fn new(
+    pub(super) fn new(
         cluster: &'a Rc<Cluster>,
         ward: &'a Ward,
         dispatch: Dispatch<'a>,
@@ -102,7 +108,11 @@ impl<'a> Forward<'a> {
     ///
     /// # Errors
     /// The [`Rejection`] of the last attempt.
-    pub async fn tunnel(cluster: &'a Rc<Cluster>, ward: &'a Ward, record: &'a mut Record) -> Result<Stream, Rejection> {
+    pub(super) async fn tunnel(
+        cluster: &'a Rc<Cluster>,
+        ward: &'a Ward,
+        record: &'a mut Record,
+    ) -> Result<Stream, Rejection> {
         let interim = Interim::default();
         let dispatch = Dispatch {
             method: Method::CONNECT,
@@ -131,7 +141,9 @@ impl<'a> Forward<'a> {
                     forward.record.carried_by(flight);
                     return Ok(stream);
                 }
-                Err(error) if !forward.may_go_on().await => return Err(refuse_connect(cluster, &error)),
+                Err(error) if !forward.may_go_on().await => {
+                    return Err(refuse_connect(cluster, &error));
+                }
                 Err(_error) => {}
             }
         }
@@ -141,7 +153,7 @@ impl<'a> Forward<'a> {
     ///
     /// # Errors
     /// The [`Rejection`] of the last attempt.
-    pub async fn send(mut self) -> Result<Received, Rejection> {
+    pub(super) async fn send(mut self) -> Result<Received, Rejection> {
         if self.cluster.targets.is_empty() {
             let (service, why) = (self.cluster.service.clone(), self.cluster.absence);
             return Err(Rejection::NoHealthyEndpoint { service, why });
@@ -169,7 +181,9 @@ impl<'a> Forward<'a> {
     /// Whether there is an attempt, a budget and time left; pauses before the next.
     async fn may_go_on(&self) -> bool {
         let now = Instant::now();
-        if self.attempts >= self.cluster.max_attempts || !self.cluster.budget.withdraw(self.ward.tick(now)) {
+        if self.attempts >= self.cluster.max_attempts
+            || !self.cluster.budget.withdraw(self.ward.tick(now))
+        {
             return false;
         }
         let (base, max) = self.cluster.backoff;
@@ -224,7 +238,8 @@ impl<'a> Forward<'a> {
                 }
                 NoChoice::CircuitOpen { retry_at } => Rejection::CircuitOpen {
                     service: service(),
-                    retry_after: retry_at.map_or(Duration::from_secs(60), |at| at.elapsed_since(tick)),
+                    retry_after: retry_at
+                        .map_or(Duration::from_secs(60), |at| at.elapsed_since(tick)),
                 },
                 NoChoice::Full => Rejection::Overloaded("requests at every endpoint"),
             })?;
@@ -237,10 +252,15 @@ impl<'a> Forward<'a> {
 
     /// Leases a connection and sends. A kept connection that turns out to be dead is replaced by a new one, once: that
     /// says nothing about the endpoint.
-    async fn exchange(&mut self, target: &Target, begun: Instant) -> Result<Received, (Rejection, bool)> {
+    async fn exchange(
+        &mut self,
+        target: &Target,
+        begun: Instant,
+    ) -> Result<Received, (Rejection, bool)> {
         let attempt = self.cluster.timeouts.attempt.unwrap_or(FAR);
         let deadline = self.deadline.min(begun + attempt);
-        let want = Want { h2: self.dispatch.grpc, h1: self.dispatch.upgrade, repeatable: self.repeatable };
+        let want =
+            Want { h2: self.dispatch.grpc, h1: self.dispatch.upgrade, repeatable: self.repeatable };
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let limit = self.cluster.timeouts.connect.min(left);
@@ -319,12 +339,18 @@ impl<'a> Forward<'a> {
                 Rejection::UpstreamReset { service }
             }
             SendError::BadResponse(_) => Rejection::BadResponse { service },
-            SendError::RequestBody(BodyError::TooLarge { limit }) => Rejection::BodyTooLarge { limit: *limit },
-            SendError::RequestBody(BodyError::Framing) => Rejection::BadRequest("the body's framing is invalid"),
+            SendError::RequestBody(BodyError::TooLarge { limit }) => {
+                Rejection::BodyTooLarge { limit: *limit }
+            }
+            SendError::RequestBody(BodyError::Framing) => {
+                Rejection::BadRequest("the body's framing is invalid")
+            }
             SendError::RequestBody(BodyError::Incomplete | BodyError::Stalled) => {
                 Rejection::BadRequest("the body broke off before its end")
             }
-            SendError::BadRequest => Rejection::BadRequest("the request cannot be expressed in HTTP/2"),
+            SendError::BadRequest => {
+                Rejection::BadRequest("the request cannot be expressed in HTTP/2")
+            }
         };
         let ours = matches!(failure.error, SendError::RequestBody(_) | SendError::BadRequest);
         let again = whole && !ours && !failure.answered && (failure.is_unseen() || self.repeatable);
@@ -364,7 +390,14 @@ impl<'a> Forward<'a> {
         }
     }
 
-    fn settle(&self, target: &Target, chosen: Chosen, outcome: Outcome, begun: Instant, now: Instant) {
+    fn settle(
+        &self,
+        target: &Target,
+        chosen: Chosen,
+        outcome: Outcome,
+        begun: Instant,
+        now: Instant,
+    ) {
         let tick = self.ward.tick(now);
         let vitals = &target.vitals;
         match outcome {
@@ -376,7 +409,8 @@ impl<'a> Forward<'a> {
     }
 }
 
-static ROOT: std::sync::LazyLock<PathAndQuery> = std::sync::LazyLock::new(|| PathAndQuery::from_static("/"));
+static ROOT: std::sync::LazyLock<PathAndQuery> =
+    std::sync::LazyLock::new(|| PathAndQuery::from_static("/"));
 
 /// Whether a kept connection was found to be closed before it said a word.
 fn is_dead(failure: &Failure) -> bool {
@@ -389,13 +423,23 @@ fn refuse_connect(cluster: &Cluster, error: &ConnectError) -> Rejection {
         ConnectError::Resolve => {
             Rejection::ConnectFailed { service, why: "its name does not resolve", timeout: false }
         }
-        ConnectError::Own => Rejection::AddressNotAllowed("the address is one of the proxy's own listeners"),
-        ConnectError::Refused(_) => Rejection::ConnectFailed { service, why: "refused", timeout: false },
-        ConnectError::Timeout => Rejection::ConnectFailed { service, why: "timed out", timeout: true },
-        ConnectError::Certificate(_) => {
-            Rejection::TlsFailed { service, why: "its certificate is not accepted", certificate: true }
+        ConnectError::Own => {
+            Rejection::AddressNotAllowed("the address is one of the proxy's own listeners")
         }
-        ConnectError::Tls(_) => Rejection::TlsFailed { service, why: "the handshake failed", certificate: false },
+        ConnectError::Refused(_) => {
+            Rejection::ConnectFailed { service, why: "refused", timeout: false }
+        }
+        ConnectError::Timeout => {
+            Rejection::ConnectFailed { service, why: "timed out", timeout: true }
+        }
+        ConnectError::Certificate(_) => Rejection::TlsFailed {
+            service,
+            why: "its certificate is not accepted",
+            certificate: true,
+        },
+        ConnectError::Tls(_) => {
+            Rejection::TlsFailed { service, why: "the handshake failed", certificate: false }
+        }
         ConnectError::Protocol | ConnectError::WantsH2 => Rejection::TlsFailed {
             service,
             why: "it does not speak the HTTP version that is needed",

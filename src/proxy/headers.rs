@@ -3,7 +3,7 @@
 //! RFC 9110 §7.6.1 says which headers end at each hop; everything else passes untouched. What infrar adds is written
 //! once per request, from values that a snapshot has prepared.
 
-use std::net::SocketAddr;
+use std::{cell::RefCell, net::SocketAddr};
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Version, header};
 
@@ -16,22 +16,22 @@ use crate::{
 const MOST_HOPS: usize = 8;
 
 /// `x-request-id`.
-pub static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(super) static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 static TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 static TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 static PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 static KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 static HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 /// Who calls, as the token said it.
-pub static CALLER: HeaderName = HeaderName::from_static("infrar-caller");
+pub(super) static CALLER: HeaderName = HeaderName::from_static("infrar-caller");
 /// What the caller may do here.
-pub static SCOPES: HeaderName = HeaderName::from_static("infrar-scopes");
+pub(super) static SCOPES: HeaderName = HeaderName::from_static("infrar-scopes");
 /// The token's claims, base64url JSON.
-pub static CLAIMS: HeaderName = HeaderName::from_static("infrar-claims");
+pub(super) static CLAIMS: HeaderName = HeaderName::from_static("infrar-claims");
 
 /// This process and direction, as `via` names it.
 #[derive(Clone, Debug)]
-pub struct Via {
+pub(super) struct Via {
     /// `infrar-ID`.
     name: String,
     /// `1.1 infrar-ID`.
@@ -43,13 +43,13 @@ pub struct Via {
 impl Via {
     /// A name nobody else has.
     #[must_use]
-    pub fn random() -> Self {
+    pub(super) fn random() -> Self {
         Self::named(format!("infrar-{:08x}", fastrand::u32(..)))
     }
 
     /// The same name again, in memory of its own: workers do not share reference counts.
     #[must_use]
-    pub fn copy(&self) -> Self {
+    pub(super) fn copy(&self) -> Self {
         Self::named(self.name.clone())
     }
 
@@ -65,7 +65,7 @@ impl Via {
     ///
     /// # Errors
     /// [`Rejection::Loop`].
-    pub fn pass(&self, version: Version, headers: &mut HeaderMap) -> Result<(), Rejection> {
+    pub(super) fn pass(&self, version: Version, headers: &mut HeaderMap) -> Result<(), Rejection> {
         let mut ours = 0;
         for value in headers.get_all(header::VIA) {
             let text = value.to_str().unwrap_or_default();
@@ -86,14 +86,21 @@ impl Via {
 }
 
 /// Whether a comma-separated header names `word`.
-pub fn lists(headers: &HeaderMap, name: &HeaderName, word: &str) -> bool {
+pub(super) fn lists(headers: &HeaderMap, name: &HeaderName, word: &str) -> bool {
     headers.get_all(name).iter().any(|value| {
-        value.as_bytes().split(|b| *b == b',').any(|w| w.trim_ascii().eq_ignore_ascii_case(word.as_bytes()))
+        value
+            .as_bytes()
+            .split(|b| *b == b',')
+            .any(|w| w.trim_ascii().eq_ignore_ascii_case(word.as_bytes()))
     })
 }
 
 /// The protocol that the client asks to switch to, if it does.
-pub fn upgrade(method: &Method, version: Version, headers: &HeaderMap) -> Option<HeaderValue> {
+pub(super) fn upgrade(
+    method: &Method,
+    version: Version,
+    headers: &HeaderMap,
+) -> Option<HeaderValue> {
     let asked = version == Version::HTTP_11
         && *method != Method::CONNECT
         && headers.contains_key(header::UPGRADE)
@@ -106,7 +113,7 @@ pub fn upgrade(method: &Method, version: Version, headers: &HeaderMap) -> Option
 /// Removes what ends at this hop: RFC 9110 §7.6.1, and what `connection` lists.
 ///
 /// `te: trailers` is kept: it is how a gRPC client says that it reads trailers, and we pass them on.
-pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
+pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
     if headers.contains_key(header::CONNECTION) {
         let listed: Vec<HeaderName> = headers
             .get_all(header::CONNECTION)
@@ -116,13 +123,23 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
             .collect();
         for name in listed {
             // A client must not make us drop what we rely on (RFC 9110 §7.6.1, last paragraph).
-            if name != header::HOST && name != header::CONTENT_LENGTH && name != header::AUTHORIZATION && name != header::TE {
+            if name != header::HOST
+                && name != header::CONTENT_LENGTH
+                && name != header::AUTHORIZATION
+                && name != header::TE
+            {
                 headers.remove(name);
             }
         }
         headers.remove(header::CONNECTION);
     }
-    for name in [&PROXY_CONNECTION, &KEEP_ALIVE, &header::TRANSFER_ENCODING, &header::UPGRADE, &HTTP2_SETTINGS] {
+    for name in [
+        &PROXY_CONNECTION,
+        &KEEP_ALIVE,
+        &header::TRANSFER_ENCODING,
+        &header::UPGRADE,
+        &HTTP2_SETTINGS,
+    ] {
         headers.remove(name);
     }
     if headers.contains_key(header::TE) {
@@ -137,7 +154,7 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
 }
 
 /// The request's trace: continued where the caller named a valid one, begun otherwise.
-pub fn continue_trace(headers: &mut HeaderMap) -> TraceContext {
+pub(super) fn continue_trace(headers: &mut HeaderMap) -> TraceContext {
     let found = headers.get(&TRACEPARENT).and_then(|value| TraceContext::parse(value.as_bytes()));
     let trace = found.unwrap_or_else(|| {
         // §3.3: tracestate without a valid traceparent means nothing.
@@ -149,7 +166,7 @@ pub fn continue_trace(headers: &mut HeaderMap) -> TraceContext {
 }
 
 /// The request's id: kept where the caller sent one, made otherwise.
-pub fn identify(headers: &mut HeaderMap) -> HeaderValue {
+pub(super) fn identify(headers: &mut HeaderMap) -> HeaderValue {
     if let Some(id) = headers.get(&REQUEST_ID).filter(|id| id.len() <= 128 && !id.is_empty()) {
         return id.clone();
     }
@@ -158,34 +175,62 @@ pub fn identify(headers: &mut HeaderMap) -> HeaderValue {
     id
 }
 
-/// Adds this hop to `forwarded` (RFC 7239): whom the request came from, which host it asked for, and how.
-pub fn forwarded(headers: &mut HeaderMap, peer: Option<SocketAddr>, host: &str, tls: bool) {
-    let mut text = String::with_capacity(host.len() + 64);
-    if let Some(peer) = peer {
-        let ip = peer.ip().to_canonical();
-        // §6: IPv6 stands in brackets and quotes.
-        let node = if ip.is_ipv6() { format!("for=\"[{ip}]\";") } else { format!("for={ip};") };
-        text.push_str(&node);
+/// Says in `forwarded` (RFC 7239) whom a connection's requests come from, which host they ask for, and how. Requests of
+/// one connection mostly ask for one host, so the last value is kept.
+#[derive(Debug)]
+pub(super) struct Forwarded {
+    peer: Option<SocketAddr>,
+    tls: bool,
+    last: RefCell<Option<(String, HeaderValue)>>,
+}
+
+impl Forwarded {
+    /// For a connection from `peer`; `None` where the client is the application itself.
+    pub(super) fn new(peer: Option<SocketAddr>, tls: bool) -> Self {
+        Self { peer, tls, last: RefCell::default() }
     }
-    let token = host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~".contains(&b));
-    let quotes = if token { "" } else { "\"" };
-    for part in ["host=", quotes, host, quotes, ";proto=", if tls { "https" } else { "http" }] {
-        text.push_str(part);
+
+    /// Adds this hop.
+    pub(super) fn add(&self, headers: &mut HeaderMap, host: &str) {
+        let mut last = self.last.borrow_mut();
+        if let Some((known, value)) = &*last
+            && known == host
+        {
+            headers.append(header::FORWARDED, value.clone());
+            return;
+        }
+        if let Ok(value) = HeaderValue::try_from(self.element(host)) {
+            headers.append(header::FORWARDED, value.clone());
+            *last = Some((host.to_owned(), value));
+        }
     }
-    if let Ok(value) = HeaderValue::try_from(text) {
-        headers.append(header::FORWARDED, value);
+
+    fn element(&self, host: &str) -> String {
+        let mut text = String::with_capacity(host.len() + 64);
+        if let Some(peer) = self.peer {
+            let ip = peer.ip().to_canonical();
+            // §6: IPv6 stands in brackets and quotes.
+            let node = if ip.is_ipv6() { format!("for=\"[{ip}]\";") } else { format!("for={ip};") };
+            text.push_str(&node);
+        }
+        let token = host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~".contains(&b));
+        let quotes = if token { "" } else { "\"" };
+        for part in ["host=", quotes, host, quotes, ";proto=", if self.tls { "https" } else { "http" }] {
+            text.push_str(part);
+        }
+        text
     }
 }
 
 /// Removes the names that only infrar may say.
-pub fn strip_identity(headers: &mut HeaderMap) {
+pub(super) fn strip_identity(headers: &mut HeaderMap) {
     for name in [&CALLER, &SCOPES, &CLAIMS] {
         headers.remove(name);
     }
 }
 
 /// Whether the caller speaks gRPC, so that refusals must be said in its language.
-pub fn is_grpc(headers: &HeaderMap) -> bool {
+pub(super) fn is_grpc(headers: &HeaderMap) -> bool {
     headers.get(header::CONTENT_TYPE).is_some_and(|value| {
         let bytes = value.as_bytes();
         bytes.starts_with(b"application/grpc") && matches!(bytes.get(16), None | Some(b'+' | b';'))
@@ -216,7 +261,10 @@ mod tests {
             ("x-other", "2"),
         ]);
         strip_hop_by_hop(&mut map);
-        assert_eq!(map, headers(&[("te", "trailers"), ("authorization", "Bearer x"), ("x-other", "2")]));
+        assert_eq!(
+            map,
+            headers(&[("te", "trailers"), ("authorization", "Bearer x"), ("x-other", "2")])
+        );
     }
 
     #[test]
@@ -226,7 +274,10 @@ mod tests {
         via.pass(Version::HTTP_11, &mut map).unwrap();
         assert_eq!(via.pass(Version::HTTP_11, &mut map), Err(Rejection::Loop));
         assert!(Via::random().pass(Version::HTTP_2, &mut map).is_ok());
-        let mut far = headers(&[("via", "1.1 infrar-1, 1.1 infrar-2, 1.1 infrar-3, 1.1 other, 1.1 infrar-4")]);
+        let mut far = headers(&[(
+            "via",
+            "1.1 infrar-1, 1.1 infrar-2, 1.1 infrar-3, 1.1 other, 1.1 infrar-4",
+        )]);
         for _hop in 0..4 {
             Via::random().pass(Version::HTTP_11, &mut far).unwrap();
         }
@@ -237,13 +288,16 @@ mod tests {
     #[test]
     fn forwarded_names_the_peer_the_host_and_the_scheme() {
         let mut map = HeaderMap::new();
-        forwarded(&mut map, Some("192.0.2.1:999".parse().unwrap()), "data", false);
-        forwarded(&mut map, Some("[2001:db8::1]:999".parse().unwrap()), "data:8443", true);
+        Forwarded::new(Some("192.0.2.1:999".parse().unwrap()), false).add(&mut map, "data");
+        Forwarded::new(Some("[2001:db8::1]:999".parse().unwrap()), true).add(&mut map, "data:8443");
         let all: Vec<_> = map.get_all("forwarded").iter().map(|v| v.to_str().unwrap()).collect();
-        assert_eq!(all, [
-            "for=192.0.2.1;host=data;proto=http",
-            "for=\"[2001:db8::1]\";host=\"data:8443\";proto=https",
-        ]);
+        assert_eq!(
+            all,
+            [
+                "for=192.0.2.1;host=data;proto=http",
+                "for=\"[2001:db8::1]\";host=\"data:8443\";proto=https",
+            ]
+        );
     }
 
     #[test]

@@ -24,14 +24,14 @@ use crate::{
 };
 
 /// Finds out who calls and what it may do; shared by sidecar and edge.
-pub struct Gate {
+pub(super) struct Gate {
     worker: Rc<Worker>,
     settings: InboundSettings,
     cache: RefCell<TokenCache>,
 }
 
 /// Who was let in.
-pub struct Admitted {
+pub(super) struct Admitted {
     /// Proof of it.
     pub grant: Grant,
     /// What the token said; `None` on a public path.
@@ -41,7 +41,7 @@ pub struct Admitted {
 impl Gate {
     /// The gate of one listener on one worker.
     #[must_use]
-    pub fn new(worker: Rc<Worker>, settings: InboundSettings) -> Self {
+    pub(super) fn new(worker: Rc<Worker>, settings: InboundSettings) -> Self {
         let cache = RefCell::new(TokenCache::new(settings.token_cache));
         Self { worker, settings, cache }
     }
@@ -50,7 +50,7 @@ impl Gate {
     ///
     /// # Errors
     /// The [`Rejection`].
-    pub async fn admit(
+    pub(super) async fn admit(
         &self,
         parts: &Parts,
         callee: &ServiceName,
@@ -83,7 +83,9 @@ impl Gate {
         let strictness =
             view.map_or(crate::identity::Strictness::Enforce, |view| view.strictness.get());
         admit(claims, action, granted, strictness).map_err(|refused| match refused {
-            Refused::NotPermitted { caller } => Rejection::NotPermitted { caller, callee: callee.clone() },
+            Refused::NotPermitted { caller } => {
+                Rejection::NotPermitted { caller, callee: callee.clone() }
+            }
             Refused::ScopeMissing { caller, missing } => {
                 Rejection::ScopeMissing { caller, callee: callee.clone(), missing }
             }
@@ -95,14 +97,20 @@ impl Gate {
     }
 
     /// Who is it? The token is verified, or remembered as verified.
-    async fn claims(&self, headers: &HeaderMap, callee: &ServiceName) -> Result<Rc<Claims>, Rejection> {
+    async fn claims(
+        &self,
+        headers: &HeaderMap,
+        callee: &ServiceName,
+    ) -> Result<Rc<Claims>, Rejection> {
         let token = bearer(headers)?;
         let audience = [callee.as_str()];
         // Two looks: between them the key that was not known may have been fetched.
         for last in [false, true] {
             let verifier = self.worker.verifier();
             let now = Clock::system().unix_seconds();
-            match self.cache.borrow_mut().verify(&verifier, token, &audience, now) {
+            // The cache is let go before anything is waited for.
+            let verified = self.cache.borrow_mut().verify(&verifier, token, &audience, now);
+            match verified {
                 Ok(claims) => return Ok(claims),
                 Err(fault) if !last && matches!(fault, TokenFault::UnknownKey { .. }) => {
                     if !verifier.refresh(&fault).await {
@@ -119,7 +127,7 @@ impl Gate {
     }
 
     /// Puts on what the application may rely on.
-    pub fn undress(&self, headers: &mut HeaderMap, admitted: &Admitted) {
+    pub(super) fn undress(&self, headers: &mut HeaderMap, admitted: &Admitted) {
         headers::strip_identity(headers);
         if let Some(claims) = &admitted.claims {
             headers.insert(headers::CALLER.clone(), claims.caller_header().clone());
@@ -158,7 +166,7 @@ fn refuse(fault: &TokenFault) -> Rejection {
 }
 
 /// Answers calls for the application behind this proxy.
-pub struct Inbound {
+pub(super) struct Inbound {
     worker: Rc<Worker>,
     gate: Gate,
     callee: ServiceName,
@@ -168,14 +176,14 @@ pub struct Inbound {
 impl Inbound {
     /// The way in to `app`.
     #[must_use]
-    pub fn new(worker: Rc<Worker>, settings: InboundSettings, app: Rc<Cluster>) -> Self {
+    pub(super) fn new(worker: Rc<Worker>, settings: InboundSettings, app: Rc<Cluster>) -> Self {
         let callee = worker.settings.service.clone();
         let gate = Gate::new(Rc::clone(&worker), settings);
         Self { worker, gate, callee, app }
     }
 
     /// Answers one request from outside; a refusal is an answer too.
-    pub async fn answer(&self, mut call: Call<'_>) -> Answer {
+    pub(super) async fn answer(&self, mut call: Call<'_>) -> Answer {
         let mut record = self.worker.inbound_desk.open(call.request.method(), call.request.uri());
         let grpc = headers::is_grpc(call.request.headers());
         let id = headers::identify(call.request.headers_mut());
@@ -219,7 +227,7 @@ impl Inbound {
 }
 
 /// Says where a request came from, and gives it the `host` that HTTP/2 says as `:authority`.
-pub fn arrived(parts: &mut Parts, peer: &Peer, upgrade: Option<&HeaderValue>) {
+pub(super) fn arrived(parts: &mut Parts, peer: &Peer, upgrade: Option<&HeaderValue>) {
     if let Some(authority) = parts.uri.authority()
         && let Ok(host) = HeaderValue::from_str(authority.as_str())
     {
@@ -227,7 +235,7 @@ pub fn arrived(parts: &mut Parts, peer: &Peer, upgrade: Option<&HeaderValue>) {
     }
     let host = parts.headers.get(header::HOST).cloned();
     let host = host.as_ref().and_then(|host| host.to_str().ok()).unwrap_or_default();
-    headers::forwarded(&mut parts.headers, Some(peer.address), host, peer.tls);
+    peer.forwarded.add(&mut parts.headers, host);
     if let Some(protocol) = upgrade {
         parts.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
         parts.headers.insert(header::UPGRADE, protocol.clone());

@@ -27,22 +27,15 @@ use std::{net::SocketAddr, num::NonZeroUsize, rc::Rc, sync::Arc, time::Duration}
 use arc_swap::ArcSwap;
 use tokio::{net::TcpListener, sync::mpsc};
 
+use self::{
+    accept::Door, edge::Edge, headers::Via, inbound::Inbound, outbound::Outbound, record::Desk,
+    story::Story, view::Surveyor, worker::Worker,
+};
 pub use self::{
     admin::{Admin, AdminAddress, Ready},
     reject::Rejection,
     settings::{App, InboundSettings, Limits, OutboundSettings, Role, Settings, UnknownHosts},
     view::Ward,
-};
-use self::{
-    accept::Door,
-    edge::Edge,
-    headers::Via,
-    inbound::Inbound,
-    outbound::Outbound,
-    record::Desk,
-    story::Story,
-    view::Surveyor,
-    worker::Worker,
 };
 use crate::{
     cost::Meter,
@@ -61,7 +54,7 @@ const PRUNE: Duration = Duration::from_secs(1);
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// A listener's address cannot be had.
-    #[error("{0}")]
+    #[error(transparent)]
     Bind(#[from] BindError),
     /// No thread could be had.
     #[error("the workers did not start")]
@@ -92,12 +85,21 @@ pub struct Parts {
     pub registry: Arc<Registry>,
     /// Writes a line per request, if anybody wants to read it.
     pub access: Option<AccessLog>,
-    /// How far the end has come.
-    pub shutdown: Shutdown,
+    /// How far the end has come, each way.
+    pub ends: Ends,
     /// What is known about endpoints.
     pub ward: Arc<Ward>,
     /// Further addresses of this process that calls must not go to (the admin listener).
     pub own: Vec<SocketAddr>,
+}
+
+/// How far the end has come, each way: a proxy that ends lets the application call out until that has ended too.
+#[derive(Clone, Debug, Default)]
+pub struct Ends {
+    /// The ways in.
+    pub inbound: Shutdown,
+    /// The ways out.
+    pub outbound: Shutdown,
 }
 
 /// A data plane that runs.
@@ -199,9 +201,17 @@ fn plan(settings: &Settings) -> Vec<(Listener, SocketAddr)> {
     let mut plan = Vec::new();
     if let Some(outbound) = &settings.outbound {
         plan.push((Listener::Outbound, outbound.listen));
-        plan.extend(outbound.ports.iter().map(|(service, at)| (Listener::Port(service.clone()), *at)));
+        plan.extend(
+            outbound.ports.iter().map(|(service, at)| (Listener::Port(service.clone()), *at)),
+        );
     }
-    plan.extend(settings.inbound.iter().enumerate().map(|(index, it)| (Listener::Inbound(index), it.listen)));
+    plan.extend(
+        settings
+            .inbound
+            .iter()
+            .enumerate()
+            .map(|(index, it)| (Listener::Inbound(index), it.listen)),
+    );
     plan
 }
 
@@ -226,7 +236,10 @@ async fn run(
     }
     runtime::spawn_local("snapshots", Rc::clone(&worker).follow());
     runtime::spawn_local("pools", prune(Rc::clone(&worker)));
-    runtime::spawn_local("handed-over", accept::take_over(doors.clone(), handed, Rc::clone(&worker)));
+    runtime::spawn_local(
+        "handed-over",
+        accept::take_over(doors.clone(), handed, Rc::clone(&worker)),
+    );
     for (door, listener) in doors.iter().zip(listeners) {
         match TcpListener::from_std(listener) {
             Ok(listener) => {
@@ -243,12 +256,18 @@ async fn run(
         }
     }
     drop(doors);
-    worker.shutdown.wait(Phase::Drain).await;
+    let Ends { inbound, outbound } = &worker.ends;
     // Idle connections look around and leave; the others answer what they have and leave then.
+    tokio::join!(leave(&worker, inbound), leave(&worker, outbound));
+}
+
+/// Waits until one way has come to its end.
+async fn leave(worker: &Worker, end: &Shutdown) {
+    end.wait(Phase::Drain).await;
     worker.watchdog.rouse();
     tokio::select! {
-        () = worker.shutdown.wait_idle() => {}
-        () = worker.shutdown.wait(Phase::Abort) => {}
+        () = end.wait_idle() => {}
+        () = end.wait(Phase::Abort) => {}
     }
 }
 
@@ -259,7 +278,7 @@ fn worker(parts: Parts, site: Site) -> Worker {
     let surveyor = Surveyor {
         settings: Arc::clone(&parts.settings),
         ward: Arc::clone(&parts.ward),
-        tokens: Arc::clone(&parts.tokens),
+        tokens: parts.tokens,
         tls: parts.tls,
         resolver: parts.resolver,
         own: site.own,
@@ -279,9 +298,8 @@ fn worker(parts: Parts, site: Site) -> Worker {
         via_out: site.vias.0,
         via_in: site.vias.1,
         watchdog: Watchdog::new(),
-        shutdown: parts.shutdown,
+        ends: parts.ends,
         directory: parts.directory,
-        tokens: parts.tokens,
         outsiders: Default::default(),
     }
 }

@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// Answers calls of the local application.
-pub struct Outbound {
+pub(super) struct Outbound {
     worker: Rc<Worker>,
     settings: OutboundSettings,
     /// The service that this port belongs to; `None`: the request says which.
@@ -34,7 +34,7 @@ pub struct Outbound {
 /// Who is called.
 enum Route {
     /// A service of the project.
-    Service(Rc<View>, Rc<Cluster>),
+    Service(Rc<Cluster>),
     /// A host outside it.
     Outside(Rc<Cluster>),
 }
@@ -42,12 +42,16 @@ enum Route {
 impl Outbound {
     /// The way out of `worker`; on a port of its own when `only` is given.
     #[must_use]
-    pub fn new(worker: Rc<Worker>, settings: OutboundSettings, only: Option<ServiceName>) -> Self {
+    pub(super) fn new(
+        worker: Rc<Worker>,
+        settings: OutboundSettings,
+        only: Option<ServiceName>,
+    ) -> Self {
         Self { worker, settings, only }
     }
 
     /// Answers one request of the local application; a refusal is an answer too.
-    pub async fn answer(&self, mut call: Call<'_>) -> Answer {
+    pub(super) async fn answer(&self, mut call: Call<'_>) -> Answer {
         let mut record = self.worker.outbound_desk.open(call.request.method(), call.request.uri());
         let grpc = headers::is_grpc(call.request.headers());
         let id = headers::identify(call.request.headers_mut());
@@ -81,13 +85,13 @@ impl Outbound {
         headers::strip_hop_by_hop(&mut parts.headers);
         headers::strip_identity(&mut parts.headers);
         record.identified(id, headers::continue_trace(&mut parts.headers));
-        headers::forwarded(&mut parts.headers, None, &asked, call.peer.tls);
+        call.peer.forwarded.add(&mut parts.headers, &asked);
         if let Some(protocol) = &upgrade {
             parts.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
             parts.headers.insert(header::UPGRADE, protocol.clone());
         }
         let (cluster, bearer) = match &route {
-            Route::Service(_, cluster) => (cluster, self.bearer(cluster, &mut parts.headers).await?),
+            Route::Service(cluster) => (cluster, self.bearer(cluster, &mut parts.headers).await?),
             Route::Outside(cluster) => (cluster, None),
         };
         // Try, retry, fail over.
@@ -108,9 +112,10 @@ impl Outbound {
     /// own token.
     async fn tunnel(&self, call: &Call<'_>, record: &mut Record) -> Result<Received, Rejection> {
         let uri = call.request.uri();
-        let asked = uri.authority().ok_or(Rejection::BadRequest("CONNECT names host:port"))?.as_str();
+        let asked =
+            uri.authority().ok_or(Rejection::BadRequest("CONNECT names host:port"))?.as_str();
         let cluster = match self.route(uri, asked, record)? {
-            Route::Service(_, cluster) | Route::Outside(cluster) => cluster,
+            Route::Service(cluster) | Route::Outside(cluster) => cluster,
         };
         let stream = Forward::tunnel(&cluster, &self.worker.ward, record).await?;
         let mut response = Response::new(());
@@ -120,9 +125,10 @@ impl Outbound {
 
     fn route(&self, uri: &http::Uri, asked: &str, record: &mut Record) -> Result<Route, Rejection> {
         let found = self.worker.view();
-        let host = self.only.as_ref().map_or_else(|| route::name(route::host(asked)), ServiceName::as_str);
-        let known = found.as_ref().ok().and_then(|view| Some((view, view.cluster(host)?)));
-        if let Some((view, cluster)) = known {
+        let host =
+            self.only.as_ref().map_or_else(|| route::name(route::host(asked)), ServiceName::as_str);
+        let known = found.as_ref().ok().and_then(|view| view.cluster(host));
+        if let Some(cluster) = known {
             record.belongs_to(Rc::clone(&cluster.series));
             if let Err(missing) = &cluster.grant {
                 return Err(Rejection::NotPermitted {
@@ -130,11 +136,12 @@ impl Outbound {
                     callee: missing.callee.clone(),
                 });
             }
-            return Ok(Route::Service(Rc::clone(view), Rc::clone(cluster)));
+            return Ok(Route::Service(Rc::clone(cluster)));
         }
         match self.settings.unknown_hosts {
             UnknownHosts::Allow if self.only.is_none() => {
-                let origin = origin_of(uri, asked).ok_or(Rejection::BadRequest("the host is no host"))?;
+                let origin =
+                    origin_of(uri, asked).ok_or(Rejection::BadRequest("the host is no host"))?;
                 Ok(Route::Outside(self.worker.outsider(&origin)?))
             }
             UnknownHosts::Allow | UnknownHosts::Deny => Err(self.unknown(asked, &*found?)),
@@ -180,9 +187,10 @@ impl Outbound {
                 );
                 Err(Rejection::TokenUnavailable { service: service(), why: why(&error) })
             }
-            Err(_elapsed) => {
-                Err(Rejection::TokenUnavailable { service: service(), why: "the issuer did not answer in time" })
-            }
+            Err(_elapsed) => Err(Rejection::TokenUnavailable {
+                service: service(),
+                why: "the issuer did not answer in time",
+            }),
         }
     }
 }

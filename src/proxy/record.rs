@@ -28,7 +28,7 @@ use crate::{
 const CLIENT_GONE: u16 = 499;
 
 /// Counts the exchanges of one (direction, caller, callee) on one worker.
-pub struct Series {
+pub(super) struct Series {
     direction: Direction,
     caller: Box<str>,
     callee: Box<str>,
@@ -42,7 +42,12 @@ pub struct Series {
 impl Series {
     /// The series of one caller and callee; its cells live as long as the registry.
     #[must_use]
-    pub fn new(registry: &Arc<Registry>, direction: Direction, caller: &str, callee: &str) -> Rc<Self> {
+    pub(super) fn new(
+        registry: &Arc<Registry>,
+        direction: Direction,
+        caller: &str,
+        callee: &str,
+    ) -> Rc<Self> {
         let way = direction.as_str();
         let series = Self {
             direction,
@@ -84,13 +89,12 @@ impl Series {
 }
 
 /// Opens records; one per worker and direction.
-pub struct Desk {
+pub(super) struct Desk {
     direction: Direction,
     registry: Arc<Registry>,
     access: Option<AccessLog>,
     /// Of requests whose caller or callee is not known (yet).
     unknown: Rc<Series>,
-    me: ServiceName,
     by_caller: RefCell<HashMap<(Box<str>, ServiceName), Rc<Series>, RandomState>>,
     last: RefCell<Option<Rc<Series>>>,
 }
@@ -101,7 +105,12 @@ const MOST_CALLERS: usize = 1000;
 impl Desk {
     /// A desk for one direction; `me` is the service of this proxy.
     #[must_use]
-    pub fn new(registry: &Arc<Registry>, access: Option<AccessLog>, direction: Direction, me: &ServiceName) -> Self {
+    pub(super) fn new(
+        registry: &Arc<Registry>,
+        access: Option<AccessLog>,
+        direction: Direction,
+        me: &ServiceName,
+    ) -> Self {
         let (caller, callee) = match direction {
             Direction::Outbound => (me.as_str(), ""),
             Direction::Inbound => ("", me.as_str()),
@@ -111,21 +120,14 @@ impl Desk {
             registry: Arc::clone(registry),
             access,
             unknown: Series::new(registry, direction, caller, callee),
-            me: me.clone(),
             by_caller: RefCell::default(),
             last: RefCell::default(),
         }
     }
 
-    /// The direction of its records.
-    #[must_use]
-    pub fn direction(&self) -> Direction {
-        self.direction
-    }
-
     /// Opens the record of a request.
     #[must_use]
-    pub fn open(&self, method: &Method, uri: &Uri) -> Record {
+    pub(super) fn open(&self, method: &Method, uri: &Uri) -> Record {
         let notes = self.access.as_ref().map(|log| {
             Box::new(Notes {
                 log: log.clone(),
@@ -152,7 +154,7 @@ impl Desk {
 
     /// The series of a caller that showed who it is, at `callee`.
     #[must_use]
-    pub fn of_caller(&self, caller: &str, callee: &ServiceName) -> Rc<Series> {
+    pub(super) fn of_caller(&self, caller: &str, callee: &ServiceName) -> Rc<Series> {
         if let Some(last) = &*self.last.borrow()
             && *last.caller == *caller
             && *last.callee == *callee.as_str()
@@ -174,12 +176,6 @@ impl Desk {
         *self.last.borrow_mut() = Some(Rc::clone(&series));
         series
     }
-
-    /// The service of this proxy.
-    #[must_use]
-    pub fn me(&self) -> &ServiceName {
-        &self.me
-    }
 }
 
 /// What only the log wants to know.
@@ -195,7 +191,7 @@ struct Notes {
 }
 
 /// What one exchange has shown so far.
-pub struct Record {
+pub(super) struct Record {
     started: Instant,
     series: Rc<Series>,
     error: &'static str,
@@ -211,17 +207,17 @@ pub struct Record {
 impl Record {
     /// When the request's head was there.
     #[must_use]
-    pub fn started(&self) -> Instant {
+    pub(super) fn started(&self) -> Instant {
         self.started
     }
 
     /// Who speaks to whom is known.
-    pub fn belongs_to(&mut self, series: Rc<Series>) {
+    pub(super) fn belongs_to(&mut self, series: Rc<Series>) {
         self.series = series;
     }
 
     /// The request's id and trace are known.
-    pub fn identified(&mut self, request_id: &HeaderValue, trace: TraceContext) {
+    pub(super) fn identified(&mut self, request_id: &HeaderValue, trace: TraceContext) {
         if let Some(notes) = &mut self.notes {
             notes.request_id = Some(request_id.clone());
             notes.trace = Some(trace);
@@ -229,7 +225,7 @@ impl Record {
     }
 
     /// An attempt begins.
-    pub fn attempt(&mut self, endpoint: &EndpointId, mode: NetworkMode) {
+    pub(super) fn attempt(&mut self, endpoint: &EndpointId, mode: NetworkMode) {
         if let Some(notes) = &mut self.notes {
             notes.attempts += 1;
             notes.endpoint = Some((endpoint.clone(), mode));
@@ -237,23 +233,23 @@ impl Record {
     }
 
     /// The endpoint was waited for so long.
-    pub fn waited(&mut self, span: Duration) {
+    pub(super) fn waited(&mut self, span: Duration) {
         self.upstream += span;
     }
 
     /// The endpoint carries this request until the record is settled.
-    pub fn carried_by(&mut self, flight: Flight<Arc<Vitals>>) {
+    pub(super) fn carried_by(&mut self, flight: Flight<Arc<Vitals>>) {
         self.flight = Some(flight);
     }
 
     /// The head of the answer is known.
-    pub fn answered(&mut self, status: StatusCode, error: &'static str) {
+    pub(super) fn answered(&mut self, status: StatusCode, error: &'static str) {
         self.status = status.as_u16();
         self.error = error;
     }
 
     /// The exchange is over: so many bytes of bodies went each way.
-    pub fn settle(self, bytes_in: u64, bytes_out: u64) {
+    pub(super) fn settle(self, bytes_in: u64, bytes_out: u64) {
         self.close(bytes_in, bytes_out);
     }
 

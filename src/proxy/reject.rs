@@ -28,7 +28,9 @@ pub enum Rejection {
     #[error("the bearer token has expired; ask for a new one")]
     TokenExpired,
     /// `permissions` has no such row.
-    #[error("{caller} has no grant at {callee}; `permissions` needs `{caller}: {{ {callee}: [scope] }}`")]
+    #[error(
+        "{caller} has no grant at {callee}; `permissions` needs `{caller}: {{ {callee}: [scope] }}`"
+    )]
     NotPermitted {
         /// Who would speak.
         caller: String,
@@ -78,7 +80,9 @@ pub enum Rejection {
         limit: u64,
     },
     /// The head is larger than allowed.
-    #[error("the head is larger than {bytes} bytes or {headers} headers (`limits.header_bytes`, `limits.headers`)")]
+    #[error(
+        "the head is larger than {bytes} bytes or {headers} headers (`limits.header_bytes`, `limits.headers`)"
+    )]
     HeadersTooLarge {
         /// In bytes.
         bytes: usize,
@@ -185,22 +189,49 @@ impl Rejection {
     fn verdict(&self) -> Verdict {
         use StatusCode as S;
         match self {
-            Self::BadRequest(_) => verdict(S::BAD_REQUEST, "bad-request", "http_request_error", "3"),
-            Self::TokenMissing => verdict(S::UNAUTHORIZED, "token-missing", "http_request_denied", "16"),
-            Self::TokenInvalid(_) => verdict(S::UNAUTHORIZED, "token-invalid", "http_request_denied", "16"),
-            Self::TokenExpired => verdict(S::UNAUTHORIZED, "token-expired", "http_request_denied", "16"),
-            Self::NotPermitted { .. } => verdict(S::FORBIDDEN, "not-permitted", "http_request_denied", "7"),
-            Self::ScopeMissing { .. } => verdict(S::FORBIDDEN, "scope-missing", "http_request_denied", "7"),
-            Self::Unlisted { .. } => verdict(S::FORBIDDEN, "not-permitted", "http_request_denied", "7"),
-            Self::HostNotAllowed { .. } => verdict(S::FORBIDDEN, "host-not-allowed", "http_request_denied", "7"),
-            Self::AddressNotAllowed(_) => verdict(S::FORBIDDEN, "address-not-allowed", "http_request_denied", "7"),
-            // RFC 9209 suggests 500; the caller named a service nobody registered.
-            Self::UnknownService { .. } => verdict(S::NOT_FOUND, "unknown-service", "destination_not_found", "5"),
-            Self::RequestTimeout(_) => verdict(S::REQUEST_TIMEOUT, "request-timeout", "http_request_error", "4"),
-            Self::BodyTooLarge { .. } => verdict(S::PAYLOAD_TOO_LARGE, "body-too-large", "http_request_error", "8"),
-            Self::HeadersTooLarge { .. } => {
-                verdict(S::REQUEST_HEADER_FIELDS_TOO_LARGE, "headers-too-large", "http_request_error", "8")
+            Self::BadRequest(_) => {
+                verdict(S::BAD_REQUEST, "bad-request", "http_request_error", "3")
             }
+            Self::TokenMissing => {
+                verdict(S::UNAUTHORIZED, "token-missing", "http_request_denied", "16")
+            }
+            Self::TokenInvalid(_) => {
+                verdict(S::UNAUTHORIZED, "token-invalid", "http_request_denied", "16")
+            }
+            Self::TokenExpired => {
+                verdict(S::UNAUTHORIZED, "token-expired", "http_request_denied", "16")
+            }
+            Self::NotPermitted { .. } => {
+                verdict(S::FORBIDDEN, "not-permitted", "http_request_denied", "7")
+            }
+            Self::ScopeMissing { .. } => {
+                verdict(S::FORBIDDEN, "scope-missing", "http_request_denied", "7")
+            }
+            Self::Unlisted { .. } => {
+                verdict(S::FORBIDDEN, "not-permitted", "http_request_denied", "7")
+            }
+            Self::HostNotAllowed { .. } => {
+                verdict(S::FORBIDDEN, "host-not-allowed", "http_request_denied", "7")
+            }
+            Self::AddressNotAllowed(_) => {
+                verdict(S::FORBIDDEN, "address-not-allowed", "http_request_denied", "7")
+            }
+            // RFC 9209 suggests 500; the caller named a service nobody registered.
+            Self::UnknownService { .. } => {
+                verdict(S::NOT_FOUND, "unknown-service", "destination_not_found", "5")
+            }
+            Self::RequestTimeout(_) => {
+                verdict(S::REQUEST_TIMEOUT, "request-timeout", "http_request_error", "4")
+            }
+            Self::BodyTooLarge { .. } => {
+                verdict(S::PAYLOAD_TOO_LARGE, "body-too-large", "http_request_error", "8")
+            }
+            Self::HeadersTooLarge { .. } => verdict(
+                S::REQUEST_HEADER_FIELDS_TOO_LARGE,
+                "headers-too-large",
+                "http_request_error",
+                "8",
+            ),
             Self::ConnectFailed { timeout: true, .. } => {
                 verdict(S::BAD_GATEWAY, "connect-failed", "connection_timeout", "14")
             }
@@ -213,11 +244,18 @@ impl Rejection {
             Self::TlsFailed { certificate: false, .. } => {
                 verdict(S::BAD_GATEWAY, "tls-failed", "tls_protocol_error", "14")
             }
-            Self::UpstreamReset { .. } => verdict(S::BAD_GATEWAY, "upstream-reset", "connection_terminated", "14"),
-            Self::BadResponse { .. } => verdict(S::BAD_GATEWAY, "bad-response", "http_protocol_error", "14"),
-            Self::NoHealthyEndpoint { .. } => {
-                verdict(S::SERVICE_UNAVAILABLE, "no-healthy-endpoint", "destination_unavailable", "14")
+            Self::UpstreamReset { .. } => {
+                verdict(S::BAD_GATEWAY, "upstream-reset", "connection_terminated", "14")
             }
+            Self::BadResponse { .. } => {
+                verdict(S::BAD_GATEWAY, "bad-response", "http_protocol_error", "14")
+            }
+            Self::NoHealthyEndpoint { .. } => verdict(
+                S::SERVICE_UNAVAILABLE,
+                "no-healthy-endpoint",
+                "destination_unavailable",
+                "14",
+            ),
             Self::CircuitOpen { .. } => {
                 verdict(S::SERVICE_UNAVAILABLE, "circuit-open", "destination_unavailable", "14")
             }
@@ -227,8 +265,12 @@ impl Rejection {
             Self::TokenUnavailable { .. } => {
                 verdict(S::SERVICE_UNAVAILABLE, "token-unavailable", "proxy_internal_error", "14")
             }
-            Self::NotReady => verdict(S::SERVICE_UNAVAILABLE, "not-ready", "proxy_internal_error", "14"),
-            Self::Deadline { .. } => verdict(S::GATEWAY_TIMEOUT, "deadline", "http_response_timeout", "4"),
+            Self::NotReady => {
+                verdict(S::SERVICE_UNAVAILABLE, "not-ready", "proxy_internal_error", "14")
+            }
+            Self::Deadline { .. } => {
+                verdict(S::GATEWAY_TIMEOUT, "deadline", "http_response_timeout", "4")
+            }
             Self::Loop => verdict(S::LOOP_DETECTED, "loop", "proxy_loop_detected", "9"),
         }
     }
@@ -249,7 +291,9 @@ impl Rejection {
     fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::CircuitOpen { retry_after, .. } => Some(*retry_after),
-            Self::TokenUnavailable { .. } | Self::NotReady | Self::Overloaded(_) => Some(Duration::from_secs(1)),
+            Self::TokenUnavailable { .. } | Self::NotReady | Self::Overloaded(_) => {
+                Some(Duration::from_secs(1))
+            }
             Self::BadRequest(_)
             | Self::TokenMissing
             | Self::TokenInvalid(_)
@@ -297,7 +341,8 @@ impl Rejection {
     pub fn answer(&self, request_id: Option<&HeaderValue>, grpc: bool) -> Response<Body> {
         let verdict = self.verdict();
         let mut headers = HeaderMap::with_capacity(8);
-        if let Ok(value) = HeaderValue::try_from(format!("infrar; error={}", verdict.proxy_status)) {
+        if let Ok(value) = HeaderValue::try_from(format!("infrar; error={}", verdict.proxy_status))
+        {
             headers.insert("proxy-status", value);
         }
         if let Some(id) = request_id {
@@ -358,7 +403,10 @@ mod tests {
 
     #[test]
     fn a_refusal_is_a_problem_document_with_a_proxy_status() {
-        let rejection = Rejection::UnknownService { authority: "report".into(), nearest: vec!["reports".into()] };
+        let rejection = Rejection::UnknownService {
+            authority: "report".into(),
+            nearest: vec!["reports".into()],
+        };
         let answer = rejection.answer(Some(&HeaderValue::from_static("7")), false);
         assert_eq!(answer.status(), 404);
         assert_eq!(answer.headers()["proxy-status"], "infrar; error=destination_not_found");

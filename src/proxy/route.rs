@@ -10,7 +10,7 @@ const OFFERED: usize = 3;
 
 /// The host part of an authority: without port, brackets kept off, and without the final dot of an absolute name.
 #[must_use]
-pub fn host(authority: &str) -> &str {
+pub(super) fn host(authority: &str) -> &str {
     let authority = authority.rsplit_once('@').map_or(authority, |(_user, rest)| rest);
     if let Some(rest) = authority.strip_prefix('[') {
         return rest.split(']').next().unwrap_or(rest);
@@ -21,12 +21,15 @@ pub fn host(authority: &str) -> &str {
 
 /// The name that a host may mean, without the suffixes; not yet known to exist.
 #[must_use]
-pub fn name(host: &str) -> &str {
+pub(super) fn name(host: &str) -> &str {
     SUFFIXES.iter().find_map(|suffix| host.strip_suffix(suffix)).unwrap_or(host)
 }
 
 /// The known names nearest to what was asked for, the nearest first; nothing that is far off.
-pub fn nearest<'a>(asked: &str, known: impl Iterator<Item = &'a ServiceName>) -> Vec<String> {
+pub(super) fn nearest<'a>(
+    asked: &str,
+    known: impl Iterator<Item = &'a ServiceName>,
+) -> Vec<String> {
     let asked = name(asked);
     let mut near: Vec<(f64, &ServiceName)> = known
         .map(|name| (strsim::jaro_winkler(asked, name.as_str()), name))
@@ -45,7 +48,13 @@ mod tests {
     #[test]
     fn a_service_is_known_under_four_names() {
         for authority in [
-            "data", "data:80", "data.infrar", "data.infrar.internal:8080", "data.localhost", "data.", "u:p@data",
+            "data",
+            "data:80",
+            "data.infrar",
+            "data.infrar.internal:8080",
+            "data.localhost",
+            "data.",
+            "u:p@data",
         ] {
             assert_eq!(name(host(authority)), "data", "{authority}");
         }

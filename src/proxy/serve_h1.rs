@@ -20,7 +20,8 @@ use tokio_util::io::poll_read_buf;
 
 use crate::{
     http1::{
-        self, BodyDecoder, Framing, HeadError, ParsedRequest, Piece, encode_headers, encode_status_line,
+        self, BodyDecoder, Framing, HeadError, ParsedRequest, Piece, encode_headers,
+        encode_status_line,
     },
     net::Stream,
     proxy::{
@@ -37,6 +38,8 @@ use crate::{
 
 /// What a read asks for at first.
 const FIRST_READ: usize = 8 * 1024;
+/// What the first read of a large body asks for.
+const LARGE_READ: usize = 128 * 1024;
 /// What a read of a large body asks for at most.
 const LARGEST_READ: usize = 512 * 1024;
 /// Bytes of a body that are copied behind the head, so that both leave in one packet.
@@ -129,7 +132,9 @@ impl http_body::Body for Incoming {
                     }
                     return Poll::Ready(Some(Ok(Frame::data(data))));
                 }
-                Ok(Piece::Trailers(trailers)) => return Poll::Ready(Some(Ok(Frame::trailers(trailers)))),
+                Ok(Piece::Trailers(trailers)) => {
+                    return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
+                }
                 Ok(Piece::End) => return Poll::Ready(None),
                 Ok(Piece::More) => {}
                 Err(_framing) => return self.fail(BodyError::Framing),
@@ -201,7 +206,7 @@ struct Asked {
 }
 
 /// One connection.
-pub struct Connection {
+pub(super) struct Connection {
     wire: Rc<Wire>,
     story: Rc<Story>,
     peer: Peer,
@@ -211,7 +216,13 @@ pub struct Connection {
 
 impl Connection {
     /// A connection whose first bytes, if any were read, are in `read`.
-    pub fn new(stream: Stream, read: BytesMut, guard: Guard, story: Rc<Story>, peer: Peer) -> Self {
+    pub(super) fn new(
+        stream: Stream,
+        read: BytesMut,
+        guard: Guard,
+        story: Rc<Story>,
+        peer: Peer,
+    ) -> Self {
         let limits = *story.worker().limits();
         let wire = Rc::new(Wire {
             stream: RefCell::new(stream),
@@ -229,7 +240,7 @@ impl Connection {
     }
 
     /// Serves requests until either side has had enough.
-    pub async fn serve(mut self) {
+    pub(super) async fn serve(mut self) {
         loop {
             // The room that a request needs is boxed and given back while the connection is idle: thousands of idle
             // connections cost little, and a busy one allocates it once.
@@ -251,7 +262,7 @@ impl Connection {
         self.write = BytesMut::new();
         wire.guard.arm(self.story.worker().limits().idle_timeout);
         poll_fn(|cx| {
-            if self.story.worker().shutdown.reached(Phase::Drain) || wire.guard.poll_expired(cx).is_ready() {
+            if self.story.end().reached(Phase::Drain) || wire.guard.poll_expired(cx).is_ready() {
                 return Poll::Ready(false);
             }
             wire.stream.borrow().poll_readable(cx).map(|ready| ready.is_ok())
@@ -318,7 +329,9 @@ impl Connection {
                     self.wire.guard.arm(limits.header_timeout);
                 }
                 Some(Ok(_)) => {}
-                None if begun => return Head::Refused(Rejection::RequestTimeout(limits.header_timeout)),
+                None if begun => {
+                    return Head::Refused(Rejection::RequestTimeout(limits.header_timeout));
+                }
                 None => return Head::Idle,
             }
         }
@@ -329,8 +342,7 @@ impl Connection {
         if let Poll::Ready(read) = self.wire.poll_fill(cx) {
             return Poll::Ready(Some(read));
         }
-        let worker = self.story.worker();
-        if worker.shutdown.reached(Phase::Drain) && self.wire.read.borrow().is_empty() {
+        if self.story.end().reached(Phase::Drain) && self.wire.read.borrow().is_empty() {
             return Poll::Ready(None);
         }
         self.wire.guard.poll_expired(cx).map(|()| None)
@@ -368,7 +380,7 @@ impl Connection {
             }
             Framing::Length(_) | Framing::Chunked => {
                 *wire.decoder.borrow_mut() = BodyDecoder::new(framing, limits.head);
-                wire.next_read.set(FIRST_READ * 2);
+                wire.next_read.set(first_read(framing));
                 Body::stream(Incoming(Rc::clone(wire)))
             }
         };
@@ -416,10 +428,15 @@ impl Connection {
     }
 
     /// Writes an answer and says whether the connection can be used again.
-    async fn finish(&mut self, response: Response<Body>, record: Record, asked: &Asked) -> Afterwards {
+    async fn finish(
+        &mut self,
+        response: Response<Body>,
+        record: Record,
+        asked: &Asked,
+    ) -> Afterwards {
         let (parts, body) = response.into_parts();
         let unread = !self.wire.decoder.borrow().is_done() || self.wire.broken.get();
-        let draining = self.story.worker().shutdown.reached(Phase::Drain);
+        let draining = self.story.end().reached(Phase::Drain);
         let mut keep_alive = asked.keep_alive && !draining && !(unread && body_is_short(&body));
         let framing = self.encode_head(parts.status, parts.headers, &body, asked, &mut keep_alive);
         let written = self.write_body(body, framing).await;
@@ -448,7 +465,8 @@ impl Connection {
             || status == StatusCode::NO_CONTENT
             || status == StatusCode::NOT_MODIFIED
             || status.is_informational();
-        let declared = head.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+        let declared =
+            head.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
         let framing = match (bodiless, body.exact_len(), declared) {
             (true, ..) => Framing::None,
             (false, Some(length), _) => {
@@ -585,7 +603,7 @@ impl Connection {
         if self.flush(Bytes::new()).await.is_err() {
             return;
         }
-        let shutdown = self.story.worker().shutdown.clone();
+        let shutdown = self.story.end().clone();
         let Ok(wire) = Rc::try_unwrap(self.wire) else { return };
         let early = wire.read.into_inner().freeze();
         let near = wire.stream.into_inner().with_prefix(early);
@@ -621,6 +639,14 @@ impl Connection {
             }
         })
         .await;
+    }
+}
+
+/// What the first read of a body asks for: all of it, within bounds.
+fn first_read(framing: Framing) -> usize {
+    match framing {
+        Framing::Length(length) => usize::try_from(length).unwrap_or(usize::MAX).clamp(FIRST_READ, LARGE_READ),
+        Framing::None | Framing::Chunked | Framing::UntilClose => FIRST_READ * 2,
     }
 }
 
@@ -662,13 +688,16 @@ fn client_gone(wire: &Wire, cx: &mut Context<'_>) -> bool {
     if !wire.decoder.borrow().is_done() || wire.read.borrow().len() >= READ_AHEAD {
         return false;
     }
-    loop {
+    // The socket is asked first: the buffer is still shared with the head that came in it, so that reading now would
+    // mean another one.
+    while let Poll::Ready(Ok(())) = { wire.stream.borrow().poll_readable(cx) } {
         match wire.poll_fill(cx) {
             Poll::Ready(Ok(0) | Err(_)) => return true,
             Poll::Ready(Ok(_)) if wire.read.borrow().len() < READ_AHEAD => {}
             Poll::Ready(Ok(_)) | Poll::Pending => return false,
         }
     }
+    false
 }
 
 /// RFC 9112 §9.3.

@@ -41,7 +41,7 @@ const SEND_BUFFER: usize = 512 * 1024;
 const RESETS: usize = 100;
 
 /// Serves a connection until either side has had enough.
-pub async fn serve(stream: Stream, guard: Guard, story: Rc<Story>, peer: Peer) {
+pub(super) async fn serve(stream: Stream, guard: Guard, story: Rc<Story>, peer: Peer) {
     let limits = *story.worker().limits();
     let header_bytes = u32::try_from(limits.head.bytes).unwrap_or(u32::MAX);
     guard.arm(limits.header_timeout);
@@ -70,7 +70,7 @@ pub async fn serve(stream: Stream, guard: Guard, story: Rc<Story>, peer: Peer) {
             if let Poll::Ready(accepted) = connection.poll_accept(cx) {
                 return Poll::Ready(Next::Stream(Box::new(accepted)));
             }
-            if !leaving && story.worker().shutdown.reached(Phase::Drain) {
+            if !leaving && story.end().reached(Phase::Drain) {
                 return Poll::Ready(Next::Leave);
             }
             match guard.poll_expired(cx) {
@@ -131,24 +131,35 @@ impl Drop for Seat {
 }
 
 /// Answers one request.
-async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>, story: &Rc<Story>, peer: &Peer) {
+async fn answer(
+    request: Request<RecvStream>,
+    mut respond: SendResponse<Bytes>,
+    story: &Rc<Story>,
+    peer: &Peer,
+) {
     let received = Rc::new(Cell::new(0));
     let method = request.method().clone();
     if method == Method::CONNECT {
-        let refusal = story.refuse(&Rejection::BadRequest("CONNECT is for HTTP/1.1 on the outbound port"));
+        let refusal =
+            story.refuse(&Rejection::BadRequest("CONNECT is for HTTP/1.1 on the outbound port"));
         return finish(refusal, &mut respond, &method, 0).await;
     }
     let limit = story.worker().limits().body_bytes;
     let (mut parts, stream) = request.into_parts();
     parts.version = Version::HTTP_2;
     join_cookies(&mut parts.headers);
-    let length = parts.headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+    let length = parts
+        .headers
+        .get(header::CONTENT_LENGTH)
+        .and_then(|value| value.to_str().ok()?.parse().ok());
     if let (Some(length), Some(limit)) = (length, limit)
         && length > limit
     {
-        return finish(story.refuse(&Rejection::BodyTooLarge { limit }), &mut respond, &method, 0).await;
+        return finish(story.refuse(&Rejection::BodyTooLarge { limit }), &mut respond, &method, 0)
+            .await;
     }
-    let incoming = Incoming { stream, received: Rc::clone(&received), limit, length, trailers: false };
+    let incoming =
+        Incoming { stream, received: Rc::clone(&received), limit, length, trailers: false };
     let body = gather(incoming).await;
     let interim = Interim::default();
     let call = Call { request: Request::from_parts(parts, body), peer, interim: &interim };
@@ -183,7 +194,8 @@ async fn finish(answer: Answer, respond: &mut SendResponse<Bytes>, method: &Meth
     };
     let (mut parts, body) = response.into_parts();
     parts.version = Version::HTTP_2;
-    if let (false, Some(length)) = (parts.headers.contains_key(header::CONTENT_LENGTH), body.exact_len())
+    if let (false, Some(length)) =
+        (parts.headers.contains_key(header::CONTENT_LENGTH), body.exact_len())
         && length > 0
     {
         parts.headers.insert(header::CONTENT_LENGTH, length.into());
@@ -257,7 +269,8 @@ fn join_cookies(headers: &mut HeaderMap) {
     if headers.get_all(header::COOKIE).iter().nth(1).is_none() {
         return;
     }
-    let lines: Vec<&[u8]> = headers.get_all(header::COOKIE).iter().map(http::HeaderValue::as_bytes).collect();
+    let lines: Vec<&[u8]> =
+        headers.get_all(header::COOKIE).iter().map(http::HeaderValue::as_bytes).collect();
     if let Ok(joined) = http::HeaderValue::from_bytes(&lines.join(&b"; "[..])) {
         headers.insert(header::COOKIE, joined);
     }

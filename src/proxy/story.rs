@@ -4,16 +4,19 @@ use std::rc::Rc;
 
 use http::Method;
 
-use crate::proxy::{
-    edge::Edge,
-    inbound::Inbound,
-    outbound::Outbound,
-    reject::Rejection,
-    worker::{Answer, Call, Worker, refused},
+use crate::{
+    proxy::{
+        edge::Edge,
+        inbound::Inbound,
+        outbound::Outbound,
+        reject::Rejection,
+        worker::{Answer, Call, Worker, refused},
+    },
+    runtime::Shutdown,
 };
 
 /// What a listener does with requests.
-pub enum Story {
+pub(super) enum Story {
     /// Calls of the local application.
     Outbound(Rc<Worker>, Outbound),
     /// Calls for the local application.
@@ -24,7 +27,7 @@ pub enum Story {
 
 impl Story {
     /// Answers one request.
-    pub async fn answer(&self, call: Call<'_>) -> Answer {
+    pub(super) async fn answer(&self, call: Call<'_>) -> Answer {
         match self {
             Self::Outbound(_, outbound) => outbound.answer(call).await,
             Self::Inbound(_, inbound) => inbound.answer(call).await,
@@ -33,14 +36,23 @@ impl Story {
     }
 
     /// The worker that tells it.
-    pub fn worker(&self) -> &Rc<Worker> {
+    pub(super) fn worker(&self) -> &Rc<Worker> {
         match self {
             Self::Outbound(worker, _) | Self::Inbound(worker, _) | Self::Edge(worker, _) => worker,
         }
     }
 
+    /// How far the end of this way has come.
+    pub(super) fn end(&self) -> &Shutdown {
+        let ends = &self.worker().ends;
+        match self {
+            Self::Outbound(..) => &ends.outbound,
+            Self::Inbound(..) | Self::Edge(..) => &ends.inbound,
+        }
+    }
+
     /// The answer to bytes that never became a request.
-    pub fn refuse(&self, rejection: &Rejection) -> Answer {
+    pub(super) fn refuse(&self, rejection: &Rejection) -> Answer {
         let worker = self.worker();
         let desk = match self {
             Self::Outbound(..) => &worker.outbound_desk,
@@ -51,7 +63,7 @@ impl Story {
     }
 
     /// Whether `CONNECT` means something here.
-    pub fn takes_connect(&self) -> bool {
+    pub(super) fn takes_connect(&self) -> bool {
         matches!(self, Self::Outbound(..))
     }
 }

@@ -16,7 +16,7 @@ const BUFFER: usize = 32 * 1024;
 const LINGER: Duration = Duration::from_secs(1);
 
 /// Copies both ways until both sides have ended, or the proxy must; settles the record.
-pub async fn join(mut near: Stream, mut far: Stream, record: Record, shutdown: &Shutdown) {
+pub(super) async fn join(mut near: Stream, mut far: Stream, record: Record, shutdown: &Shutdown) {
     let copied = tokio::select! {
         copied = copy_bidirectional_with_sizes(&mut near, &mut far, BUFFER, BUFFER) => copied.ok(),
         () = shutdown.wait(Phase::Abort) => None,

@@ -25,8 +25,8 @@ use crate::{
     cost::{Kind, Leg, Meter, Path, PathKey, PriceBook, Site},
     identity::{Grant, NotPermitted, Slot, Strictness, Tokens, permits},
     model::{
-        AuthMethod, Circuit, Endpoint, EndpointId, EndpointState, Networking, NetworkMode, Origin, Place, Protocol,
-        Routing, Scheme, Service, ServiceName, Timeouts, Zone,
+        AuthMethod, Circuit, Endpoint, EndpointId, EndpointState, NetworkMode, Networking, Origin,
+        Place, Protocol, Routing, Scheme, Service, ServiceName, Timeouts, Zone,
     },
     net::{ClientTls, Resolver, Tally},
     proxy::{
@@ -72,7 +72,7 @@ impl Ward {
 }
 
 /// One way to one endpoint.
-pub struct Target {
+pub(super) struct Target {
     /// The endpoint.
     pub id: EndpointId,
     /// How it is reached.
@@ -92,7 +92,7 @@ pub struct Target {
 }
 
 /// One service as this worker calls it.
-pub struct Cluster {
+pub(super) struct Cluster {
     /// Its name.
     pub service: ServiceName,
     /// Whether this proxy's service may speak to it.
@@ -122,7 +122,7 @@ pub struct Cluster {
 }
 
 /// A worker's view of the project.
-pub struct View {
+pub(super) struct View {
     /// What it was made from.
     pub catalog: Arc<Catalog>,
     clusters: HashMap<ServiceName, Rc<Cluster>, RandomState>,
@@ -135,23 +135,23 @@ pub struct View {
 impl View {
     /// The service with this name.
     #[must_use]
-    pub fn cluster(&self, name: &str) -> Option<&Rc<Cluster>> {
+    pub(super) fn cluster(&self, name: &str) -> Option<&Rc<Cluster>> {
         self.clusters.get(name)
     }
 
     /// The service one of whose endpoints has this host (and port, where it is not the scheme's own).
     #[must_use]
-    pub fn service_of(&self, authority: &str) -> Option<&ServiceName> {
+    pub(super) fn service_of(&self, authority: &str) -> Option<&ServiceName> {
         self.hosts.get(authority)
     }
 
     /// Every name there is.
-    pub fn names(&self) -> impl Iterator<Item = &ServiceName> {
+    pub(super) fn names(&self) -> impl Iterator<Item = &ServiceName> {
         self.catalog.project.services.keys()
     }
 
     /// Closes connections that are too old or unused for too long.
-    pub fn prune(&self, now: Instant) {
+    pub(super) fn prune(&self, now: Instant) {
         for target in self.clusters.values().flat_map(|cluster| &cluster.targets) {
             target.pool.prune(now);
         }
@@ -178,7 +178,7 @@ impl Tally for OnPath {
 type PoolKey = (ServiceName, EndpointId, Origin, Origin, NetworkMode, Protocol);
 
 /// Builds views on one worker.
-pub struct Surveyor {
+pub(super) struct Surveyor {
     /// The proxy's settings.
     pub settings: Arc<Settings>,
     /// What the workers share.
@@ -217,7 +217,7 @@ const FALLBACK_RANK: u8 = 100;
 impl Surveyor {
     /// The view of a snapshot.
     #[must_use]
-    pub fn survey(&self, catalog: Arc<Catalog>) -> Rc<View> {
+    pub(super) fn survey(&self, catalog: Arc<Catalog>) -> Rc<View> {
         let strictness = Strictness::at(&catalog.project.mode, Clock::system().now());
         let mut kept = HashMap::new();
         let clusters = catalog
@@ -263,7 +263,8 @@ impl Surveyor {
         Cluster {
             service: name.clone(),
             grant: permits(&catalog.project, &self.settings.service, name, strictness),
-            token: (wants_token && self.settings.role != Role::Edge).then(|| self.tokens.slot(name)),
+            token: (wants_token && self.settings.role != Role::Edge)
+                .then(|| self.tokens.slot(name)),
             targets,
             candidates,
             aim: Aim::new(&service.routing, &service.circuit),
@@ -279,7 +280,14 @@ impl Surveyor {
 
     fn series_of(&self, name: &ServiceName) -> Rc<Series> {
         let mut known = self.series.borrow_mut();
-        let made = || Series::new(&self.registry, Direction::Outbound, self.settings.service.as_str(), name.as_str());
+        let made = || {
+            Series::new(
+                &self.registry,
+                Direction::Outbound,
+                self.settings.service.as_str(),
+                name.as_str(),
+            )
+        };
         Rc::clone(known.entry(name.clone()).or_insert_with(made))
     }
 
@@ -294,7 +302,13 @@ impl Surveyor {
         for endpoint in &service.endpoints {
             let Some(here) = &self.settings.place else {
                 // Without a place (a laptop) everything is far away and public.
-                ways.push(Way { endpoint, address: &endpoint.url, mode: NetworkMode::Public, fallback: false, local: false });
+                ways.push(Way {
+                    endpoint,
+                    address: &endpoint.url,
+                    mode: NetworkMode::Public,
+                    fallback: false,
+                    local: false,
+                });
                 continue;
             };
             if *here == endpoint.place {
@@ -313,9 +327,13 @@ impl Surveyor {
             }
             let (mode, fallback) = networking.modes(here, &endpoint.place);
             let modes = [(Some(mode), false), (fallback, true)];
-            for (mode, fallback) in modes.into_iter().filter_map(|(mode, fallback)| Some((mode?, fallback))) {
+            for (mode, fallback) in
+                modes.into_iter().filter_map(|(mode, fallback)| Some((mode?, fallback)))
+            {
                 match endpoint.address(mode) {
-                    Some(address) => ways.push(Way { endpoint, address, mode, fallback, local: false }),
+                    Some(address) => {
+                        ways.push(Way { endpoint, address, mode, fallback, local: false })
+                    }
                     None => *absence = "it has no address for the network mode between the places",
                 }
             }
@@ -333,7 +351,10 @@ impl Surveyor {
         let outbound = self.settings.outbound.as_ref();
         // Cross-cloud calls may go through this cloud's own edge.
         let edge = outbound.and_then(|outbound| outbound.via.as_ref()).filter(|_| {
-            self.settings.place.as_ref().is_some_and(|here| here.provider() != way.endpoint.place.provider())
+            self.settings
+                .place
+                .as_ref()
+                .is_some_and(|here| here.provider() != way.endpoint.place.provider())
         });
         let address = edge.unwrap_or(way.address);
         let named = edge.unwrap_or(&way.endpoint.url);
@@ -354,14 +375,20 @@ impl Surveyor {
         let vitals = self.ward.vitals(format!("{name}/{}/{address}", way.endpoint.id));
         let here = self.settings.place.as_ref();
         let rank = here.map_or(0, |here| {
-            Candidate::rank(service.routing.locality, here, self.settings.zone.as_ref(), way.endpoint)
+            Candidate::rank(
+                service.routing.locality,
+                here,
+                self.settings.zone.as_ref(),
+                way.endpoint,
+            )
         });
         let rank = if way.fallback { rank.saturating_add(FALLBACK_RANK) } else { rank };
         let price = self.price(way);
         let candidate =
             Candidate::new(way.endpoint, rank, price, service.limits.requests, Arc::clone(&vitals));
         let host = way.endpoint.url.authority();
-        let safe = address.scheme() == Scheme::Https || address.host().is_loopback()
+        let safe = address.scheme() == Scheme::Https
+            || address.host().is_loopback()
             || matches!(address.host(), crate::model::Host::Address(ip) if ip.is_loopback());
         let keeps_host = self.settings.role == Role::Edge && way.local;
         let target = Target {
@@ -398,9 +425,14 @@ impl Surveyor {
         named: &Origin,
         protocol: Protocol,
     ) -> Option<Rc<Pool>> {
-        let connector =
-            Connector::new(address.clone(), named.host(), &self.tls, self.resolver.clone(), Arc::clone(&self.own))
-                .ok()?;
+        let connector = Connector::new(
+            address.clone(),
+            named.host(),
+            &self.tls,
+            self.resolver.clone(),
+            Arc::clone(&self.own),
+        )
+        .ok()?;
         let connector = match self.path(name, way) {
             Some(path) => connector
                 .tallied(Rc::new(OnPath { path: path.clone(), kind: Kind::Http }))
@@ -424,12 +456,25 @@ impl Surveyor {
 
     /// The cluster of a single address that is no part of the catalog: the application, or a host outside the project.
     #[must_use]
-    pub fn single(&self, app: &App, service: &ServiceName, host: Option<&Origin>) -> Option<Cluster> {
+    pub(super) fn single(
+        &self,
+        app: &App,
+        service: &ServiceName,
+        host: Option<&Origin>,
+    ) -> Option<Cluster> {
         let name = host.unwrap_or(&app.origin);
-        let connector =
-            Connector::new(app.origin.clone(), name.host(), &self.tls, self.resolver.clone(), Arc::clone(&self.own))
-                .ok()?;
-        let settings = PoolSettings { head: self.settings.limits.head, ..PoolSettings::default() };
+        let connector = Connector::new(
+            app.origin.clone(),
+            name.host(),
+            &self.tls,
+            self.resolver.clone(),
+            Arc::clone(&self.own),
+        )
+        .ok()?;
+        // An application behind TLS speaks what ALPN finds; on loopback HTTP/1.1 costs less than HTTP/2.
+        let prefer_h2 = app.origin.scheme() == Scheme::Https;
+        let settings =
+            PoolSettings { head: self.settings.limits.head, prefer_h2, ..PoolSettings::default() };
         let pool = Pool::new(settings, app.protocol, connector);
         let vitals = self.ward.vitals(format!("{service}//{}", app.origin));
         let id: EndpointId = "app".parse().ok()?;
@@ -445,7 +490,8 @@ impl Surveyor {
             state: EndpointState::Active,
         };
         // The application is never left alone: there is no other endpoint to turn to.
-        let circuit = Circuit { failure_threshold: u32::MAX, recovery_timeout: Duration::from_secs(1) };
+        let circuit =
+            Circuit { failure_threshold: u32::MAX, recovery_timeout: Duration::from_secs(1) };
         let authority = app.origin.authority();
         let target = Target {
             id,

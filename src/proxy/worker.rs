@@ -7,32 +7,31 @@ use http::{Request, Response, Uri};
 
 use crate::{
     discovery::Directory,
-    identity::{Tokens, Verifier},
+    identity::Verifier,
     model::{Host, Origin, Protocol, Scheme, ServiceName},
     net::Stream,
     proxy::{
-        headers::{self, Via},
+        Ends,
+        headers::{self, Forwarded, Via},
         record::{Desk, Record},
         reject::Rejection,
         settings::{App, Limits, Settings},
         view::{Cluster, Surveyor, View, Ward},
     },
-    runtime::{Shutdown, Watchdog},
+    runtime::Watchdog,
     wire::{Body, Interim},
 };
 
 /// Who speaks to us on a connection.
-pub struct Peer {
-    /// Its address.
-    pub address: std::net::SocketAddr,
-    /// Whether the connection is encrypted.
-    pub tls: bool,
+pub(super) struct Peer {
     /// The host it asked for in the TLS handshake.
     pub server_name: Option<Box<str>>,
+    /// What `forwarded` says of it.
+    pub(super) forwarded: Forwarded,
 }
 
 /// What a story made of a request.
-pub enum Answer {
+pub(super) enum Answer {
     /// A response to write.
     Response(Response<Body>, Record),
     /// A response to write, after which both sides speak to each other directly.
@@ -43,7 +42,7 @@ pub enum Answer {
 const MOST_OUTSIDERS: usize = 256;
 
 /// One worker's possessions.
-pub struct Worker {
+pub(super) struct Worker {
     /// The proxy's settings.
     pub settings: Arc<Settings>,
     /// What the workers share about endpoints.
@@ -64,12 +63,10 @@ pub struct Worker {
     pub via_in: Via,
     /// Coarse time-outs.
     pub watchdog: Watchdog,
-    /// How far the end has come.
-    pub shutdown: Shutdown,
+    /// How far the end has come, each way.
+    pub ends: Ends,
     /// Where snapshots come from.
     pub directory: Arc<Directory>,
-    /// Where tokens come from.
-    pub tokens: Arc<Tokens>,
     /// Hosts outside the project.
     pub outsiders: RefCell<HashMap<Origin, Rc<Cluster>>>,
 }
@@ -79,18 +76,18 @@ impl Worker {
     ///
     /// # Errors
     /// [`Rejection::NotReady`] before the first snapshot.
-    pub fn view(&self) -> Result<Rc<View>, Rejection> {
+    pub(super) fn view(&self) -> Result<Rc<View>, Rejection> {
         self.view.borrow().clone().ok_or(Rejection::NotReady)
     }
 
     /// Who verifies tokens right now.
     #[must_use]
-    pub fn verifier(&self) -> Arc<Verifier> {
+    pub(super) fn verifier(&self) -> Arc<Verifier> {
         self.trust.load_full()
     }
 
     /// What clients may ask for.
-    pub fn limits(&self) -> &Limits {
+    pub(super) fn limits(&self) -> &Limits {
         &self.settings.limits
     }
 
@@ -98,7 +95,7 @@ impl Worker {
     ///
     /// # Errors
     /// [`Rejection::AddressNotAllowed`] when the host cannot be dialled.
-    pub fn outsider(&self, origin: &Origin) -> Result<Rc<Cluster>, Rejection> {
+    pub(super) fn outsider(&self, origin: &Origin) -> Result<Rc<Cluster>, Rejection> {
         if let Some(known) = self.outsiders.borrow().get(origin) {
             return Ok(Rc::clone(known));
         }
@@ -116,7 +113,7 @@ impl Worker {
     }
 
     /// Follows the snapshots until the worker ends.
-    pub async fn follow(self: Rc<Self>) {
+    pub(super) async fn follow(self: Rc<Self>) {
         let mut changes = self.directory.changes();
         loop {
             self.refresh();
@@ -127,9 +124,10 @@ impl Worker {
     }
 
     /// Takes over the snapshot of the moment, if it is another than the one in use.
-    pub fn refresh(&self) {
+    pub(super) fn refresh(&self) {
         let Some(catalog) = self.directory.load() else { return };
-        let same = self.view.borrow().as_ref().is_some_and(|view| Arc::ptr_eq(&view.catalog, &catalog));
+        let same =
+            self.view.borrow().as_ref().is_some_and(|view| Arc::ptr_eq(&view.catalog, &catalog));
         if !same {
             *self.view.borrow_mut() = Some(self.surveyor.survey(catalog));
         }
@@ -137,7 +135,7 @@ impl Worker {
 }
 
 /// What a handler of requests needs of each: the request, who sent it, and where interim responses go.
-pub struct Call<'a> {
+pub(super) struct Call<'a> {
     /// The request.
     pub request: Request<Body>,
     /// Who sent it.
@@ -147,13 +145,18 @@ pub struct Call<'a> {
 }
 
 /// The answer to a request that was refused.
-pub fn refused(rejection: &Rejection, request_id: Option<&http::HeaderValue>, grpc: bool, mut record: Record) -> Answer {
+pub(super) fn refused(
+    rejection: &Rejection,
+    request_id: Option<&http::HeaderValue>,
+    grpc: bool,
+    mut record: Record,
+) -> Answer {
     record.answered(rejection.status(), rejection.code());
     Answer::Response(rejection.answer(request_id, grpc), record)
 }
 
 /// The answer of an endpoint: its hop-by-hop headers end here.
-pub fn relayed(received: crate::upstream::Received, mut record: Record) -> Answer {
+pub(super) fn relayed(received: crate::upstream::Received, mut record: Record) -> Answer {
     match received {
         crate::upstream::Received::Response(mut response) => {
             record.answered(response.status(), "");
@@ -168,7 +171,7 @@ pub fn relayed(received: crate::upstream::Received, mut record: Record) -> Answe
 }
 
 /// The origin of an absolute or authority-form target; plain HTTP unless it says otherwise.
-pub fn origin_of(uri: &Uri, authority: &str) -> Option<Origin> {
+pub(super) fn origin_of(uri: &Uri, authority: &str) -> Option<Origin> {
     let scheme = if uri.scheme_str() == Some("https") { Scheme::Https } else { Scheme::Http };
     let parsed: Origin = format!("{}://{authority}", scheme.as_str()).parse().ok()?;
     match parsed.host() {

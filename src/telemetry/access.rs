@@ -1,16 +1,24 @@
 //! One line per request.
 
 use std::{
-    fmt::Write as _,
+    cell::RefCell,
     io::{self, IsTerminal, Write},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
 use jiff::Timestamp;
 use serde::Serialize;
-use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
+use tracing_appender::non_blocking::NonBlocking;
 
-use crate::telemetry::{cells::Direction, log::Format};
+use crate::telemetry::{
+    cells::Direction,
+    log::Format,
+    writer::{self, Dropped, Flushing},
+};
 
 /// Lines that may wait to be written; a million requests a second fill it in a few hundredths of one.
 const WAITING: usize = 32_768;
@@ -56,7 +64,7 @@ pub struct Entry<'a> {
 
 #[derive(Serialize)]
 struct Line<'a> {
-    time: String,
+    time: Timestamp,
     direction: &'static str,
     caller: &'a str,
     callee: &'a str,
@@ -81,52 +89,82 @@ fn millis(span: Duration) -> f64 {
 
 /// Writes a line per request on a thread of its own; drops lines rather than wait.
 #[derive(Clone, Debug)]
-pub struct AccessLog {
-    writer: NonBlocking,
+pub struct AccessLog(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    /// Tells logs apart; an address could be used again.
+    id: u64,
+    lines: NonBlocking,
     text: bool,
+    dropped: Dropped,
 }
 
-/// Writes what still waits when it is dropped.
-#[derive(Debug)]
-pub struct Flushing(#[expect(dead_code, reason = "held for its Drop, which writes what waits")] WorkerGuard);
+static NEXT_ID: AtomicU64 = AtomicU64::new(0);
+
+/// A thread's own way into the queue of the log it used last. Queueing needs a handle of one's own, and to clone one
+/// for each line would have all workers count in the same cache line.
+struct Seat {
+    id: u64,
+    lines: NonBlocking,
+    line: Vec<u8>,
+}
+
+thread_local! {
+    static SEAT: RefCell<Option<Seat>> = const { RefCell::new(None) };
+}
 
 impl AccessLog {
     /// Lines on standard output.
-    #[must_use]
     pub fn stdout(format: Format) -> (Self, Flushing) {
         let text = format.is_text(io::stdout().is_terminal());
-        Self::to(io::stdout(), text)
+        Self::open(io::stdout(), text)
     }
 
-    /// Lines to a writer; as text for people or as JSON.
-    pub fn to<W: Write + Send + 'static>(writer: W, text: bool) -> (Self, Flushing) {
-        let (writer, guard) = NonBlockingBuilder::default()
-            .lossy(true)
-            .buffered_lines_limit(WAITING)
-            .thread_name("infrar-access")
-            .finish(writer);
-        (Self { writer, text }, Flushing(guard))
+    /// Lines to a writer, which is taken to be no terminal.
+    pub fn to<W: Write + Send + 'static>(writer: W, format: Format) -> (Self, Flushing) {
+        Self::open(writer, format.is_text(false))
     }
 
-    /// Counts the lines that were dropped.
+    fn open<W: Write + Send + 'static>(writer: W, text: bool) -> (Self, Flushing) {
+        let (lines, dropped, flushing) = writer::open(writer, WAITING, "infrar-access");
+        let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
+        (Self(Arc::new(Shared { id, lines, text, dropped })), flushing)
+    }
+
+    /// Counts the lines that were dropped because too many waited or nobody read them.
     #[must_use]
-    pub fn dropped(&self) -> ErrorCounter {
-        self.writer.error_counter()
+    pub fn dropped(&self) -> Dropped {
+        self.0.dropped.clone()
     }
 
     /// Writes a line, or drops it when too many wait.
     pub fn record(&self, entry: &Entry<'_>) {
-        let line = if self.text { text(entry) } else { json(entry) };
-        // Each write is one message to the writing thread; it fails only when that thread is gone.
-        if (&mut self.writer.clone()).write_all(line.as_bytes()).is_err() {
+        let shared = &*self.0;
+        let written = SEAT.try_with(|seat| {
+            let mut seat = seat.borrow_mut();
+            let seat = match &mut *seat {
+                Some(seat) if seat.id == shared.id => seat,
+                other => other.insert(Seat {
+                    id: shared.id,
+                    lines: shared.lines.clone(),
+                    line: Vec::with_capacity(512),
+                }),
+            };
+            seat.line.clear();
+            if shared.text { text(&mut seat.line, entry) } else { json(&mut seat.line, entry) }?;
+            seat.lines.write_all(&seat.line)
+        });
+        // A thread that ends has no seat any more. Nothing else fails: memory takes every line, the queue counts its own.
+        if !matches!(written, Ok(Ok(()))) {
             tracing::trace!("an access log line was lost");
         }
     }
 }
 
-fn json(entry: &Entry<'_>) -> String {
+fn json(to: &mut Vec<u8>, entry: &Entry<'_>) -> io::Result<()> {
     let line = Line {
-        time: entry.time.to_string(),
+        time: entry.time,
         direction: entry.direction.as_str(),
         caller: entry.caller,
         callee: entry.callee,
@@ -144,24 +182,24 @@ fn json(entry: &Entry<'_>) -> String {
         trace_id: entry.trace_id,
         request_id: entry.request_id,
     };
-    let mut text = serde_json::to_string(&line).unwrap_or_default();
-    text.push('\n');
-    text
+    serde_json::to_writer(&mut *to, &line)?;
+    to.push(b'\n');
+    Ok(())
 }
 
-fn text(entry: &Entry<'_>) -> String {
-    let mut line = String::with_capacity(160);
+fn text(to: &mut Vec<u8>, entry: &Entry<'_>) -> io::Result<()> {
     let arrow = match entry.direction {
         Direction::Outbound => "→",
         Direction::Inbound => "←",
     };
     let caller = if entry.caller.is_empty() { "?" } else { entry.caller };
     let callee = if entry.callee.is_empty() { "?" } else { entry.callee };
-    // Writing to a string does not fail.
-    let _infallible = writeln!(
-        line,
-        "{:.3} {arrow} {caller} → {callee} {} {} {} {} {:.1} ms {} B {}",
+    // A caller's name comes from its token and a path from the wire: neither may begin a line of its own.
+    writeln!(
+        to,
+        "{:.3} {arrow} {} → {callee} {} {} {} {} {:.1} ms {} B {}",
         entry.time,
+        caller.escape_debug(),
         entry.method,
         entry.path.escape_debug(),
         entry.status,
@@ -169,29 +207,13 @@ fn text(entry: &Entry<'_>) -> String {
         millis(entry.duration),
         entry.bytes_out,
         if entry.endpoint.is_empty() { "-" } else { entry.endpoint },
-    );
-    line
+    )
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Mutex};
-
     use super::*;
-
-    #[derive(Clone, Default)]
-    struct Paper(Arc<Mutex<Vec<u8>>>);
-
-    impl Write for Paper {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.0.lock().unwrap().extend_from_slice(bytes);
-            Ok(bytes.len())
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
+    use crate::telemetry::writer::tests::Paper;
 
     fn entry() -> Entry<'static> {
         Entry {
@@ -218,10 +240,10 @@ mod tests {
     #[test]
     fn a_request_is_one_line_of_json() {
         let paper = Paper::default();
-        let (log, flushing) = AccessLog::to(paper.clone(), false);
+        let (log, flushing) = AccessLog::to(paper.clone(), Format::Auto);
         log.record(&entry());
         drop((log, flushing));
-        let written = String::from_utf8(paper.0.lock().unwrap().clone()).unwrap();
+        let written = paper.text();
         let line: serde_json::Value = serde_json::from_str(written.trim_end()).unwrap();
         assert_eq!(line["path"], "/que\"ry");
         assert_eq!(line["duration_ms"], 1.5);
@@ -232,10 +254,42 @@ mod tests {
     #[test]
     fn people_get_a_line_they_can_read() {
         let paper = Paper::default();
-        let (log, flushing) = AccessLog::to(paper.clone(), true);
+        let (log, flushing) = AccessLog::to(paper.clone(), Format::Text);
         log.record(&entry());
         drop((log, flushing));
-        let written = String::from_utf8(paper.0.lock().unwrap().clone()).unwrap();
-        assert!(written.contains("web → data POST /que\\\"ry 200 - 1.5 ms 5 B azure-eastus"), "{written}");
+        let written = paper.text();
+        assert!(
+            written.contains("web → data POST /que\\\"ry 200 - 1.5 ms 5 B azure-eastus"),
+            "{written}"
+        );
+    }
+
+    #[test]
+    fn a_caller_cannot_forge_a_line() {
+        for format in [Format::Text, Format::Json] {
+            let paper = Paper::default();
+            let (log, flushing) = AccessLog::to(paper.clone(), format);
+            log.record(&Entry { caller: "web\n1970 forged", path: "/\r\n\u{1b}[2J", ..entry() });
+            drop((log, flushing));
+            let written = paper.text();
+            assert_eq!(written.lines().count(), 1, "{written}");
+            assert!(!written.trim_end().contains(char::is_control), "{written}");
+        }
+    }
+
+    #[test]
+    fn one_thread_may_write_two_logs_in_turn_and_two_threads_one() {
+        let (ours, theirs) = (Paper::default(), Paper::default());
+        let (first, first_flushing) = AccessLog::to(ours.clone(), Format::Json);
+        let (second, second_flushing) = AccessLog::to(theirs.clone(), Format::Json);
+        for _ in 0..3 {
+            first.record(&entry());
+            second.record(&entry());
+        }
+        let same = first.clone();
+        std::thread::spawn(move || same.record(&entry())).join().unwrap();
+        drop((first_flushing, second_flushing));
+        assert_eq!((ours.text().lines().count(), theirs.text().lines().count()), (4, 3));
+        assert_eq!(first.dropped().dropped_lines(), 0);
     }
 }

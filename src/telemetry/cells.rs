@@ -1,6 +1,11 @@
 //! Cells that one writer counts in and anybody may read.
+//!
+//! The types hold that promise: a handle may move to another thread, but two cannot use it, and no two cells share a
+//! cache line.
 
 use std::{
+    cell::Cell,
+    marker::PhantomData,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -28,13 +33,32 @@ impl Direction {
     }
 }
 
+/// Makes a handle `Send` but not `Sync`: one thread writes.
+type OneWriter = PhantomData<Cell<()>>;
+
+/// Adds with a load and a store: right only while there is one writer.
+fn add(cell: &AtomicU64, more: u64) {
+    cell.store(cell.load(Relaxed).wrapping_add(more), Relaxed);
+}
+
+/// The cell of a counter.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+pub(super) struct Count(AtomicU64);
+
+impl Count {
+    pub(super) fn load(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+}
+
 /// A counter with one writer. Not a clone of it, but the registry reads the same cell.
 #[derive(Debug)]
-pub struct Counter(Arc<AtomicU64>);
+pub struct Counter(Arc<Count>, OneWriter);
 
 impl Counter {
-    pub(super) fn new(cell: Arc<AtomicU64>) -> Self {
-        Self(cell)
+    pub(super) fn new(cell: Arc<Count>) -> Self {
+        Self(cell, PhantomData)
     }
 
     /// One more.
@@ -42,35 +66,41 @@ impl Counter {
         self.add(1);
     }
 
-    /// So many more. With a single writer a load and a store are enough.
+    /// So many more.
     pub fn add(&self, more: u64) {
-        self.0.store(self.0.load(Relaxed).wrapping_add(more), Relaxed);
+        add(&self.0.0, more);
     }
 }
 
+/// Most buckets a histogram has, with the one above all bounds.
+pub(super) const MOST_BUCKETS: usize = 24;
+
 /// The cells of a histogram.
 #[derive(Debug)]
+#[repr(align(64))]
 pub(super) struct Buckets {
     /// Upper bounds in nanoseconds.
     bounds: Vec<u64>,
-    /// One more than there are bounds: the last counts what is above all of them.
-    counts: Vec<AtomicU64>,
+    /// One more than there are bounds: that one counts what is above all of them. The rest stays 0.
+    counts: [AtomicU64; MOST_BUCKETS],
     sum_nanos: AtomicU64,
 }
 
 impl Buckets {
     pub(super) fn new(bounds: &[f64]) -> Self {
-        let nanos = |bound: &f64| u64::try_from(Duration::from_secs_f64(*bound).as_nanos()).unwrap_or(u64::MAX);
+        let nanos = |bound: &f64| {
+            u64::try_from(Duration::from_secs_f64(*bound).as_nanos()).unwrap_or(u64::MAX)
+        };
         Self {
             bounds: bounds.iter().map(nanos).collect(),
-            counts: (0..=bounds.len()).map(|_| AtomicU64::new(0)).collect(),
+            counts: [const { AtomicU64::new(0) }; MOST_BUCKETS],
             sum_nanos: AtomicU64::new(0),
         }
     }
 
     /// Adds what is counted here to `sums`.
     pub(super) fn add_to(&self, sums: &mut Sums) {
-        sums.counts.resize(self.counts.len(), 0);
+        sums.counts.resize(self.bounds.len() + 1, 0);
         for (sum, count) in sums.counts.iter_mut().zip(&self.counts) {
             *sum += count.load(Relaxed);
         }
@@ -89,11 +119,11 @@ pub(super) struct Sums {
 
 /// A histogram of durations with one writer.
 #[derive(Debug)]
-pub struct Histogram(Arc<Buckets>);
+pub struct Histogram(Arc<Buckets>, OneWriter);
 
 impl Histogram {
     pub(super) fn new(buckets: Arc<Buckets>) -> Self {
-        Self(buckets)
+        Self(buckets, PhantomData)
     }
 
     /// Counts a duration.
@@ -101,10 +131,9 @@ impl Histogram {
         let nanos = u64::try_from(span.as_nanos()).unwrap_or(u64::MAX);
         let bucket = self.0.bounds.partition_point(|bound| *bound < nanos);
         if let Some(cell) = self.0.counts.get(bucket) {
-            cell.store(cell.load(Relaxed).wrapping_add(1), Relaxed);
+            add(cell, 1);
         }
-        let sum = &self.0.sum_nanos;
-        sum.store(sum.load(Relaxed).wrapping_add(nanos), Relaxed);
+        add(&self.0.sum_nanos, nanos);
     }
 }
 

@@ -9,8 +9,10 @@ mod expose;
 mod log;
 pub mod names;
 mod process;
+mod writer;
 
-pub use access::{AccessLog, Entry, Flushing};
+pub use access::{AccessLog, Entry};
 pub use cells::{Counter, Direction, Histogram};
 pub use expose::{Families, Registry};
 pub use log::{Format, LogError, LogGuard, start};
+pub use writer::{Dropped, Flushing};

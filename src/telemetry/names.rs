@@ -1,5 +1,7 @@
 //! The one list of metric names. A name, once published, stays.
 
+use crate::telemetry::cells::MOST_BUCKETS;
+
 /// What a metric is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -26,11 +28,14 @@ pub struct Name {
 
 /// From a tenth of a millisecond, a call next door, to a minute, which no timeout outlasts.
 const CALLS: &[f64] = &[
-    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5,
+    5.0, 10.0, 30.0, 60.0,
 ];
 /// What the proxy itself adds: microseconds.
-const OVERHEAD: &[f64] =
-    &[0.000005, 0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1, 1.0];
+const OVERHEAD: &[f64] = &[
+    0.000005, 0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1,
+    1.0,
+];
 
 const fn counter(name: &'static str, help: &'static str) -> Name {
     Name { name, help, kind: Kind::Counter, bounds: &[] }
@@ -41,6 +46,7 @@ const fn gauge(name: &'static str, help: &'static str) -> Name {
 }
 
 const fn histogram(name: &'static str, help: &'static str, bounds: &'static [f64]) -> Name {
+    assert!(bounds.len() < MOST_BUCKETS, "a histogram has no more cells than this");
     Name { name, help, kind: Kind::Histogram, bounds }
 }
 
@@ -50,8 +56,11 @@ pub const REQUESTS: Name = counter(
     "Requests answered, by HTTP status and, where infrar answered itself, its problem code.",
 );
 /// How long requests took.
-pub const REQUEST_DURATION: Name =
-    histogram("infrar_request_duration_seconds", "From a request's head to the last byte of its answer.", CALLS);
+pub const REQUEST_DURATION: Name = histogram(
+    "infrar_request_duration_seconds",
+    "From a request's head to the last byte of its answer.",
+    CALLS,
+);
 /// How long they took beyond the endpoint's own time.
 pub const PROXY_OVERHEAD: Name = histogram(
     "infrar_proxy_overhead_seconds",
@@ -68,31 +77,49 @@ pub const EGRESS_USD: Name = counter(
     "infrar_egress_usd_total",
     "Price of those bytes in the marginal band of the shipped price book, in US dollars.",
 );
+/// Labels: `service`, `endpoint`.
+pub const CIRCUIT_STATE: Name =
+    gauge("infrar_circuit_state", "State of an endpoint's circuit: 0 closed, 1 half-open, 2 open.");
+/// Labels: `service`, `endpoint`.
+pub const ENDPOINT_LATENCY: Name = gauge(
+    "infrar_endpoint_latency_seconds",
+    "Peak EWMA of an endpoint's response time, as the balancer sees it.",
+);
 /// Client connections.
 pub const CONNECTIONS: Name = gauge("infrar_connections", "Open connections of clients.");
 /// Age of the snapshot in use.
-pub const SNAPSHOT_AGE: Name =
-    gauge("infrar_snapshot_age_seconds", "Since the snapshot in use was last confirmed by its source.");
+pub const SNAPSHOT_AGE: Name = gauge(
+    "infrar_snapshot_age_seconds",
+    "Since the snapshot in use was last confirmed by its source.",
+);
 /// Revision of the snapshot in use.
-pub const SNAPSHOT_REVISION: Name = gauge("infrar_snapshot_revision", "Revision of the snapshot in use.");
+pub const SNAPSHOT_REVISION: Name =
+    gauge("infrar_snapshot_revision", "Revision of the snapshot in use.");
 /// Tokens received.
-pub const TOKENS_RECEIVED: Name = counter("infrar_token_received_total", "Tokens received from the issuer or a file.");
+pub const TOKENS_RECEIVED: Name =
+    counter("infrar_token_received_total", "Tokens received from the issuer or a file.");
 /// Attempts to get one that failed.
-pub const TOKEN_FAILURES: Name = counter("infrar_token_failures_total", "Attempts to get a token that failed.");
+pub const TOKEN_FAILURES: Name =
+    counter("infrar_token_failures_total", "Attempts to get a token that failed.");
 /// Fetches of keys.
-pub const JWKS_FETCHES: Name = counter("infrar_jwks_fetches_total", "Fetches of an issuer's public keys.");
+pub const JWKS_FETCHES: Name =
+    counter("infrar_jwks_fetches_total", "Fetches of an issuer's public keys.");
 /// Those that failed.
 pub const JWKS_FAILURES: Name =
     counter("infrar_jwks_failures_total", "Fetches of an issuer's public keys that failed.");
 /// Age of the keys in use.
-pub const JWKS_AGE: Name = gauge("infrar_jwks_age_seconds", "Since an issuer's public keys were last fetched.");
+pub const JWKS_AGE: Name =
+    gauge("infrar_jwks_age_seconds", "Since an issuer's public keys were last fetched.");
 /// Build.
 pub const BUILD_INFO: Name = gauge("infrar_build_info", "1, with the version as a label.");
 /// Bugs.
-pub const TASK_PANICS: Name = counter("infrar_task_panics_total", "Tasks that panicked: each is a bug to report.");
+pub const TASK_PANICS: Name =
+    counter("infrar_task_panics_total", "Tasks that panicked: each is a bug to report.");
 /// Log lines lost.
-pub const LOG_DROPPED: Name =
-    counter("infrar_log_lines_dropped_total", "Log lines dropped because they came faster than they could be written.");
+pub const LOG_DROPPED: Name = counter(
+    "infrar_log_lines_dropped_total",
+    "Log lines dropped because they came faster than they could be written.",
+);
 /// Memory.
 pub const PROCESS_MEMORY: Name = gauge("process_resident_memory_bytes", "Resident memory.");
 /// File descriptors.
@@ -100,4 +127,62 @@ pub const PROCESS_FDS: Name = gauge("process_open_fds", "Open file descriptors."
 /// CPU time.
 pub const PROCESS_CPU: Name = counter("process_cpu_seconds_total", "User and system CPU time.");
 /// Start.
-pub const PROCESS_START: Name = gauge("process_start_time_seconds", "Start of the process, seconds since 1970.");
+pub const PROCESS_START: Name =
+    gauge("process_start_time_seconds", "Start of the process, seconds since 1970.");
+
+/// All of the above.
+pub const ALL: &[Name] = &[
+    REQUESTS,
+    REQUEST_DURATION,
+    PROXY_OVERHEAD,
+    EGRESS_BYTES,
+    EGRESS_USD,
+    CIRCUIT_STATE,
+    ENDPOINT_LATENCY,
+    CONNECTIONS,
+    SNAPSHOT_AGE,
+    SNAPSHOT_REVISION,
+    TOKENS_RECEIVED,
+    TOKEN_FAILURES,
+    JWKS_FETCHES,
+    JWKS_FAILURES,
+    JWKS_AGE,
+    BUILD_INFO,
+    TASK_PANICS,
+    LOG_DROPPED,
+    PROCESS_MEMORY,
+    PROCESS_FDS,
+    PROCESS_CPU,
+    PROCESS_START,
+];
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn the_list_is_complete_and_no_name_is_there_twice() {
+        let written = include_str!("names.rs").matches(": Name =").count();
+        // One is this test's own text.
+        assert_eq!(ALL.len(), written - 1);
+        let names: BTreeSet<_> = ALL.iter().map(|metric| metric.name).collect();
+        assert_eq!(names.len(), ALL.len());
+    }
+
+    #[test]
+    fn names_are_words_that_end_as_their_kind_demands() {
+        for metric in ALL {
+            let (name, help) = (metric.name, metric.help);
+            assert!(name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'), "{name}");
+            assert!(name.starts_with("infrar_") || name.starts_with("process_"), "{name}");
+            assert_eq!(name.ends_with("_total"), metric.kind == Kind::Counter, "{name}");
+            assert!(help.ends_with('.'), "{name}: {help}");
+            let histogram = metric.kind == Kind::Histogram;
+            assert_eq!(histogram, !metric.bounds.is_empty(), "{name}");
+            assert!(!histogram || name.ends_with("_seconds"), "{name}");
+            assert!(metric.bounds.is_sorted_by(|low, high| low < high), "{name}");
+        }
+    }
+}

@@ -11,7 +11,10 @@ use tokio_rustls::TlsConnector;
 
 use crate::{
     model::{Host, Origin, Scheme},
-    net::{Alpn, ClientTls, Resolver, Stream, Tallied, Tally, connect_any, is_certificate_fault, is_tls_fault},
+    net::{
+        Alpn, ClientTls, Resolver, Stream, Tallied, Tally, connect_any, is_certificate_fault,
+        is_tls_fault,
+    },
 };
 
 /// Why no connection could be had. Nothing of a request has been sent then.
@@ -120,7 +123,10 @@ impl Connector {
     ///
     /// # Errors
     /// [`ConnectError`]; [`ConnectError::WantsH2`] when the peer would rather speak HTTP/2.
-    pub(super) async fn open_h1(&self, limit: Duration) -> Result<(Stream, Duration), ConnectError> {
+    pub(super) async fn open_h1(
+        &self,
+        limit: Duration,
+    ) -> Result<(Stream, Duration), ConnectError> {
         self.open(Alpn::H1, limit).await
     }
 
@@ -128,7 +134,10 @@ impl Connector {
     ///
     /// # Errors
     /// [`ConnectError`]; [`ConnectError::Protocol`] when ALPN chose something else.
-    pub(super) async fn open_h2(&self, limit: Duration) -> Result<(Stream, Duration), ConnectError> {
+    pub(super) async fn open_h2(
+        &self,
+        limit: Duration,
+    ) -> Result<(Stream, Duration), ConnectError> {
         let (stream, trip) = self.open(Alpn::H2, limit).await?;
         if stream.is_tls() && stream.alpn() != Some(b"h2") {
             return Err(ConnectError::Protocol);
@@ -156,19 +165,22 @@ impl Connector {
             .await
             .map_err(|_elapsed| ConnectError::Timeout)?
             .map_err(|error| {
-                tracing::debug!(error = &error as &dyn std::error::Error, "an endpoint's name does not resolve");
+                tracing::debug!(
+                    error = &error as &dyn std::error::Error,
+                    "an endpoint's name does not resolve"
+                );
                 ConnectError::Resolve
             })?;
         if addresses.iter().any(|address| self.is_own(*address)) {
             return Err(ConnectError::Own);
         }
         let begun = Instant::now();
-        let tcp = connect_any(&addresses, deadline.saturating_duration_since(begun)).await.map_err(
-            |error| match error.kind() {
+        let tcp = connect_any(&addresses, deadline.saturating_duration_since(begun))
+            .await
+            .map_err(|error| match error.kind() {
                 io::ErrorKind::TimedOut => ConnectError::Timeout,
                 _ => ConnectError::Refused(error),
-            },
-        )?;
+            })?;
         Ok((tcp, begun.elapsed()))
     }
 
@@ -176,7 +188,8 @@ impl Connector {
     fn is_own(&self, address: SocketAddr) -> bool {
         self.own.iter().any(|own| {
             own.port() == address.port()
-                && (own.ip() == address.ip() || (own.ip().is_unspecified() && address.ip().is_loopback()))
+                && (own.ip() == address.ip()
+                    || (own.ip().is_unspecified() && address.ip().is_loopback()))
         })
     }
 }

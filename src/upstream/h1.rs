@@ -32,6 +32,8 @@ use crate::{
 
 /// What one read asks for at first; a body that fills it asks for twice as much the next time.
 const FIRST_READ: usize = 8 * 1024;
+/// What the first read of a large body asks for.
+const LARGE_READ: usize = 128 * 1024;
 /// What one read asks for at most.
 const LARGEST_READ: usize = 512 * 1024;
 /// How long a request waits for `100 Continue` before it sends its body anyway (RFC 9110 §10.1.1).
@@ -94,7 +96,8 @@ impl Exchange {
                 let (body, chunked) = (std::mem::take(body), *chunked);
                 self.upload = Upload::Sending { body, chunked, frame: Bytes::new(), ended: false };
             } else {
-                ready!(write_out(&mut self.connection, &mut Bytes::new(), cx)).map_err(SendError::Io)?;
+                ready!(write_out(&mut self.connection, &mut Bytes::new(), cx))
+                    .map_err(SendError::Io)?;
                 return Poll::Pending;
             }
         }
@@ -131,10 +134,16 @@ impl Exchange {
     }
 
     /// Reads until a response head is there, pumping the upload meanwhile.
-    fn poll_head(&mut self, cx: &mut Context<'_>, limits: HeadLimits) -> Poll<Result<ParsedResponse, SendError>> {
+    fn poll_head(
+        &mut self,
+        cx: &mut Context<'_>,
+        limits: HeadLimits,
+    ) -> Poll<Result<ParsedResponse, SendError>> {
         if !matches!(self.upload, Upload::Done | Upload::Failed) {
             match self.poll_upload(cx) {
-                Poll::Ready(Err(error @ SendError::RequestBody(_))) => return Poll::Ready(Err(error)),
+                Poll::Ready(Err(error @ SendError::RequestBody(_))) => {
+                    return Poll::Ready(Err(error));
+                }
                 // The peer may have answered before it stopped reading; look for that answer.
                 Poll::Ready(Err(_write)) => self.upload = Upload::Failed,
                 Poll::Ready(Ok(())) | Poll::Pending => {}
@@ -162,7 +171,8 @@ impl Exchange {
         let connection = &mut self.connection;
         connection.read.reserve(self.next_read);
         let room = connection.read.capacity() - connection.read.len();
-        let read = ready!(poll_read_buf(Pin::new(&mut connection.stream), cx, &mut connection.read))?;
+        let read =
+            ready!(poll_read_buf(Pin::new(&mut connection.stream), cx, &mut connection.read))?;
         if read >= room {
             self.next_read = (self.next_read * 2).min(LARGEST_READ);
         }
@@ -219,9 +229,12 @@ pub(super) async fn send(
             Err(error) => return Err(Failure { error, answered: exchange.answered }),
         };
         match head.status {
-            StatusCode::SWITCHING_PROTOCOLS if outgoing.upgrade => return Ok(upgraded(exchange, head)),
+            StatusCode::SWITCHING_PROTOCOLS if outgoing.upgrade => {
+                return Ok(upgraded(exchange, head));
+            }
             StatusCode::SWITCHING_PROTOCOLS => {
-                let error = SendError::BadResponse(HeadError::Grammar("an upgrade nobody asked for"));
+                let error =
+                    SendError::BadResponse(HeadError::Grammar("an upgrade nobody asked for"));
                 return Err(Failure { error, answered: true });
             }
             StatusCode::CONTINUE => exchange.proceed(),
@@ -301,7 +314,8 @@ fn finish(
             Body::Full(bytes)
         }
         _ => {
-            exchange.next_read = FIRST_READ * 2;
+            let known = decoder.remaining().map_or(FIRST_READ * 2, |left| usize::try_from(left).unwrap_or(usize::MAX));
+            exchange.next_read = known.clamp(FIRST_READ, LARGE_READ);
             Body::stream(Incoming { exchange: Some(exchange), decoder, home, reusable })
         }
     };
@@ -315,7 +329,10 @@ fn finish(
 fn keeps_alive(version: Version, headers: &HeaderMap) -> bool {
     let says = |word: &[u8]| {
         headers.get_all(header::CONNECTION).iter().any(|value| {
-            value.as_bytes().split(|b| *b == b',').any(|w| w.trim_ascii().eq_ignore_ascii_case(word))
+            value
+                .as_bytes()
+                .split(|b| *b == b',')
+                .any(|w| w.trim_ascii().eq_ignore_ascii_case(word))
         })
     };
     if version == Version::HTTP_10 { says(b"keep-alive") } else { !says(b"close") }

@@ -53,7 +53,10 @@ impl H2 {
     ///
     /// # Errors
     /// [`ConnectError::Protocol`] when the peer does not speak HTTP/2.
-    pub(super) async fn handshake(stream: Stream, header_bytes: u32) -> Result<Rc<Self>, ConnectError> {
+    pub(super) async fn handshake(
+        stream: Stream,
+        header_bytes: u32,
+    ) -> Result<Rc<Self>, ConnectError> {
         let (send, connection) = h2::client::Builder::new()
             .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
@@ -72,7 +75,13 @@ impl H2 {
             flag.set(true);
         });
         let now = Instant::now();
-        Ok(Rc::new(Self { send, open: Cell::new(0), closed, opened: now, idle_since: Cell::new(now) }))
+        Ok(Rc::new(Self {
+            send,
+            open: Cell::new(0),
+            closed,
+            opened: now,
+            idle_since: Cell::new(now),
+        }))
     }
 
     /// Whether it can take another stream right now.
@@ -99,7 +108,8 @@ impl H2 {
 fn classify(error: &h2::Error) -> SendError {
     let refused = error.reason() == Some(h2::Reason::REFUSED_STREAM);
     // A GOAWAY without an error names the last stream it will serve; ours came later and was not touched.
-    let gone = error.is_go_away() && error.is_remote() && error.reason() == Some(h2::Reason::NO_ERROR);
+    let gone =
+        error.is_go_away() && error.is_remote() && error.reason() == Some(h2::Reason::NO_ERROR);
     if refused || gone {
         return SendError::Refused;
     }
@@ -167,7 +177,9 @@ impl Exchange {
     ) -> Poll<Result<Response<RecvStream>, SendError>> {
         if let Some(upload) = &mut self.upload {
             match upload.poll(cx) {
-                Poll::Ready(Err(error @ SendError::RequestBody(_))) => return Poll::Ready(Err(error)),
+                Poll::Ready(Err(error @ SendError::RequestBody(_))) => {
+                    return Poll::Ready(Err(error));
+                }
                 Poll::Ready(Ok(()) | Err(_)) => self.upload = None,
                 Poll::Pending => {}
             }
@@ -209,8 +221,8 @@ pub(super) async fn send(
             other => other,
         })
     })?;
-    let upload = (!body.is_empty())
-        .then_some(Upload { body, stream, waiting: Bytes::new(), done: false });
+    let upload =
+        (!body.is_empty()).then_some(Upload { body, stream, waiting: Bytes::new(), done: false });
     let mut exchange = Exchange { answer, upload };
     let response = std::future::poll_fn(|cx| exchange.poll(cx, interim)).await.map_err(unseen)?;
     let (parts, stream) = response.into_parts();
@@ -260,7 +272,10 @@ struct Incoming {
     stream: RecvStream,
     upload: Option<Upload>,
     trailers: bool,
-    #[expect(dead_code, reason = "held for its Drop: the stream counts as open until the body ends")]
+    #[expect(
+        dead_code,
+        reason = "held for its Drop: the stream counts as open until the body ends"
+    )]
     seat: Seat,
 }
 

@@ -109,9 +109,15 @@ impl Lease {
     ///
     /// # Errors
     /// [`Failure`], which says how far the request had come.
-    pub async fn send(self, outgoing: Outgoing<'_>, interim: &Interim) -> Result<Received, Failure> {
+    pub async fn send(
+        self,
+        outgoing: Outgoing<'_>,
+        interim: &Interim,
+    ) -> Result<Received, Failure> {
         match self {
-            Self::H1 { connection, home, .. } => h1::send(connection, home, outgoing, interim).await,
+            Self::H1 { connection, home, .. } => {
+                h1::send(connection, home, outgoing, interim).await
+            }
             Self::H2 { connection } => h2::send(connection, outgoing, interim).await,
         }
     }

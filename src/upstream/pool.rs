@@ -32,6 +32,8 @@ pub struct PoolSettings {
     pub spare: usize,
     /// How large the head of an answer may be.
     pub head: HeadLimits,
+    /// Over TLS, HTTP/2 is tried first and HTTP/1.1 only if the peer does not speak it.
+    pub prefer_h2: bool,
 }
 
 impl Default for PoolSettings {
@@ -42,6 +44,7 @@ impl Default for PoolSettings {
             age: Duration::from_secs(3600),
             spare: 1024,
             head: HeadLimits::default(),
+            prefer_h2: false,
         }
     }
 }
@@ -102,6 +105,8 @@ pub struct Pool {
     opened: Notify,
     /// The peer was seen to refuse HTTP/1.1 in ALPN.
     h2_only: Cell<bool>,
+    /// The peer was seen not to speak HTTP/2.
+    h1_only: Cell<bool>,
     round_trip: Cell<Duration>,
 }
 
@@ -119,6 +124,7 @@ impl Pool {
             opening: Cell::new(false),
             opened: Notify::new(),
             h2_only: Cell::new(false),
+            h1_only: Cell::new(false),
             round_trip: Cell::new(Duration::ZERO),
         })
     }
@@ -150,7 +156,8 @@ impl Pool {
             Protocol::H2 => true,
             Protocol::Auto => {
                 let crowded = self.busy.get() >= MANY && self.round_trip.get() >= LONG_TRIP;
-                want.h2 || self.h2_only.get() || (crowded && self.connector.is_tls())
+                let better = (crowded || self.settings.prefer_h2) && self.connector.is_tls();
+                want.h2 || self.h2_only.get() || (better && !self.h1_only.get())
             }
         }
     }
@@ -159,9 +166,19 @@ impl Pool {
     ///
     /// # Errors
     /// [`ConnectError`] when a new one was needed and could not be had; nothing has been sent then.
-    pub async fn lease(self: &Rc<Self>, want: Want, limit: Duration) -> Result<Lease, ConnectError> {
+    pub async fn lease(
+        self: &Rc<Self>,
+        want: Want,
+        limit: Duration,
+    ) -> Result<Lease, ConnectError> {
         if self.wants_h2(want) {
-            return self.lease_h2(limit).await;
+            match self.lease_h2(limit).await {
+                // It was a wish, not a need.
+                Err(ConnectError::Protocol) if !want.h2 && self.protocol == Protocol::Auto => {
+                    self.h1_only.set(true);
+                }
+                leased => return leased,
+            }
         }
         let now = Instant::now();
         if let Some(connection) = self.warm(now, want.repeatable) {
@@ -193,9 +210,9 @@ impl Pool {
 
     fn is_fit(&self, connection: &mut H1, now: Instant) -> bool {
         // A second before the peer would hang up: our request must not cross its close.
-        let peer = connection.peer_idle.map_or(self.settings.idle, |limit| {
-            limit.saturating_sub(Duration::from_secs(1))
-        });
+        let peer = connection
+            .peer_idle
+            .map_or(self.settings.idle, |limit| limit.saturating_sub(Duration::from_secs(1)));
         let idle = self.settings.idle.min(peer);
         now.duration_since(connection.idle_since) < idle
             && now.duration_since(connection.opened) < self.settings.age
@@ -204,7 +221,8 @@ impl Pool {
     async fn lease_h2(self: &Rc<Self>, limit: Duration) -> Result<Lease, ConnectError> {
         let deadline = Instant::now() + limit;
         loop {
-            let room = self.shared.borrow().iter().find(|connection| connection.has_room()).cloned();
+            let room =
+                self.shared.borrow().iter().find(|connection| connection.has_room()).cloned();
             if let Some(connection) = room {
                 return Ok(Lease::H2 { connection });
             }

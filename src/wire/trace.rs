@@ -70,7 +70,8 @@ impl TraceContext {
     pub fn next_hop(&self) -> HeaderValue {
         let mut text = [b'-'; 55];
         let span = hex16(fastrand::u64(1..));
-        let parts: [(usize, &[u8]); 4] = [(0, b"00"), (3, &self.trace), (36, &span), (53, &self.flags)];
+        let parts: [(usize, &[u8]); 4] =
+            [(0, b"00"), (3, &self.trace), (36, &span), (53, &self.flags)];
         for (at, part) in parts {
             if let Some(slot) = text.get_mut(at..at + part.len()) {
                 slot.copy_from_slice(part);
@@ -124,7 +125,10 @@ mod tests {
         for case in cases {
             assert_eq!(TraceContext::parse(case), None, "{:?}", String::from_utf8_lossy(case));
         }
-        assert!(TraceContext::parse(b"01-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-x").is_some());
+        assert!(
+            TraceContext::parse(b"01-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-x")
+                .is_some()
+        );
     }
 
     #[test]
