@@ -373,6 +373,7 @@ fn a_sidecar_needs_no_file() {
         // An empty variable is as good as none; those of others are none of ours.
         ("INFRAR_CONTROL_CA_FILE", ""),
         ("INFRAR_TOKEN", "t0k3n"),
+        ("INFRAR_LOG_LEVEL", "debug"),
         ("PATH", "/bin"),
     ];
     let settings =

@@ -14,9 +14,19 @@ use super::{
 
 const PREFIX: &str = "INFRAR_";
 
-/// Variables that other commands and the application's side use.
-const FOREIGN: [&str; 4] =
-    ["INFRAR_ADMIN_URL", "INFRAR_CONFIG", "INFRAR_OUTBOUND_URL", "INFRAR_TOKEN"];
+/// Variables that other commands and the application's side use: a shared environment may hold them all.
+const FOREIGN: [&str; 10] = [
+    "INFRAR_ADMIN_URL",
+    "INFRAR_CERT_FILE",
+    "INFRAR_CONFIG",
+    "INFRAR_DATA_DIR",
+    "INFRAR_KEY_FILE",
+    "INFRAR_LISTEN",
+    "INFRAR_LOG_LEVEL",
+    "INFRAR_OUTBOUND_URL",
+    "INFRAR_PUBLIC_URL",
+    "INFRAR_TOKEN",
+];
 
 /// A key with its path from the top.
 #[derive(Clone)]
