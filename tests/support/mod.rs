@@ -1,0 +1,396 @@
+//! The stories' stage: the real binary in a folder of its own, origins that follow a script, and clients that say exactly
+//! the bytes they are told to.
+#![expect(clippy::expect_used, clippy::panic, reason = "the helpers of a test may fail it")]
+#![allow(dead_code, reason = "each story file uses a part of the stage")]
+
+use std::{
+    fs,
+    net::{Ipv4Addr, SocketAddr},
+    os::unix::fs::PermissionsExt,
+    path::PathBuf,
+    process::{ExitStatus, Stdio},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use tempfile::TempDir;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    process::{Child, Command},
+    task::JoinHandle,
+    time::{interval, timeout},
+};
+
+/// Long enough for a debug build on a busy machine; nothing waits for it when all is well.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Loopback addresses that are free at the moment of asking, all different.
+pub fn free_ports<const N: usize>() -> [SocketAddr; N] {
+    let held: [std::net::TcpListener; N] = std::array::from_fn(|_| {
+        std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port")
+    });
+    held.map(|listener| listener.local_addr().expect("bound"))
+}
+
+/// A temporary folder with the files of a story.
+pub struct Folder(TempDir);
+
+impl Folder {
+    pub fn new() -> Self {
+        Self(tempfile::tempdir().expect("a temporary folder"))
+    }
+
+    /// Writes a file that only its owner reads, as secrets must be, in one step, as editors do.
+    pub fn write(&self, name: &str, content: &str) {
+        let path = self.path(name);
+        let parent = path.parent().expect("inside the folder");
+        fs::create_dir_all(parent).expect("a writable folder");
+        let draft = path.with_extension("draft");
+        fs::write(&draft, content).expect("a writable folder");
+        fs::set_permissions(&draft, fs::Permissions::from_mode(0o600)).expect("our own file");
+        fs::rename(&draft, &path).expect("the same folder");
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    pub fn read(&self, name: &str) -> String {
+        fs::read_to_string(self.path(name)).unwrap_or_default()
+    }
+}
+
+/// A running `infrar`; killed by its id when dropped.
+pub struct Infrar {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Infrar {
+    /// Starts the binary in `folder`; what it says goes to `NAME.log` there.
+    pub fn start(folder: &Folder, name: &str, arguments: &[&str]) -> Self {
+        let log = folder.path(&format!("{name}.log"));
+        let file =
+            fs::OpenOptions::new().create(true).append(true).open(&log).expect("a writable folder");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_infrar"));
+        for name in ["HTTP_PROXY", "http_proxy", "CI"] {
+            command.env_remove(name);
+        }
+        let child = command
+            .args(arguments)
+            .current_dir(folder.0.path())
+            .stdin(Stdio::null())
+            .stdout(file.try_clone().expect("a second handle"))
+            .stderr(file)
+            .kill_on_drop(true)
+            .spawn()
+            .expect("the binary starts");
+        Self { child, log }
+    }
+
+    /// Waits until `/readyz` at `at` says 200.
+    pub async fn ready(&mut self, at: SocketAddr) {
+        let asked = async {
+            let mut again = interval(Duration::from_millis(10));
+            loop {
+                again.tick().await;
+                if readyz(at).await == Some(200) {
+                    return;
+                }
+                if let Ok(Some(status)) = self.child.try_wait() {
+                    panic!("it ended with {status} before it was ready\n{}", self.log());
+                }
+            }
+        };
+        if timeout(PATIENCE, asked).await.is_err() {
+            panic!("it did not become ready\n{}", self.log());
+        }
+    }
+
+    /// Its exit status, when it has ended.
+    pub async fn ended(&mut self) -> ExitStatus {
+        match timeout(PATIENCE, self.child.wait()).await {
+            Ok(status) => status.expect("our own child"),
+            Err(_elapsed) => panic!("it did not end\n{}", self.log()),
+        }
+    }
+
+    /// Ends it as the kernel does: at once.
+    pub async fn kill(&mut self) {
+        self.child.kill().await.expect("our own child");
+    }
+
+    /// Sends a signal by the shell's name of it.
+    pub fn signal(&self, name: &str) {
+        let id = self.child.id().expect("it runs").to_string();
+        let status =
+            std::process::Command::new("kill").args([&format!("-{name}"), &id]).status();
+        assert!(status.expect("kill").success(), "{name}");
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+}
+
+/// The status of `/readyz`, if anybody answers.
+pub async fn readyz(at: SocketAddr) -> Option<u16> {
+    let answer = timeout(Duration::from_secs(2), async {
+        let mut stream = TcpStream::connect(at).await.ok()?;
+        let request = format!("GET /readyz HTTP/1.1\r\nhost: {at}\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.ok()?;
+        let mut answer = [0; 12];
+        stream.read_exact(&mut answer).await.ok()?;
+        Some(answer)
+    });
+    let answer = answer.await.ok()??;
+    std::str::from_utf8(answer.get(9..)?).ok()?.parse().ok()
+}
+
+/// Asks until it is so.
+pub async fn until(what: &str, so: impl AsyncFn() -> bool) {
+    let asked = async {
+        let mut again = interval(Duration::from_millis(10));
+        loop {
+            again.tick().await;
+            if so().await {
+                return;
+            }
+        }
+    };
+    assert!(timeout(PATIENCE, asked).await.is_ok(), "waited in vain until {what}");
+}
+
+/// An answer, as it was on the wire.
+#[derive(Clone, Debug, Default)]
+pub struct Said {
+    /// Status line and header lines.
+    pub head: String,
+    /// The rest, still in its framing.
+    pub body: String,
+    /// Whether the connection was closed behind it.
+    pub closed: bool,
+}
+
+impl Said {
+    pub fn status(&self) -> u16 {
+        self.head.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0)
+    }
+
+    /// The value of the first header line of that name, given in lower case.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        header(&self.head, name)
+    }
+
+    /// The problem's code, if it is a problem document.
+    pub fn code(&self) -> &str {
+        let code = self.body.split("\"code\":\"").nth(1).and_then(|rest| rest.split('"').next());
+        code.unwrap_or_default()
+    }
+}
+
+/// The value of the first line of that name in a head; names in lower case.
+pub fn header<'a>(head: &'a str, name: &str) -> Option<&'a str> {
+    head.lines().skip(1).find_map(|line| {
+        let (key, value) = line.split_once(':')?;
+        key.eq_ignore_ascii_case(name).then(|| value.trim())
+    })
+}
+
+/// A connection on which one speaks byte by byte.
+pub struct Line<S = TcpStream> {
+    pub stream: S,
+    read: Vec<u8>,
+}
+
+impl Line {
+    pub async fn to(at: SocketAddr) -> Self {
+        Self::over(TcpStream::connect(at).await.expect("somebody listens"))
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Line<S> {
+    pub fn over(stream: S) -> Self {
+        Self { stream, read: Vec::new() }
+    }
+
+    pub async fn say(&mut self, text: impl AsRef<[u8]>) {
+        // Whoever is refused early may find the connection closed: what was answered counts.
+        let said = self.stream.write_all(text.as_ref()).await;
+        if said.is_ok() {
+            drop(self.stream.flush().await);
+        }
+    }
+
+    /// Reads until `end` has come; what came before and with it, as text. What was read before counts.
+    pub async fn hear(&mut self, end: &str) -> String {
+        let heard = async {
+            loop {
+                if let Some(at) = find(&self.read, end.as_bytes()) {
+                    let rest = self.read.split_off(at + end.len());
+                    return std::mem::replace(&mut self.read, rest);
+                }
+                if !self.more().await {
+                    panic!("closed before {end:?}; heard {:?}", String::from_utf8_lossy(&self.read));
+                }
+            }
+        };
+        let heard = timeout(PATIENCE, heard).await;
+        let Ok(heard) = heard else {
+            panic!("waited in vain for {end:?}; heard {:?}", String::from_utf8_lossy(&self.read))
+        };
+        String::from_utf8_lossy(&heard).into_owned()
+    }
+
+    /// One answer with a `content-length`, or none at all.
+    pub async fn answer(&mut self) -> Said {
+        let head = self.hear("\r\n\r\n").await;
+        let length: usize =
+            header(&head, "content-length").and_then(|length| length.parse().ok()).unwrap_or(0);
+        let body = async {
+            while self.read.len() < length && self.more().await {}
+        };
+        assert!(timeout(PATIENCE, body).await.is_ok(), "the body of {head} does not come");
+        let rest = self.read.split_off(length.min(self.read.len()));
+        let body = std::mem::replace(&mut self.read, rest);
+        Said { head, body: String::from_utf8_lossy(&body).into_owned(), closed: false }
+    }
+
+    /// Everything until the other side closes.
+    pub async fn rest(&mut self) -> String {
+        let all = async { while self.more().await {} };
+        let closed = timeout(PATIENCE, all).await.is_ok();
+        let heard = String::from_utf8_lossy(&std::mem::take(&mut self.read)).into_owned();
+        assert!(closed, "the connection stays open; heard {heard:?}");
+        heard
+    }
+
+    async fn more(&mut self) -> bool {
+        let mut buffer = [0; 16384];
+        match self.stream.read(&mut buffer).await {
+            Ok(0) | Err(_) => false,
+            Ok(count) => {
+                self.read.extend(buffer.iter().take(count));
+                true
+            }
+        }
+    }
+}
+
+fn find(within: &[u8], what: &[u8]) -> Option<usize> {
+    within.windows(what.len()).position(|window| window == what)
+}
+
+/// Says `text`, and hears everything until the other side closes.
+pub async fn talk(at: SocketAddr, text: impl AsRef<[u8]>) -> Said {
+    let mut line = Line::to(at).await;
+    line.say(text).await;
+    split(&line.rest().await)
+}
+
+/// One call whose connection is closed behind it.
+pub async fn get(at: SocketAddr, host: &str, path: &str) -> Said {
+    talk(at, format!("GET {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n")).await
+}
+
+fn split(all: &str) -> Said {
+    let (head, body) = all.split_once("\r\n\r\n").unwrap_or((all, ""));
+    Said { head: head.to_owned(), body: body.to_owned(), closed: true }
+}
+
+/// A server of the story's own making; it ends when dropped.
+pub struct Origin {
+    pub at: SocketAddr,
+    heads: Arc<Mutex<Vec<String>>>,
+    task: JoinHandle<()>,
+}
+
+/// What an origin's script works with: one connection, and where to note what it saw.
+pub struct Visit {
+    pub line: Line,
+    /// How many connections came before.
+    pub number: usize,
+    heads: Arc<Mutex<Vec<String>>>,
+}
+
+impl Visit {
+    /// Reads one request's head and notes it; `None` when the client leaves.
+    pub async fn head(&mut self) -> Option<String> {
+        loop {
+            if let Some(at) = find(&self.line.read, b"\r\n\r\n") {
+                let rest = self.line.read.split_off(at + 4);
+                let head = std::mem::replace(&mut self.line.read, rest);
+                let head = String::from_utf8_lossy(&head).into_owned();
+                self.heads.lock().unwrap_or_else(PoisonError::into_inner).push(head.clone());
+                return Some(head);
+            }
+            if !self.line.more().await {
+                return None;
+            }
+        }
+    }
+
+    /// Reads the body that `head` announces, as it is on the wire.
+    pub async fn body(&mut self, head: &str) -> String {
+        if header(head, "transfer-encoding").is_some() {
+            return self.line.hear("0\r\n\r\n").await;
+        }
+        let length: usize =
+            header(head, "content-length").and_then(|length| length.parse().ok()).unwrap_or(0);
+        while self.line.read.len() < length && self.line.more().await {}
+        let rest = self.line.read.split_off(length.min(self.line.read.len()));
+        let body = std::mem::replace(&mut self.line.read, rest);
+        String::from_utf8_lossy(&body).into_owned()
+    }
+
+    pub async fn say(&mut self, text: impl AsRef<[u8]>) {
+        self.line.say(text).await;
+    }
+}
+
+impl Origin {
+    /// Every connection is handled by `script`.
+    pub async fn scripted<F>(script: impl Fn(Visit) -> F + Send + 'static) -> Self
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a free port");
+        let at = listener.local_addr().expect("bound");
+        let heads: Arc<Mutex<Vec<String>>> = Arc::default();
+        let noted = Arc::clone(&heads);
+        let task = tokio::spawn(async move {
+            let mut visits = tokio::task::JoinSet::new();
+            let mut number = 0;
+            while let Ok((stream, _peer)) = listener.accept().await {
+                let heads = Arc::clone(&noted);
+                visits.spawn(script(Visit { line: Line::over(stream), number, heads }));
+                number += 1;
+            }
+        });
+        Self { at, heads, task }
+    }
+
+    /// Answers every request with 200 and `name`.
+    pub async fn plain(name: &'static str) -> Self {
+        Self::scripted(move |mut visit| async move {
+            while let Some(head) = visit.head().await {
+                visit.body(&head).await;
+                let length = name.len();
+                visit.say(format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n{name}")).await;
+            }
+        })
+        .await
+    }
+
+    /// The heads of all requests it has seen.
+    pub fn heads(&self) -> Vec<String> {
+        self.heads.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Drop for Origin {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
