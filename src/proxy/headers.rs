@@ -234,7 +234,9 @@ impl Forwarded {
         }
         let token = host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~".contains(&b));
         let quotes = if token { "" } else { "\"" };
-        for part in ["host=", quotes, host, quotes, ";proto=", if self.tls { "https" } else { "http" }] {
+        for part in
+            ["host=", quotes, host, quotes, ";proto=", if self.tls { "https" } else { "http" }]
+        {
             text.push_str(part);
         }
         text
@@ -243,7 +245,8 @@ impl Forwarded {
 
 /// Removes the names that only infrar may say.
 pub(super) fn strip_identity(headers: &mut HeaderMap) {
-    if !headers.keys().any(|name| name.as_str().len() == 13 && name.as_str().starts_with("infrar-")) {
+    if !headers.keys().any(|name| name.as_str().len() == 13 && name.as_str().starts_with("infrar-"))
+    {
         return;
     }
     for name in [&CALLER, &SCOPES, &CLAIMS] {

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use http::HeaderValue;
 
 /// Every byte as two hex digits.
+#[expect(clippy::indexing_slicing, reason = "the compiler evaluates it, and checks it doing so")]
 const HEX: [[u8; 2]; 256] = {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     let mut table = [[0; 2]; 256];
