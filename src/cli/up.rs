@@ -36,7 +36,7 @@ project: shop
 services:
   hello:
     endpoints:
-      # Any HTTP server will do:  python3 -m http.server 8080 --bind 127.0.0.1
+      # Any HTTP server will do:  python3 -m http.server 8080 --bind 127.0.0.1 --directory public
       - { url: \"http://127.0.0.1:8080\", provider: local, region: laptop, auth_method: none }
     scopes: [read:hello]
 permissions:                       # what is not listed is refused
