@@ -102,7 +102,7 @@ async fn curl_speaks_tls_with_the_endpoint_itself_through_a_connect_tunnel() {
             .arg("https://elsewhere.example/"),
     )
     .await;
-    assert_eq!(String::from_utf8_lossy(&output.stdout), "404");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "403");
 }
 
 #[tokio::test]

@@ -124,8 +124,7 @@ impl Infrar {
     /// Sends a signal by the shell's name of it.
     pub fn signal(&self, name: &str) {
         let id = self.child.id().expect("it runs").to_string();
-        let status =
-            std::process::Command::new("kill").args([&format!("-{name}"), &id]).status();
+        let status = std::process::Command::new("kill").args([&format!("-{name}"), &id]).status();
         assert!(status.expect("kill").success(), "{name}");
     }
 
@@ -232,7 +231,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Line<S> {
                     return std::mem::replace(&mut self.read, rest);
                 }
                 if !self.more().await {
-                    panic!("closed before {end:?}; heard {:?}", String::from_utf8_lossy(&self.read));
+                    panic!(
+                        "closed before {end:?}; heard {:?}",
+                        String::from_utf8_lossy(&self.read)
+                    );
                 }
             }
         };
@@ -248,9 +250,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Line<S> {
         let head = self.hear("\r\n\r\n").await;
         let length: usize =
             header(&head, "content-length").and_then(|length| length.parse().ok()).unwrap_or(0);
-        let body = async {
-            while self.read.len() < length && self.more().await {}
-        };
+        let body = async { while self.read.len() < length && self.more().await {} };
         assert!(timeout(PATIENCE, body).await.is_ok(), "the body of {head} does not come");
         let rest = self.read.split_off(length.min(self.read.len()));
         let body = std::mem::replace(&mut self.read, rest);
@@ -377,7 +377,9 @@ impl Origin {
             while let Some(head) = visit.head().await {
                 visit.body(&head).await;
                 let length = name.len();
-                visit.say(format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n{name}")).await;
+                visit
+                    .say(format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n{name}"))
+                    .await;
             }
         })
         .await
