@@ -396,3 +396,99 @@ impl Drop for Origin {
         self.task.abort();
     }
 }
+
+/// A caller and a callee, each behind its sidecar, and their control plane; all processes of their own.
+pub struct Pair {
+    pub folder: Folder,
+    pub control: SocketAddr,
+    pub out: SocketAddr,
+    pub inbound: SocketAddr,
+    pub caller_admin: SocketAddr,
+    pub callee_admin: SocketAddr,
+    pub processes: Processes,
+}
+
+/// The three of a pair.
+pub struct Processes {
+    pub control: Infrar,
+    pub callee: Infrar,
+    pub caller: Infrar,
+}
+
+impl Pair {
+    /// All three started and ready, `data` answered by the app at `app`; `services` are further lines of the project's
+    /// services, `keys` of the caller's settings.
+    pub async fn open(app: SocketAddr, services: &str, keys: &str) -> Self {
+        Self::with_callee(app, services, keys, "").await
+    }
+
+    /// With further keys for the callee.
+    pub async fn with_callee(
+        app: SocketAddr,
+        services: &str,
+        keys: &str,
+        callee_keys: &str,
+    ) -> Self {
+        let folder = Folder::new();
+        let [control, out, inbound, caller_admin, callee_admin] = free_ports();
+        folder.write("secrets/web", "the caller's secret\n");
+        folder.write("secrets/data", "the callee's secret\n");
+        folder.write("project.yaml", &Self::project(inbound, services));
+        folder.write(
+            "caller.yaml",
+            &format!(
+                "service: web\nplace: aws_us_east_1\ncontrol: {{ url: 'http://{control}', state_dir: caller, \
+                 credential: {{ client_secret_file: secrets/web }} }}\noutbound: {{ listen: '{out}' }}\n\
+                 admin: {{ listen: '{caller_admin}' }}\nlog: {{ format: json }}\n{keys}"
+            ),
+        );
+        folder.write(
+            "callee.yaml",
+            &format!(
+                "service: data\nplace: azure_eastus\ncontrol: {{ url: 'http://{control}', state_dir: callee, \
+                 credential: {{ client_secret_file: secrets/data }} }}\ninbound: {{ listen: '{inbound}', app: 'http://{app}', tls: off }}\n\
+                 admin: {{ listen: '{callee_admin}' }}\nlog: {{ format: json }}\n{callee_keys}"
+            ),
+        );
+        let processes = Processes {
+            control: Self::start_control(&folder, control),
+            callee: Self::start_proxy(&folder, "callee"),
+            caller: Self::start_proxy(&folder, "caller"),
+        };
+        let mut pair =
+            Self { folder, control, out, inbound, caller_admin, callee_admin, processes };
+        pair.processes.control.ready(control).await;
+        pair.processes.callee.ready(callee_admin).await;
+        pair.processes.caller.ready(caller_admin).await;
+        pair
+    }
+
+    pub fn project(inbound: SocketAddr, services: &str) -> String {
+        format!(
+            "project: shop\nservices:\n  data:\n    scopes: [use]\n    endpoints: [{{ url: 'http://{inbound}', provider: azure, region: eastus }}]\n\
+             {services}permissions: {{ web: {{ data: [use], infrar-control: ['infrar:keys:write'] }} }}\n\
+             identities: {{ web: {{ client_secret_file: secrets/web }}, data: {{ client_secret_file: secrets/data }} }}\n"
+        )
+    }
+
+    pub fn start_control(folder: &Folder, at: SocketAddr) -> Infrar {
+        let at = at.to_string();
+        let arguments =
+            ["control", "--project", "project.yaml", "--listen", &at, "--data-dir", "control"];
+        Infrar::start(folder, "control", &arguments)
+    }
+
+    pub fn start_proxy(folder: &Folder, name: &str) -> Infrar {
+        Infrar::start(folder, name, &["proxy", "--config", &format!("{name}.yaml")])
+    }
+
+    pub fn logs(&self) -> String {
+        let Processes { control, callee, caller } = &self.processes;
+        format!(
+            "--- control\n{}\n--- callee\n{}\n--- caller\n{}",
+            control.log(),
+            callee.log(),
+            caller.log()
+        )
+    }
+}
