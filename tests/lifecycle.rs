@@ -17,6 +17,12 @@ async fn a_proxy_that_was_killed_calls_within_a_second_without_the_control_plane
     let app = Origin::plain("ok").await;
     let mut pair = Pair::open(app.at, "", "").await;
     assert_eq!(get(pair.out, "data", "/").await.body, "ok", "{}", pair.logs());
+    until("what must survive is kept", async || {
+        [("caller", "tokens"), ("caller", "snapshot"), ("callee", "jwks"), ("callee", "snapshot")]
+            .iter()
+            .all(|(who, what)| kept(&pair.folder, who, what))
+    })
+    .await;
     pair.processes.control.kill().await;
     assert_eq!(get(pair.out, "data", "/").await.body, "ok", "{}", pair.logs());
 
@@ -29,6 +35,15 @@ async fn a_proxy_that_was_killed_calls_within_a_second_without_the_control_plane
     pair.processes.caller.ready(pair.caller_admin).await;
     assert_eq!(get(pair.out, "data", "/").await.body, "ok", "{}", pair.logs());
     assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+}
+
+/// Whether the state folder of `who` has a file for `what`.
+fn kept(folder: &Folder, who: &str, what: &str) -> bool {
+    let Ok(files) = std::fs::read_dir(folder.path(who)) else { return false };
+    files.flatten().any(|file| {
+        let name = file.file_name().to_string_lossy().into_owned();
+        name == what || name == format!("{what}.json")
+    })
 }
 
 #[tokio::test]
