@@ -1,5 +1,10 @@
 //! How processes come, change and go: outages, restarts, new keys, new settings, signals, and settings that are wrong.
-#![expect(clippy::panic, clippy::expect_used, reason = "the helpers of a test may fail it")]
+#![expect(
+    clippy::panic,
+    clippy::disallowed_methods,
+    clippy::expect_used,
+    reason = "helpers may fail a test, and what it spawns it awaits itself"
+)]
 
 mod support;
 
