@@ -2,7 +2,6 @@
 #![expect(
     clippy::panic,
     clippy::disallowed_methods,
-    clippy::expect_used,
     reason = "helpers may fail a test, and what it spawns it awaits itself"
 )]
 
