@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::Context;
-use futures_util::{FutureExt, future::BoxFuture};
+use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use secrecy::SecretString;
 use serde_json::Value;
 use tokio::{net::TcpListener, runtime::Handle, sync::Notify, time::Instant};
@@ -510,11 +510,27 @@ impl World {
 
 /// Keeps keys and tokens on disk as they come.
 async fn keep_secrets(state: State, trust: Arc<Mutex<Trust>>, tokens: Arc<Tokens>) {
+    let followed = lock(&trust).followed();
     let mut changes = tokens.changes();
     changes.mark_changed();
-    let mut ticks = tokio::time::interval(Duration::from_secs(1));
     let mut last: HashMap<String, Value> = HashMap::new();
     loop {
+        // Listened to before they are read, so that no change falls between.
+        let sets = lock(&trust).sets();
+        let mut listened: Vec<_> = sets.iter().map(|keys| keys.changes()).collect();
+        let now: HashMap<String, Value> = sets
+            .iter()
+            .filter(|keys| !keys.load().is_empty())
+            .filter_map(|keys| {
+                Some((keys.issuer().to_string(), serde_json::to_value(keys.load().source()).ok()?))
+            })
+            .collect();
+        if now != last {
+            keep(&state, JWKS, now.clone()).await;
+            last = now;
+        }
+        let keys: FuturesUnordered<_> =
+            listened.iter_mut().map(tokio::sync::watch::Receiver::changed).collect();
         tokio::select! {
             changed = changes.changed() => {
                 if changed.is_err() {
@@ -522,18 +538,8 @@ async fn keep_secrets(state: State, trust: Arc<Mutex<Trust>>, tokens: Arc<Tokens
                 }
                 keep(&state, TOKENS, tokens.snapshot()).await;
             }
-            _tick = ticks.tick() => {
-                let sets = lock(&trust).sets();
-                let now: HashMap<String, Value> = sets
-                    .iter()
-                    .filter(|keys| !keys.load().is_empty())
-                    .filter_map(|keys| Some((keys.issuer().to_string(), serde_json::to_value(keys.load().source()).ok()?)))
-                    .collect();
-                if now != last {
-                    keep(&state, JWKS, now.clone()).await;
-                    last = now;
-                }
-            }
+            Some(_changed) = keys.into_future().map(|(first, _)| first) => {}
+            () = followed.notified() => {}
         }
     }
 }
