@@ -1,5 +1,12 @@
 //! Edges: one public listener for all services of a place, and the way out of a place for its sidecars.
-#![expect(clippy::panic, clippy::expect_used, reason = "the helpers of a test may fail it")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::too_many_lines,
+    reason = "a story may fail, may be long, and does what the product may not"
+)]
 
 mod support;
 

@@ -1,5 +1,12 @@
 //! Whom the proxies trust: hostile tokens at a real inbound listener, TLS, and where a token may go.
-#![expect(clippy::panic, clippy::expect_used, reason = "the helpers of a test may fail it")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::too_many_lines,
+    reason = "a story may fail, may be long, and does what the product may not"
+)]
 
 mod support;
 

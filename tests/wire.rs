@@ -2,7 +2,14 @@
 //!
 //! One sidecar without a control plane stands between raw sockets: its project is a file, its services are origins that
 //! follow a script.
-#![expect(clippy::expect_used, reason = "the helpers of a test may fail it")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::too_many_lines,
+    reason = "a story may fail, may be long, and does what the product may not"
+)]
 
 mod support;
 
@@ -73,7 +80,6 @@ fn assert_refused(said: &Said, status: u16, code: &str, error: &str) {
 }
 
 #[tokio::test]
-#[expect(clippy::too_many_lines, reason = "a table of hostile requests")]
 async fn what_could_be_read_in_two_ways_is_refused_and_the_service_never_sees_it() {
     let service = Origin::plain("reached").await;
     let sidecar = Sidecar::open(&[("data", &[service.at], "")]).await;

@@ -2,7 +2,7 @@
 //!
 //! One worker per core, each with its own listening sockets, view of the project, pools, caches and counters; they share
 //! nothing on the path of a request but snapshots. Everything that may stall lives on the side runtime. The stories are
-//! `outbound.rs`, `inbound.rs` and `edge.rs`; each reads from top to bottom.
+//! `outbound`, `inbound` and `edge`; each reads from top to bottom.
 
 mod accept;
 mod admin;
