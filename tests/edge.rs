@@ -51,8 +51,9 @@ impl Clouds {
             ),
         );
         let tls = "tls: { cert_file: leaf.pem, key_file: leaf.key }";
-        let mut processes = vec![Pair::start_control(&folder, control)];
-        processes[0].ready(control).await;
+        let mut plane = Pair::start_control(&folder, control);
+        plane.ready(control).await;
+        let mut processes = vec![plane];
         let settings = [
             (
                 "azure-edge",

@@ -1,9 +1,5 @@
 //! Tokens on their way out: asked for once however many wait, used while the issuer is down, never after their end.
-#![expect(
-    clippy::panic,
-    clippy::disallowed_methods,
-    reason = "a test may fail, and awaits what it spawns itself"
-)]
+#![expect(clippy::disallowed_methods, reason = "what a test spawns it awaits itself")]
 
 mod support;
 

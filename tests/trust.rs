@@ -1,5 +1,11 @@
 //! Whom the proxies trust: hostile tokens at a real inbound listener, TLS, and where a token may go.
-#![expect(clippy::panic, clippy::expect_used, reason = "the helpers of a test may fail it")]
+#![expect(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::disallowed_methods,
+    clippy::too_many_lines,
+    reason = "helpers may fail a test, tokens are dated by the wall clock, and a table is long"
+)]
 
 mod support;
 
