@@ -1,5 +1,10 @@
 //! Edges: one public listener for all services of a place, and the way out of a place for its sidecars.
-#![expect(clippy::panic, clippy::expect_used, reason = "the helpers of a test may fail it")]
+#![expect(
+    clippy::panic,
+    clippy::expect_used,
+    clippy::too_many_lines,
+    reason = "helpers may fail a test, and two clouds are long to describe"
+)]
 
 mod support;
 
