@@ -1,5 +1,12 @@
 //! Tokens on their way out: asked for once however many wait, used while the issuer is down, never after their end.
-#![expect(clippy::disallowed_methods, reason = "what a test spawns it awaits itself")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::too_many_lines,
+    reason = "a story may fail, may be long, and does what the product may not"
+)]
 
 mod support;
 

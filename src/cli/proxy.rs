@@ -20,6 +20,7 @@ use tokio::{net::TcpListener, runtime::Handle, sync::Notify, time::Instant};
 use super::{flags::ProxyFlags, trust::Trust, watch::WatchedFile};
 use crate::{
     api::{CONTROL_AUDIENCE, Catalog, Client, ClientSettings, Credential, TokenAnswer},
+    balance::CircuitState,
     config::{self, ProxyFile},
     cost::{Meter, PriceBook},
     discovery::{AskBearer, Directory, Registry as Source, State},
@@ -129,7 +130,7 @@ pub(crate) fn start(file: &ProxyFile) -> anyhow::Result<RunningProxy> {
     let (access, flushing) = log.unzip();
     let settings = Arc::new(settings(file)?);
     let certificates: Vec<_> = settings.inbound.iter().filter_map(|it| it.tls.clone()).collect();
-    let ends = Ends::default();
+    let (ends, ward) = (Ends::default(), Arc::<proxy::Ward>::default());
     let (meter, registry) = (Arc::new(Meter::default()), Arc::new(Registry::default()));
     let parts = Parts {
         settings: Arc::clone(&settings),
@@ -142,7 +143,7 @@ pub(crate) fn start(file: &ProxyFile) -> anyhow::Result<RunningProxy> {
         registry: Arc::clone(&registry),
         access: access.clone(),
         ends: ends.clone(),
-        ward: Arc::default(),
+        ward: Arc::clone(&ward),
         own: vec![admin_at],
     };
     let count = match file.workers {
@@ -150,6 +151,7 @@ pub(crate) fn start(file: &ProxyFile) -> anyhow::Result<RunningProxy> {
         config::Workers::Count(count) => count,
     };
     let running = proxy::start(parts, count)?;
+    registry.register_collector(Box::new(move |found| conditions(found, &ward)));
     expose(&registry, &world, &directory, &meter, &running, access);
     let drained = Arc::new(Notify::new());
     let inbound = !settings.inbound.is_empty();
@@ -756,6 +758,23 @@ fn expose(
         }
         egress(found, &meter);
     }));
+}
+
+/// Circuits and latencies by endpoint.
+fn conditions(found: &mut crate::telemetry::Families, ward: &proxy::Ward) {
+    for condition in ward.conditions() {
+        let labels =
+            [("service", condition.service.as_str()), ("endpoint", condition.endpoint.as_str())];
+        let state = match condition.circuit {
+            CircuitState::Closed => 0.0,
+            CircuitState::HalfOpen => 1.0,
+            CircuitState::Open => 2.0,
+        };
+        found.gauge(names::CIRCUIT_STATE, &labels, state);
+        if let Some(latency) = condition.latency {
+            found.gauge(names::ENDPOINT_LATENCY, &labels, latency.as_secs_f64());
+        }
+    }
 }
 
 /// Bytes by path, and what they cost in the marginal band.

@@ -35,7 +35,7 @@ pub use self::{
     admin::{Admin, AdminAddress, Ready},
     reject::Rejection,
     settings::{App, InboundSettings, Limits, OutboundSettings, Role, Settings, UnknownHosts},
-    view::Ward,
+    view::{Condition, Ward},
 };
 use crate::{
     cost::Meter,
