@@ -7,15 +7,18 @@ mod control;
 mod demo;
 mod flags;
 mod health;
+mod metrics;
 mod proxy;
 mod reach;
 mod sample;
 mod scene;
 pub mod services;
+mod settings;
 pub mod token;
 mod trust;
 mod up;
 mod watch;
+mod world;
 
 use std::process::ExitCode;
 

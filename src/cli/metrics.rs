@@ -1,0 +1,130 @@
+//! The metrics that are worked out when somebody scrapes.
+
+use std::sync::Arc;
+
+use super::world::{World, lock};
+use crate::{
+    balance::CircuitState,
+    cost::{Meter, PriceBook},
+    discovery::Directory,
+    proxy,
+    telemetry::{AccessLog, Registry, names},
+};
+
+/// The values that are worked out when somebody scrapes.
+pub(super) fn expose(
+    registry: &Registry,
+    world: &World,
+    directory: &Arc<Directory>,
+    meter: &Arc<Meter>,
+    running: &proxy::Running,
+    access: Option<AccessLog>,
+) {
+    let (directory, meter, spread) =
+        (Arc::clone(directory), Arc::clone(meter), running.connections());
+    let (tokens, trust) = (Arc::clone(&world.tokens), Arc::clone(&world.trust));
+    registry.register_collector(Box::new(move |found| {
+        found.gauge(names::CONNECTIONS, &[], to_f64(spread.total()));
+        if let Some(age) = directory.age() {
+            found.gauge(names::SNAPSHOT_AGE, &[], age.as_secs_f64());
+        }
+        if let Some(catalog) = directory.load() {
+            found.gauge(
+                names::SNAPSHOT_REVISION,
+                &[],
+                to_f64(usize::try_from(catalog.revision).unwrap_or(usize::MAX)),
+            );
+        }
+        let stats = tokens.stats();
+        found.counter(
+            names::TOKENS_RECEIVED,
+            &[],
+            to_f64(usize::try_from(stats.received).unwrap_or(usize::MAX)),
+        );
+        found.counter(
+            names::TOKEN_FAILURES,
+            &[],
+            to_f64(usize::try_from(stats.failures).unwrap_or(usize::MAX)),
+        );
+        for keys in lock(&trust).sets() {
+            let stats = keys.stats();
+            let labels = [("issuer", &**keys.issuer())];
+            found.counter(
+                names::JWKS_FETCHES,
+                &labels,
+                to_f64(usize::try_from(stats.fetches).unwrap_or(usize::MAX)),
+            );
+            found.counter(
+                names::JWKS_FAILURES,
+                &labels,
+                to_f64(usize::try_from(stats.failures).unwrap_or(usize::MAX)),
+            );
+            if let Some(age) = stats.age {
+                found.gauge(names::JWKS_AGE, &labels, age.as_secs_f64());
+            }
+        }
+        if let Some(access) = &access {
+            found.counter(names::LOG_DROPPED, &[], to_f64(access.dropped().dropped_lines()));
+        }
+        egress(found, &meter);
+    }));
+}
+
+/// Circuits and latencies by endpoint.
+pub(super) fn conditions(found: &mut crate::telemetry::Families, ward: &proxy::Ward) {
+    for condition in ward.conditions() {
+        let labels =
+            [("service", condition.service.as_str()), ("endpoint", condition.endpoint.as_str())];
+        let state = match condition.circuit {
+            CircuitState::Closed => 0.0,
+            CircuitState::HalfOpen => 1.0,
+            CircuitState::Open => 2.0,
+        };
+        found.gauge(names::CIRCUIT_STATE, &labels, state);
+        if let Some(latency) = condition.latency {
+            found.gauge(names::ENDPOINT_LATENCY, &labels, latency.as_secs_f64());
+        }
+    }
+}
+
+/// Bytes by path, and what they cost in the marginal band.
+fn egress(found: &mut crate::telemetry::Families, meter: &Meter) {
+    use crate::cost::Leg;
+    let mut sums: std::collections::BTreeMap<[String; 6], (u64, i64)> =
+        std::collections::BTreeMap::new();
+    for row in meter.read() {
+        // Whoever sends pays: the answer's bytes are priced at the callee's place.
+        let (from, to) = match row.leg {
+            Leg::Request => (&row.path.from, &row.path.to),
+            Leg::Response => (&row.path.to, &row.path.from),
+        };
+        let rate = PriceBook::shipped().rate(row.path.class, from, Some(to));
+        let cost = rate.map_or(0, |rate| rate.cost(row.bytes).0);
+        let labels = [
+            row.path.callee.to_string(),
+            row.path.from.to_string(),
+            row.path.to.to_string(),
+            row.path.mode.to_string(),
+            row.leg.as_str().to_owned(),
+            row.kind.as_str().to_owned(),
+        ];
+        let sum = sums.entry(labels).or_default();
+        *sum = (sum.0 + row.bytes.0, sum.1 + cost);
+    }
+    for (values, (bytes, cost)) in &sums {
+        let names_of = ["callee", "from", "to", "mode", "leg", "kind"];
+        let labels: Vec<_> = names_of.into_iter().zip(values.iter().map(String::as_str)).collect();
+        found.counter(
+            names::EGRESS_BYTES,
+            &labels,
+            to_f64(usize::try_from(*bytes).unwrap_or(usize::MAX)),
+        );
+        let dollars = to_f64(usize::try_from(*cost).unwrap_or(0)) / 1e9;
+        found.counter(names::EGRESS_USD, &labels, dollars);
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "Prometheus samples are floats")]
+fn to_f64(count: usize) -> f64 {
+    count as f64
+}
