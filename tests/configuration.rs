@@ -4,6 +4,7 @@
     clippy::unwrap_used,
     clippy::panic,
     clippy::indexing_slicing,
+    clippy::wildcard_enum_match_arm,
     reason = "the helpers of a test may fail it"
 )]
 
@@ -193,6 +194,41 @@ fn the_example_sidecar_edge_and_dev_proxy_are_right() {
     assert_eq!(dev.log.format, LogFormat::Text);
 }
 
+#[test]
+fn the_configurations_in_the_readme_are_right() {
+    let machine = Machine::new();
+    fs::remove_dir_all(machine.path("run/secrets/infrar")).unwrap();
+    machine.write("run/secrets/infrar", "s3cr3t");
+    let (certificate, key) = certificate(2099);
+    machine.write("etc/infrar/tls.crt", &certificate);
+    machine.write("etc/infrar/tls.key", &key);
+    let readme = fs::read_to_string(repository("README.md")).unwrap();
+    let blocks = readme.split("```yaml\n").skip(1).filter_map(|rest| rest.split("```").next());
+    let (proxies, projects): (Vec<_>, Vec<_>) = blocks.partition(|text| text.contains("role:"));
+    assert!(!proxies.is_empty() && !projects.is_empty());
+    for text in proxies {
+        machine.proxy(text).unwrap_or_else(|faults| panic!("{text}\n{faults}"));
+    }
+    for text in projects {
+        machine.project(text).unwrap_or_else(|faults| panic!("{text}\n{faults}"));
+    }
+}
+
+#[test]
+fn services_on_one_host_are_apart_only_where_an_edge_could_stand() {
+    let machine = Machine::new();
+    let project = |host: &str| {
+        let service = |name: &str| {
+            format!(
+                "  {name}:\n    endpoints: [{{ url: \"https://{host}\", provider: gcp, region: r }}]\n"
+            )
+        };
+        format!("project: shop\nservices:\n{}{}", service("a"), service("b"))
+    };
+    assert!(machine.project(&project("127.0.0.1:8443")).is_ok());
+    assert!(machine.project(&project("shop.example")).is_err());
+}
+
 /// YAML (or JSON, which is YAML) as plain values, each scalar as text.
 fn documents(text: &str) -> Vec<Json> {
     enum Open {
@@ -337,6 +373,7 @@ fn a_sidecar_needs_no_file() {
         // An empty variable is as good as none; those of others are none of ours.
         ("INFRAR_CONTROL_CA_FILE", ""),
         ("INFRAR_TOKEN", "t0k3n"),
+        ("INFRAR_LOG_LEVEL", "debug"),
         ("PATH", "/bin"),
     ];
     let settings =
@@ -913,6 +950,7 @@ proptest! {
         text in any_configuration(),
     ) {
         let variables = [(name.to_owned(), text)];
-        let _ = config::load_proxy(None, variables.into_iter(), &[]).is_ok();
+        // One variable alone is never enough.
+        prop_assert!(config::load_proxy(None, variables.into_iter(), &[]).is_err());
     }
 }

@@ -163,7 +163,7 @@ impl Backstage {
         drop(self.reserved);
         let mut sidecars = Vec::new();
         for (cast, ports) in CAST.iter().zip(&self.ports) {
-            sidecars.push(start_sidecar(folder, &scene, cast, ports).await?);
+            sidecars.push(start_sidecar(folder, &scene, cast, ports)?);
         }
         for ports in &self.ports {
             wait_until_ready(ports.admin).await?;
@@ -172,7 +172,7 @@ impl Backstage {
     }
 }
 
-async fn start_sidecar(
+fn start_sidecar(
     folder: &Folder,
     scene: &Scene<'_>,
     cast: &Cast,
@@ -181,7 +181,7 @@ async fn start_sidecar(
     let name = format!("{}.yaml", cast.service);
     let file = folder.write(&name, scene.proxy(cast, ports).as_bytes())?;
     let settings = config::load_proxy(Some(&file), std::iter::empty(), &[])?;
-    proxy::start(settings).await.with_context(|| format!("the sidecar of {}", cast.service))
+    proxy::start(&settings).with_context(|| format!("the sidecar of {}", cast.service))
 }
 
 fn write_certificates(folder: &Folder, clock: Clock) -> anyhow::Result<()> {

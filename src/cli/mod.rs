@@ -2,22 +2,27 @@
 
 mod ca;
 mod check;
+pub mod completions;
 mod control;
 mod demo;
 mod flags;
 mod health;
 mod proxy;
+mod reach;
 mod sample;
 mod scene;
+pub mod services;
+pub mod token;
 mod trust;
 mod up;
 mod watch;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::{
+    api::ClientError,
     config::Faults,
     control::ControlError,
     net,
@@ -49,6 +54,10 @@ enum Command {
     Control(control::ControlArgs),
     Check(check::Check),
     Health(health::Health),
+    Services(services::Services),
+    Token(token::Token),
+    Completions(completions::Completions),
+    Man(completions::Man),
 }
 
 fn log_format(text: &str) -> Result<Format, String> {
@@ -96,6 +105,10 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Control(control) => control.run().await?,
         Command::Check(check) => return Ok(check.run()),
         Command::Health(health) => return health.run().await,
+        Command::Services(services) => services.run().await?,
+        Command::Token(token) => return token.run().await,
+        Command::Completions(completions) => completions.run(Cli::command())?,
+        Command::Man(man) => man.run(Cli::command())?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -107,6 +120,7 @@ fn fail(error: &anyhow::Error) -> ExitCode {
     let configuration = error.chain().any(|cause| {
         cause.is::<Faults>()
             || cause.downcast_ref::<ControlError>().is_some_and(ControlError::is_configuration)
+            || matches!(cause.downcast_ref(), Some(ClientError::Settings { .. }))
             || cause.is::<net::BindError>()
             || cause.is::<StartError>()
             || cause.is::<net::TlsError>()

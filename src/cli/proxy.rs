@@ -62,7 +62,7 @@ impl Proxy {
         let file = load()?;
         let mut signals = Signals::listen().context("signals cannot be listened to")?;
         let settings = file.shutdown.clone();
-        let running = start(file).await?;
+        let running = start(&file)?;
         tracing::info!(listeners = ?running.listeners, "the proxy serves");
         loop {
             tokio::select! {
@@ -103,8 +103,6 @@ async fn stopped(signals: &mut Signals) {
 pub(crate) struct RunningProxy {
     /// Where it listens.
     pub(crate) listeners: Vec<(proxy::Listener, SocketAddr)>,
-    /// Where its admin API is.
-    pub(crate) admin: SocketAddr,
     ends: Ends,
     supervisor: Arc<Supervisor>,
     running: proxy::Running,
@@ -119,25 +117,17 @@ pub(crate) struct RunningProxy {
 ///
 /// # Errors
 /// Whatever keeps it from beginning.
-pub(crate) async fn start(file: ProxyFile) -> anyhow::Result<RunningProxy> {
+pub(crate) fn start(file: &ProxyFile) -> anyhow::Result<RunningProxy> {
     let supervisor = Arc::new(Supervisor::new(Handle::current()));
     let admin_socket = bind(file.admin.listen, "admin.listen")?;
     let probes_socket = file.admin.probes.map(|at| bind(at, "admin.probes")).transpose()?;
     let admin_at = admin_socket.local_addr()?;
-    let tls = Arc::new(ClientTls::new(file.trust_ca_file.as_deref())?);
-    if file.trust_ca_file.is_none() {
-        let tls = Arc::clone(&tls);
-        // Reading the system's roots takes long; nobody waits for it.
-        drop(Handle::current().spawn_blocking(move || tls.preload()));
-    }
+    let tls = trusted(file)?;
     let directory = Arc::new(Directory::default());
-    let world = World::open(&file, &supervisor, &directory).await?;
-    let (access, flushing) =
-        match file.log.access.then(|| AccessLog::stdout(format(file.log.format))) {
-            Some((access, flushing)) => (Some(access), Some(flushing)),
-            None => (None, None),
-        };
-    let settings = Arc::new(settings(&file)?);
+    let world = World::open(file, &supervisor, &directory)?;
+    let log = file.log.access.then(|| AccessLog::stdout(format(file.log.format)));
+    let (access, flushing) = log.unzip();
+    let settings = Arc::new(settings(file)?);
     let certificates: Vec<_> = settings.inbound.iter().filter_map(|it| it.tls.clone()).collect();
     let ends = Ends::default();
     let (meter, registry) = (Arc::new(Meter::default()), Arc::new(Registry::default()));
@@ -175,7 +165,6 @@ pub(crate) async fn start(file: ProxyFile) -> anyhow::Result<RunningProxy> {
     watch_certificates(&supervisor, &certificates);
     Ok(RunningProxy {
         listeners: running.listeners.clone(),
-        admin: admin_at,
         ends,
         supervisor,
         running,
@@ -188,6 +177,17 @@ pub(crate) async fn start(file: ProxyFile) -> anyhow::Result<RunningProxy> {
         drained,
         flushing,
     })
+}
+
+/// Whom TLS believes.
+fn trusted(file: &ProxyFile) -> anyhow::Result<Arc<ClientTls>> {
+    let tls = Arc::new(ClientTls::new(file.trust_ca_file.as_deref())?);
+    if file.trust_ca_file.is_none() {
+        let tls = Arc::clone(&tls);
+        // Reading the system's roots takes long; nobody waits for it.
+        drop(Handle::current().spawn_blocking(move || tls.preload()));
+    }
+    Ok(tls)
 }
 
 fn bind(at: SocketAddr, key: &str) -> anyhow::Result<TcpListener> {
@@ -351,7 +351,7 @@ const JWKS: &str = "jwks";
 const TOKENS: &str = "tokens";
 
 impl World {
-    async fn open(
+    fn open(
         file: &ProxyFile,
         supervisor: &Arc<Supervisor>,
         directory: &Arc<Directory>,
@@ -359,7 +359,7 @@ impl World {
         match &file.registry {
             config::Registry::File(path) => Self::from_file(file, path, supervisor, directory),
             config::Registry::Control(control) => {
-                Self::from_control(file, control, supervisor, directory).await
+                Self::from_control(file, control, supervisor, directory)
             }
         }
     }
@@ -397,7 +397,7 @@ impl World {
         })
     }
 
-    async fn from_control(
+    fn from_control(
         file: &ProxyFile,
         control: &config::Control,
         supervisor: &Arc<Supervisor>,

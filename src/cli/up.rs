@@ -145,7 +145,7 @@ impl Up {
         let control = Control::start(settings, project, identities).await?;
         let flags = self.proxy_settings(&folder, &me, control.local_addr());
         let settings = config::load_proxy(None, std::iter::empty(), &flags)?;
-        let proxy = proxy::start(settings).await?;
+        let proxy = proxy::start(&settings)?;
         wait_until_ready(self.admin_listen).await?;
         Ok(Stand { me, stand_in, greeting, control, proxy })
     }

@@ -166,7 +166,7 @@ kind!(PATH, "a path", "write a path that begins with /", Some("^/"), |text| text
 pub(super) static ORIGIN: Kind = Kind {
     what: "an address",
     advice: "write an address, such as https://data.example or https://data.example:8443",
-    check: |text| text.parse::<Origin>().map(drop).map_err(origin_advice),
+    check: |text| text.parse::<Origin>().map(drop).map_err(|error| origin_advice(&error)),
     pattern: Some("^https?://"),
 };
 
@@ -178,7 +178,7 @@ pub(super) static INNER_ADDRESS: Kind = Kind {
             Origin::new(crate::model::Scheme::Https, crate::model::Host::Name("host".into()), 443);
         Origin::parse_relative(text, &base).map(drop).map_err(|error| match error {
             OriginError::Shape => INNER_ADDRESS.advice.to_owned(),
-            OriginError::Scheme | OriginError::Extra => origin_advice(error),
+            OriginError::Scheme | OriginError::Extra => origin_advice(&error),
         })
     },
     pattern: None,
@@ -189,7 +189,7 @@ pub(super) static APP: Kind = Kind {
     advice: "write the application's address, such as http://127.0.0.1:8080 (h2c:// for HTTP/2 only)",
     check: |text| match app_origin(text) {
         Ok(_origin) => Ok(()),
-        Err(OriginError::Extra) => Err(origin_advice(OriginError::Extra)),
+        Err(OriginError::Extra) => Err(origin_advice(&OriginError::Extra)),
         Err(OriginError::Shape | OriginError::Scheme) => Err(APP.advice.to_owned()),
     },
     pattern: Some("^(http|https|h2c)://"),
@@ -207,7 +207,7 @@ const SPAN_PATTERN: Option<&str> = Some("^[0-9]");
 /// The longest time a setting may mean: adding it to any moment cannot overflow.
 const LONGEST: Duration = Duration::from_secs(366 * 86_400);
 
-fn origin_advice(error: OriginError) -> String {
+fn origin_advice(error: &OriginError) -> String {
     match error {
         OriginError::Shape => ORIGIN.advice,
         OriginError::Scheme => "begin with https:// or http://",
@@ -360,7 +360,8 @@ mod tests {
                 &NAME, &PLACE, &LISTEN, &WEB_URL, &SPAN, &BYTES, &BANDWIDTH, &NETWORK, &PERCENT,
                 &HEDGE_AFTER, &AMOUNT, &ORIGIN, &INNER_ADDRESS, &APP, &RULE_PATH, &PATH,
             ] {
-                let _ = (kind.check)(&text).is_ok();
+                let told = (kind.check)(&text);
+                prop_assert!(told.is_ok() || !kind.advice.is_empty());
             }
         }
     }

@@ -110,7 +110,7 @@ pub fn load_proxy_under(
             referred_project(&files, &path, node, faults)
         })
     });
-    finish(settings, faults, file.unwrap_or(Path::new("settings")))
+    finish(settings, faults, file.unwrap_or_else(|| Path::new("settings")))
 }
 
 /// Whether a file is a `proxy.yaml`: it has `role` at its top. Any other is a `project.yaml`; one that cannot be

@@ -204,7 +204,7 @@ impl Reader<'_> {
         }
     }
 
-    /// An edge tells services apart by host, so a host has one. Those on this machine are told apart by port.
+    /// An edge tells services apart by host, so a host has one. No edge stands before those on this machine.
     fn one_service_per_host(
         &mut self,
         name: &ServiceName,
@@ -214,8 +214,10 @@ impl Reader<'_> {
     ) {
         for (endpoint, node) in endpoints {
             let host = endpoint.url.host();
-            let key = if host.is_loopback() { endpoint.url.authority() } else { host.to_string() };
-            let owner = hosts.entry(key).or_insert_with(|| name.clone());
+            if host.is_loopback() {
+                continue;
+            }
+            let owner = hosts.entry(host.to_string()).or_insert_with(|| name.clone());
             if owner != name {
                 let value = node.get("url").unwrap_or(service);
                 let found = format!("{}, whose host belongs to {owner}", value.found());

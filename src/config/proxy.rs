@@ -16,7 +16,7 @@ use super::{
     fault::{Fault, nearest},
     files::Files,
     kinds::{app_origin, bytes, network, time, web_url},
-    node::{At, Node},
+    node::{At, Node, Value},
     project::{is_loopback, scopes},
     settings::{
         Access, Admin, App, AppProtocol, Control, Credential, Inbound, Log, LogFormat, Outbound,
@@ -376,10 +376,9 @@ impl Reader<'_> {
             }
             urls.push(url);
         }
-        if let (true, Some(node)) = (urls.is_empty(), here.key("url").0) {
-            if !node.path.is_empty() && node.scalar().is_none() && node.items().is_empty() {
-                self.faults.push(node.fault("write at least one address"));
-            }
+        let listed = here.key("url").0.filter(|node| matches!(node.value, Value::List(_)));
+        if let Some(list) = listed.filter(|list| list.items().is_empty()) {
+            self.faults.push(list.fault_found("an empty list", "write at least one address"));
         }
         let credential = self.credential(here.key("credential"));
         let ca_file = here.key("ca_file").0.and_then(|node| self.certificate_file(node));

@@ -22,15 +22,15 @@ pub(super) enum Shape {
     /// Text of a kind.
     Text(&'static Kind),
     /// One of these words, or something else.
-    ChoiceOr(&'static [&'static str], &'static Shape),
+    ChoiceOr(&'static [&'static str], &'static Self),
     /// Something, or null for not at all.
-    Nullable(&'static Shape),
+    Nullable(&'static Self),
     /// Something, or a list of it.
-    OneOrMany(&'static Shape),
+    OneOrMany(&'static Self),
     /// A list.
-    List(&'static Shape),
+    List(&'static Self),
     /// Names of a kind, each with something.
-    Map { name: &'static Kind, value: &'static Shape },
+    Map { name: &'static Kind, value: &'static Self },
     /// These keys.
     Table(&'static [Key]),
     /// Exactly one of these keys.

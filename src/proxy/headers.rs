@@ -114,6 +114,10 @@ pub(super) fn upgrade(
 ///
 /// `te: trailers` is kept: it is how a gRPC client says that it reads trailers, and we pass them on.
 pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    // Most heads have nothing to strip; one look at each name costs less than looking every one up.
+    if !headers.keys().any(is_hop_by_hop) {
+        return;
+    }
     if headers.contains_key(header::CONNECTION) {
         let listed: Vec<HeaderName> = headers
             .get_all(header::CONNECTION)
@@ -151,6 +155,21 @@ pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
     }
     headers.remove(header::PROXY_AUTHORIZATION);
     headers.remove(header::PROXY_AUTHENTICATE);
+}
+
+/// Whether a header may end at this hop. Names of another length are told apart without a comparison.
+fn is_hop_by_hop(name: &HeaderName) -> bool {
+    match name.as_str().len() {
+        2 => name == header::TE,
+        7 => name == header::UPGRADE,
+        10 => name == header::CONNECTION || name == KEEP_ALIVE,
+        14 => name == HTTP2_SETTINGS,
+        16 => name == PROXY_CONNECTION,
+        17 => name == header::TRANSFER_ENCODING,
+        18 => name == header::PROXY_AUTHENTICATE,
+        19 => name == header::PROXY_AUTHORIZATION,
+        _ => false,
+    }
 }
 
 /// The request's trace: continued where the caller named a valid one, begun otherwise.
@@ -215,7 +234,9 @@ impl Forwarded {
         }
         let token = host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~".contains(&b));
         let quotes = if token { "" } else { "\"" };
-        for part in ["host=", quotes, host, quotes, ";proto=", if self.tls { "https" } else { "http" }] {
+        for part in
+            ["host=", quotes, host, quotes, ";proto=", if self.tls { "https" } else { "http" }]
+        {
             text.push_str(part);
         }
         text
@@ -224,6 +245,10 @@ impl Forwarded {
 
 /// Removes the names that only infrar may say.
 pub(super) fn strip_identity(headers: &mut HeaderMap) {
+    if !headers.keys().any(|name| name.as_str().len() == 13 && name.as_str().starts_with("infrar-"))
+    {
+        return;
+    }
     for name in [&CALLER, &SCOPES, &CLAIMS] {
         headers.remove(name);
     }

@@ -97,7 +97,11 @@ impl Gate {
     }
 
     /// Who is it? The token is verified, or remembered as verified.
-    async fn claims(&self, headers: &HeaderMap, callee: &ServiceName) -> Result<Rc<Claims>, Rejection> {
+    async fn claims(
+        &self,
+        headers: &HeaderMap,
+        callee: &ServiceName,
+    ) -> Result<Rc<Claims>, Rejection> {
         let token = bearer(headers)?;
         match self.verified(token, callee) {
             Ok(claims) => Ok(claims),
@@ -155,7 +159,18 @@ fn refuse(callee: &ServiceName, fault: &TokenFault) -> Rejection {
     match fault {
         TokenFault::Missing => Rejection::TokenMissing,
         TokenFault::Expired => Rejection::TokenExpired,
-        other => Rejection::TokenInvalid(other.label()),
+        TokenFault::Oversized
+        | TokenFault::Malformed
+        | TokenFault::HeaderNotAllowed
+        | TokenFault::AlgorithmNotAllowed
+        | TokenFault::UnknownKey { .. }
+        | TokenFault::BadSignature
+        | TokenFault::WrongIssuer
+        | TokenFault::WrongAudience
+        | TokenFault::NoExpiry
+        | TokenFault::NotYetValid
+        | TokenFault::NoSubject
+        | TokenFault::Type => Rejection::TokenInvalid(fault.label()),
     }
 }
 

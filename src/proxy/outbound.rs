@@ -177,7 +177,11 @@ impl Outbound {
     }
 
     /// Waits for a token that is not there yet.
-    async fn first_bearer(&self, cluster: &Cluster, slot: &Arc<Slot>) -> Result<HeaderValue, Rejection> {
+    async fn first_bearer(
+        &self,
+        cluster: &Cluster,
+        slot: &Arc<Slot>,
+    ) -> Result<HeaderValue, Rejection> {
         let limit = cluster.timeouts.request.unwrap_or(std::time::Duration::from_secs(30));
         let service = || cluster.service.clone();
         match tokio::time::timeout(limit, slot.bearer()).await {
@@ -192,9 +196,10 @@ impl Outbound {
                 );
                 Err(Rejection::TokenUnavailable { service: service(), why: why(&error) })
             }
-            Err(_elapsed) => {
-                Err(Rejection::TokenUnavailable { service: service(), why: "the issuer did not answer in time" })
-            }
+            Err(_elapsed) => Err(Rejection::TokenUnavailable {
+                service: service(),
+                why: "the issuer did not answer in time",
+            }),
         }
     }
 }

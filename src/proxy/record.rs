@@ -27,6 +27,11 @@ use crate::{
 /// The status under which a request is counted whose client did not wait for the answer (nginx' convention).
 const CLIENT_GONE: u16 = 499;
 
+/// Cells by status and problem code.
+type Answers = SmallVec<[(u16, &'static str, Counter); 4]>;
+/// Series by caller and callee.
+type ByCaller = HashMap<(Box<str>, ServiceName), Rc<Series>, RandomState>;
+
 /// Counts the exchanges of one (direction, caller, callee) on one worker.
 pub(super) struct Series {
     direction: Direction,
@@ -34,7 +39,7 @@ pub(super) struct Series {
     callee: Box<str>,
     registry: Arc<Registry>,
     /// One cell per (status, problem code) seen; mostly one or two.
-    answers: RefCell<SmallVec<[(u16, &'static str, Counter); 4]>>,
+    answers: RefCell<Answers>,
     duration: Histogram,
     overhead: Histogram,
 }
@@ -95,7 +100,7 @@ pub(super) struct Desk {
     access: Option<AccessLog>,
     /// Of requests whose caller or callee is not known (yet).
     unknown: Rc<Series>,
-    by_caller: RefCell<HashMap<(Box<str>, ServiceName), Rc<Series>, RandomState>>,
+    by_caller: RefCell<ByCaller>,
     last: RefCell<Option<Rc<Series>>>,
 }
 

@@ -503,16 +503,8 @@ impl Connection {
             self.flush(Bytes::new()).await?;
             return Ok(0);
         }
-        if let Body::Full(bytes) = &mut body {
-            let bytes = std::mem::take(bytes);
-            let length = bytes.len() as u64;
-            if bytes.len() <= SMALL_BODY {
-                self.write.put_slice(&bytes);
-                self.flush(Bytes::new()).await?;
-            } else {
-                self.flush(bytes).await?;
-            }
-            return Ok(length);
+        if let Body::Full(bytes) = body {
+            return self.write_whole(bytes).await;
         }
         let mut written = 0;
         let mut body = Pin::new(&mut body);
@@ -565,6 +557,18 @@ impl Connection {
         }
         self.flush(Bytes::new()).await?;
         Ok(written)
+    }
+
+    /// Writes what is in the buffer and a body that is all here, a small one in the same packet.
+    async fn write_whole(&mut self, bytes: Bytes) -> io::Result<u64> {
+        let length = bytes.len() as u64;
+        if bytes.len() <= SMALL_BODY {
+            self.write.put_slice(&bytes);
+            self.flush(Bytes::new()).await?;
+        } else {
+            self.flush(bytes).await?;
+        }
+        Ok(length)
     }
 
     /// Writes the buffer and then `frame`, and flushes; gives up when the client takes nothing for too long.
@@ -645,7 +649,9 @@ impl Connection {
 /// What the first read of a body asks for: all of it, within bounds.
 fn first_read(framing: Framing) -> usize {
     match framing {
-        Framing::Length(length) => usize::try_from(length).unwrap_or(usize::MAX).clamp(FIRST_READ, LARGE_READ),
+        Framing::Length(length) => {
+            usize::try_from(length).unwrap_or(usize::MAX).clamp(FIRST_READ, LARGE_READ)
+        }
         Framing::None | Framing::Chunked | Framing::UntilClose => FIRST_READ * 2,
     }
 }

@@ -14,7 +14,7 @@ use std::{
 use bytes::Bytes;
 use h2::{
     Reason, RecvStream, SendStream,
-    server::{Builder, SendResponse},
+    server::{Builder, Connection, SendResponse},
 };
 use http::{HeaderMap, Method, Request, Response, Version, header};
 use http_body::{Body as _, Frame, SizeHint};
@@ -23,6 +23,7 @@ use crate::{
     net::Stream,
     proxy::{
         reject::Rejection,
+        settings::Limits,
         story::Story,
         worker::{Answer, Call, Peer},
     },
@@ -43,24 +44,7 @@ const RESETS: usize = 100;
 /// Serves a connection until either side has had enough.
 pub(super) async fn serve(stream: Stream, guard: Guard, story: Rc<Story>, peer: Peer) {
     let limits = *story.worker().limits();
-    let header_bytes = u32::try_from(limits.head.bytes).unwrap_or(u32::MAX);
-    guard.arm(limits.header_timeout);
-    let shake = Builder::new()
-        .initial_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_send_buffer_size(SEND_BUFFER)
-        .max_concurrent_streams(limits.streams)
-        .max_header_list_size(header_bytes)
-        .max_pending_accept_reset_streams(RESETS)
-        .max_local_error_reset_streams(Some(RESETS))
-        .handshake::<_, Bytes>(stream);
-    let mut connection = tokio::select! {
-        shaken = shake => match shaken {
-            Ok(connection) => connection,
-            Err(error) => return tracing::debug!(%error, "an HTTP/2 connection did not begin"),
-        },
-        () = guard.expired() => return,
-    };
+    let Some(mut connection) = shake(stream, &guard, &limits).await else { return };
     let peer = Rc::new(peer);
     let open = Rc::new(Cell::new(0usize));
     let mut leaving = false;
@@ -87,10 +71,13 @@ pub(super) async fn serve(stream: Stream, guard: Guard, story: Rc<Story>, peer: 
                     let seat = Seat::take(&open);
                     let (story, peer) = (Rc::clone(&story), Rc::clone(&peer));
                     // Boxed here: what is moved on is then a pointer and not the room for a whole request.
-                    runtime::spawn_local("h2-stream", Box::pin(async move {
-                        answer(request, respond, &story, &peer).await;
-                        drop(seat);
-                    }));
+                    runtime::spawn_local(
+                        "h2-stream",
+                        Box::pin(async move {
+                            answer(request, respond, &story, &peer).await;
+                            drop(seat);
+                        }),
+                    );
                 }
                 Some(Err(error)) => return tracing::debug!(%error, "an HTTP/2 connection ended"),
                 None => return,
@@ -106,9 +93,41 @@ pub(super) async fn serve(stream: Stream, guard: Guard, story: Rc<Story>, peer: 
     }
 }
 
+/// Speaks the preface within the time for a head.
+async fn shake(
+    stream: Stream,
+    guard: &Guard,
+    limits: &Limits,
+) -> Option<Connection<Stream, Bytes>> {
+    let header_bytes = u32::try_from(limits.head.bytes).unwrap_or(u32::MAX);
+    guard.arm(limits.header_timeout);
+    let shake = Builder::new()
+        .initial_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_send_buffer_size(SEND_BUFFER)
+        .max_concurrent_streams(limits.streams)
+        .max_header_list_size(header_bytes)
+        .max_pending_accept_reset_streams(RESETS)
+        .max_local_error_reset_streams(Some(RESETS))
+        .handshake::<_, Bytes>(stream);
+    tokio::select! {
+        shaken = shake => match shaken {
+            Ok(connection) => Some(connection),
+            Err(error) => {
+                tracing::debug!(%error, "an HTTP/2 connection did not begin");
+                None
+            }
+        },
+        () = guard.expired() => None,
+    }
+}
+
+/// A request, and the way to answer it.
+type Opened = (Request<RecvStream>, SendResponse<Bytes>);
+
 /// What a connection has to attend to.
 enum Next {
-    Stream(Box<Option<Result<(Request<RecvStream>, SendResponse<Bytes>), h2::Error>>>),
+    Stream(Box<Option<Result<Opened, h2::Error>>>),
     /// Idle for too long, but for streams that are open.
     Busy,
     /// Idle for too long, or we are draining.

@@ -177,9 +177,9 @@ impl Connector {
         let begun = Instant::now();
         let tcp = connect_any(&addresses, deadline.saturating_duration_since(begun))
             .await
-            .map_err(|error| match error.kind() {
-                io::ErrorKind::TimedOut => ConnectError::Timeout,
-                _ => ConnectError::Refused(error),
+            .map_err(|error| {
+                let late = error.kind() == io::ErrorKind::TimedOut;
+                if late { ConnectError::Timeout } else { ConnectError::Refused(error) }
             })?;
         Ok((tcp, begun.elapsed()))
     }

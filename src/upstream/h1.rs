@@ -314,7 +314,9 @@ fn finish(
             Body::Full(bytes)
         }
         _ => {
-            let known = decoder.remaining().map_or(FIRST_READ * 2, |left| usize::try_from(left).unwrap_or(usize::MAX));
+            let known = decoder
+                .remaining()
+                .map_or(FIRST_READ * 2, |left| usize::try_from(left).unwrap_or(usize::MAX));
             exchange.next_read = known.clamp(FIRST_READ, LARGE_READ);
             Body::stream(Incoming { exchange: Some(exchange), decoder, home, reusable })
         }

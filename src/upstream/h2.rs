@@ -212,14 +212,13 @@ pub(super) async fn send(
         tracing::debug!(%error, "an HTTP/2 connection takes no more streams");
         unseen(SendError::Refused)
     })?;
-    let request = head(&mut outgoing).ok_or(unseen(SendError::BadRequest))?;
+    let request = head(&mut outgoing).ok_or_else(|| unseen(SendError::BadRequest))?;
     let body = std::mem::take(&mut outgoing.body);
     let (answer, stream) = send.send_request(request, body.is_empty()).map_err(|error| {
         connection.retire();
-        unseen(match classify(&error) {
-            SendError::Closed => SendError::Refused,
-            other => other,
-        })
+        // It closed before the request was on its way: nobody has seen it.
+        let error = classify(&error);
+        unseen(if matches!(error, SendError::Closed) { SendError::Refused } else { error })
     })?;
     let upload =
         (!body.is_empty()).then_some(Upload { body, stream, waiting: Bytes::new(), done: false });

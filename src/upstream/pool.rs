@@ -67,6 +67,10 @@ pub struct Want {
 }
 
 /// A connection for one request.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "made and used up once per request; a box would be an allocation each time"
+)]
 pub enum Lease {
     /// A connection of its own; it goes back when the answer is complete.
     H1 {

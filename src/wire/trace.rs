@@ -6,7 +6,18 @@
 use bytes::Bytes;
 use http::HeaderValue;
 
-const HEX: &[u8; 16] = b"0123456789abcdef";
+/// Every byte as two hex digits.
+#[expect(clippy::indexing_slicing, reason = "the compiler evaluates it, and checks it doing so")]
+const HEX: [[u8; 2]; 256] = {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let mut table = [[0; 2]; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        table[byte] = [DIGITS[byte >> 4], DIGITS[byte & 15]];
+        byte += 1;
+    }
+    table
+};
 
 /// The trace a request belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,10 +32,9 @@ fn is_hex(text: &[u8]) -> bool {
 
 fn hex16(value: u64) -> [u8; 16] {
     let mut text = [0; 16];
-    for (at, digit) in text.iter_mut().enumerate() {
-        let shift = 60 - 4 * at;
-        let nibble = (value >> shift) & 0xf;
-        *digit = HEX.get(usize::try_from(nibble).unwrap_or(0)).copied().unwrap_or(b'0');
+    let (pairs, _none) = text.as_chunks_mut::<2>();
+    for (pair, byte) in pairs.iter_mut().zip(value.to_be_bytes()) {
+        *pair = HEX.get(usize::from(byte)).copied().unwrap_or_default();
     }
     text
 }

@@ -1,0 +1,139 @@
+//! How a command reaches the control plane, and how it prints what it learnt.
+
+use std::{
+    io::{self, Write},
+    path::PathBuf,
+    str::FromStr,
+};
+
+use secrecy::SecretString;
+use url::Url;
+
+use crate::api::{Client, ClientError, ClientSettings};
+
+/// Addresses of a control plane as a flag or variable has them: one, several with commas between, or the YAML list
+/// that a proxy's `INFRAR_CONTROL_URL` may be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Replicas(Vec<Url>);
+
+impl FromStr for Replicas {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let bare = text.trim();
+        let list = bare.strip_prefix('[').and_then(|list| list.strip_suffix(']')).unwrap_or(bare);
+        let urls: Result<Vec<Url>, String> = list.split(',').map(address).collect();
+        urls.map(Self)
+    }
+}
+
+fn address(text: &str) -> Result<Url, String> {
+    let text = text.trim().trim_matches(['"', '\'']);
+    let url: Option<Url> = text.parse().ok();
+    url.filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host())
+        .ok_or_else(|| format!("{text:?} is no address; write https://HOST:PORT"))
+}
+
+/// Where the control plane is, and whom to believe on the way.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Reach {
+    /// The control plane; several replicas with commas between.
+    #[arg(
+        long,
+        env = "INFRAR_CONTROL_URL",
+        default_value = "http://127.0.0.1:7070",
+        value_name = "URL"
+    )]
+    control: Replicas,
+    /// Certificates (PEM) to trust besides the system's.
+    #[arg(long, env = "INFRAR_CONTROL_CA_FILE", value_name = "FILE")]
+    ca_file: Option<PathBuf>,
+}
+
+impl Reach {
+    /// A client for it.
+    ///
+    /// # Errors
+    /// [`ClientError::Settings`].
+    pub(crate) fn client(&self) -> Result<Client, ClientError> {
+        Client::new(ClientSettings::new(self.control.0.clone(), self.ca_file.clone()))
+    }
+
+    /// The issuer that a control plane without `--public-url` has at this address.
+    pub(crate) fn issuer(&self) -> String {
+        let first = self.control.0.first().map(Url::as_str).unwrap_or_default();
+        first.trim_end_matches('/').to_owned()
+    }
+}
+
+/// A bearer for the audience `infrar-control`.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Bearer {
+    /// A token for the audience infrar-control: `infrar token get`.
+    #[arg(long, env = "INFRAR_TOKEN", hide_env_values = true, value_name = "TOKEN")]
+    token: SecretString,
+}
+
+impl Bearer {
+    /// The token.
+    pub(crate) fn secret(&self) -> &SecretString {
+        &self.token
+    }
+}
+
+/// Writes `text` and a line feed to stdout. Whoever stops reading (`| head`) is no fault.
+///
+/// # Errors
+/// What the system says of any other.
+pub(crate) fn print(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    match writeln!(out, "{text}").and_then(|()| out.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        outcome => outcome,
+    }
+}
+
+/// Text from elsewhere without the characters that steer a terminal.
+pub(crate) fn tame(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() && c != '\n' { '\u{fffd}' } else { c }).collect()
+}
+
+/// Rows under headings, in columns as wide as they must be.
+pub(crate) fn table<const N: usize>(headings: [&str; N], rows: &[[String; N]]) -> String {
+    let mut widths = headings.map(|heading| heading.chars().count());
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let line = |cells: &[String; N]| {
+        let padded = cells.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}"));
+        padded.collect::<Vec<_>>().join("  ").trim_end().to_owned()
+    };
+    let mut lines = vec![line(&headings.map(str::to_owned))];
+    lines.extend(rows.iter().map(line));
+    lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn replicas_are_written_alone_with_commas_or_as_a_list() {
+        let two = ["https://a:7070/", "https://b/"];
+        for text in ["https://a:7070,https://b", "[https://a:7070, \"https://b\"]"] {
+            let Replicas(urls) = text.parse().unwrap();
+            assert_eq!(urls.iter().map(Url::as_str).collect::<Vec<_>>(), two, "{text}");
+        }
+        for bad in ["", "control:7070", "ftp://a", "https://a,"] {
+            assert!(bad.parse::<Replicas>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn columns_line_up_and_nothing_steers_the_terminal() {
+        let rows = [["a".to_owned(), "x".to_owned()], ["longer".to_owned(), String::new()]];
+        assert_eq!(table(["NAME", "B"], &rows), "NAME    B\na       x\nlonger");
+        assert_eq!(tame("a\u{1b}[2Jb\u{9b}c\n"), "a\u{fffd}[2Jb\u{fffd}c\n");
+    }
+}
