@@ -3,6 +3,8 @@
 //! `signature` is the bare check with a parsed key, so that `miss` less `signature` is what parsing, claims and
 //! prepared headers cost.
 
+#![expect(clippy::expect_used, reason = "a bench that cannot be set up should end")]
+
 use std::{hint::black_box, sync::Arc};
 
 use aws_lc_rs::{
