@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
@@ -102,7 +102,7 @@ async fn curl_speaks_tls_with_the_endpoint_itself_through_a_connect_tunnel() {
             .arg("https://elsewhere.example/"),
     )
     .await;
-    assert_eq!(String::from_utf8_lossy(&output.stdout), "404");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "403");
 }
 
 #[tokio::test]
@@ -141,7 +141,7 @@ async fn nginx_answers_over_http2_and_over_http1_as_the_project_says() {
     let said = shop.curl(&curl, &[&["--proxy", &asked, "http://reports/"]]).await;
     assert_eq!(said, format!("HTTP/2.0 {}\n", shop.nginx));
     let said = shop.curl(&curl, &[&["--proxy", &asked, "http://archive/"]]).await;
-    assert_eq!(said, format!("HTTP/1.1 {}\n", shop.nginx));
+    assert_eq!(said, format!("HTTP/1.1 {}\n", shop.nginx.replace("localhost", "127.0.0.1")));
     for name in ["reports", "archive"] {
         let size = ["--output", "/dev/null", "--write-out", "%{size_download}"];
         let size =
@@ -404,9 +404,11 @@ impl Shop {
     fn write_certificates(&self) {
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        // A name of its own: to OpenSSL a leaf whose issuer has the leaf's name is self-signed.
+        params.distinguished_name.push(DnType::CommonName, "the shop's CA");
         let ca = CertifiedIssuer::self_signed(params, KeyPair::generate().expect("a key"))
             .expect("a CA");
-        let names = ["localhost", "data-intelligence"].map(str::to_owned);
+        let names = ["localhost", "127.0.0.1", "data-intelligence"].map(str::to_owned);
         let key = KeyPair::generate().expect("a key");
         let leaf =
             CertificateParams::new(names).expect("names").signed_by(&key, &ca).expect("a leaf");
@@ -444,7 +446,7 @@ services:
     scopes: [read:reports]
     protocol: h2
   archive:
-    endpoints: [{{ url: 'https://{nginx}', provider: gcp, region: us-central1, auth_method: none }}]
+    endpoints: [{{ url: 'https://127.0.0.1:{port}', provider: gcp, region: us-central1, auth_method: none }}]
     scopes: [read:reports]
     protocol: h1
 permissions:
@@ -456,7 +458,8 @@ identities:
   web-application: {{ client_secret_file: secrets/web-application }}
   data-intelligence: {{ client_secret_file: secrets/data-intelligence }}
 ",
-        inbound.port()
+        inbound.port(),
+        port = nginx.trim_start_matches("localhost:"),
     )
 }
 

@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::Context;
-use futures_util::{FutureExt, future::BoxFuture};
+use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use secrecy::SecretString;
 use serde_json::Value;
 use tokio::{net::TcpListener, runtime::Handle, sync::Notify, time::Instant};
@@ -20,6 +20,7 @@ use tokio::{net::TcpListener, runtime::Handle, sync::Notify, time::Instant};
 use super::{flags::ProxyFlags, trust::Trust, watch::WatchedFile};
 use crate::{
     api::{CONTROL_AUDIENCE, Catalog, Client, ClientSettings, Credential, TokenAnswer},
+    balance::CircuitState,
     config::{self, ProxyFile},
     cost::{Meter, PriceBook},
     discovery::{AskBearer, Directory, Registry as Source, State},
@@ -129,7 +130,7 @@ pub(crate) fn start(file: &ProxyFile) -> anyhow::Result<RunningProxy> {
     let (access, flushing) = log.unzip();
     let settings = Arc::new(settings(file)?);
     let certificates: Vec<_> = settings.inbound.iter().filter_map(|it| it.tls.clone()).collect();
-    let ends = Ends::default();
+    let (ends, ward) = (Ends::default(), Arc::<proxy::Ward>::default());
     let (meter, registry) = (Arc::new(Meter::default()), Arc::new(Registry::default()));
     let parts = Parts {
         settings: Arc::clone(&settings),
@@ -142,7 +143,7 @@ pub(crate) fn start(file: &ProxyFile) -> anyhow::Result<RunningProxy> {
         registry: Arc::clone(&registry),
         access: access.clone(),
         ends: ends.clone(),
-        ward: Arc::default(),
+        ward: Arc::clone(&ward),
         own: vec![admin_at],
     };
     let count = match file.workers {
@@ -150,6 +151,7 @@ pub(crate) fn start(file: &ProxyFile) -> anyhow::Result<RunningProxy> {
         config::Workers::Count(count) => count,
     };
     let running = proxy::start(parts, count)?;
+    registry.register_collector(Box::new(move |found| conditions(found, &ward)));
     expose(&registry, &world, &directory, &meter, &running, access);
     let drained = Arc::new(Notify::new());
     let inbound = !settings.inbound.is_empty();
@@ -508,11 +510,27 @@ impl World {
 
 /// Keeps keys and tokens on disk as they come.
 async fn keep_secrets(state: State, trust: Arc<Mutex<Trust>>, tokens: Arc<Tokens>) {
+    let followed = lock(&trust).followed();
     let mut changes = tokens.changes();
     changes.mark_changed();
-    let mut ticks = tokio::time::interval(Duration::from_secs(1));
     let mut last: HashMap<String, Value> = HashMap::new();
     loop {
+        // Listened to before they are read, so that no change falls between.
+        let sets = lock(&trust).sets();
+        let mut listened: Vec<_> = sets.iter().map(|keys| keys.changes()).collect();
+        let now: HashMap<String, Value> = sets
+            .iter()
+            .filter(|keys| !keys.load().is_empty())
+            .filter_map(|keys| {
+                Some((keys.issuer().to_string(), serde_json::to_value(keys.load().source()).ok()?))
+            })
+            .collect();
+        if now != last {
+            keep(&state, JWKS, now.clone()).await;
+            last = now;
+        }
+        let keys: FuturesUnordered<_> =
+            listened.iter_mut().map(tokio::sync::watch::Receiver::changed).collect();
         tokio::select! {
             changed = changes.changed() => {
                 if changed.is_err() {
@@ -520,18 +538,8 @@ async fn keep_secrets(state: State, trust: Arc<Mutex<Trust>>, tokens: Arc<Tokens
                 }
                 keep(&state, TOKENS, tokens.snapshot()).await;
             }
-            _tick = ticks.tick() => {
-                let sets = lock(&trust).sets();
-                let now: HashMap<String, Value> = sets
-                    .iter()
-                    .filter(|keys| !keys.load().is_empty())
-                    .filter_map(|keys| Some((keys.issuer().to_string(), serde_json::to_value(keys.load().source()).ok()?)))
-                    .collect();
-                if now != last {
-                    keep(&state, JWKS, now.clone()).await;
-                    last = now;
-                }
-            }
+            Some(_changed) = keys.into_future().map(|(first, _)| first) => {}
+            () = followed.notified() => {}
         }
     }
 }
@@ -750,6 +758,23 @@ fn expose(
         }
         egress(found, &meter);
     }));
+}
+
+/// Circuits and latencies by endpoint.
+fn conditions(found: &mut crate::telemetry::Families, ward: &proxy::Ward) {
+    for condition in ward.conditions() {
+        let labels =
+            [("service", condition.service.as_str()), ("endpoint", condition.endpoint.as_str())];
+        let state = match condition.circuit {
+            CircuitState::Closed => 0.0,
+            CircuitState::HalfOpen => 1.0,
+            CircuitState::Open => 2.0,
+        };
+        found.gauge(names::CIRCUIT_STATE, &labels, state);
+        if let Some(latency) = condition.latency {
+            found.gauge(names::ENDPOINT_LATENCY, &labels, latency.as_secs_f64());
+        }
+    }
 }
 
 /// Bytes by path, and what they cost in the marginal band.

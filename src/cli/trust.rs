@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc};
 
 use arc_swap::ArcSwap;
 use serde_json::Value;
-use tokio::runtime::Handle;
+use tokio::{runtime::Handle, sync::Notify};
 use url::Url;
 
 use crate::{
@@ -33,6 +33,7 @@ pub(super) struct Trust {
     has_control: bool,
     /// Keys of an earlier run, by issuer.
     remembered: HashMap<String, Value>,
+    followed: Arc<Notify>,
 }
 
 impl Trust {
@@ -43,7 +44,14 @@ impl Trust {
         remembered: HashMap<String, Value>,
     ) -> Self {
         let verifier = Arc::new(ArcSwap::from_pointee(Verifier::new(Vec::new())));
-        Self { verifier, known: HashMap::new(), client, has_control, remembered }
+        Self {
+            verifier,
+            known: HashMap::new(),
+            client,
+            has_control,
+            remembered,
+            followed: Arc::default(),
+        }
     }
 
     /// Who verifies; changes as the project does.
@@ -79,6 +87,12 @@ impl Trust {
             }));
         }
         self.verifier.store(Arc::new(Verifier::new(trusted)));
+        self.followed.notify_one();
+    }
+
+    /// Tells one listener that the key sets may be others.
+    pub(super) fn followed(&self) -> Arc<Notify> {
+        Arc::clone(&self.followed)
     }
 
     /// The keys of an issuer: those in use already, or new ones.

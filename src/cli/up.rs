@@ -36,9 +36,10 @@ project: shop
 services:
   hello:
     endpoints:
-      # Any HTTP server will do:  python3 -m http.server 8080 --bind 127.0.0.1
+      # Any HTTP server will do:  python3 -m http.server 8080 --bind 127.0.0.1 --directory public
       - { url: \"http://127.0.0.1:8080\", provider: local, region: laptop, auth_method: none }
     scopes: [read:hello]
+    circuit: { recovery_timeout: 2s }   # called before it runs? It is tried again soon
 permissions:                       # what is not listed is refused
   web-application:
     hello: [read:hello]
@@ -188,7 +189,7 @@ A control plane and a proxy on this machine; Ctrl-C ends both.
 {greeting}
 Ask what happened:
 
-  curl http://{admin}/v1/endpoint/NAME
+  curl http://{admin}/v1/snapshot
   curl http://{admin}/metrics
 
 Edit {project}: a saved change is in force at once, a wrong one is refused with its faults.

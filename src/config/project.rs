@@ -16,11 +16,12 @@ use super::{
     show::Shown,
 };
 use crate::{
+    api::{CATALOG_READ, CONTROL_AUDIENCE, KEYS_WRITE, USAGE_WRITE},
     control::{Identities, Identity},
     model::{
         AuthMethod, Backoff, Circuit, Connection, Endpoint, EndpointId, Enforcement, HealthCheck,
         Hedge, HedgeAfter, Issuer, Limits, NetworkMode, Networking, Origin, Place, Project,
-        Retries, Routing, Scheme, ScopeSet, Service, ServiceName, Sticky, Timeouts,
+        Retries, Routing, Scheme, Scope, ScopeSet, Service, ServiceName, Sticky, Timeouts,
     },
 };
 
@@ -333,6 +334,7 @@ impl Reader<'_> {
                 let Ok(callee) = grant.key.parse::<ServiceName>() else { continue };
                 match services.get(&callee) {
                     Some(service) => self.known_scopes(grant, &callee, service),
+                    None if callee.as_str() == CONTROL_AUDIENCE => self.control_scopes(grant),
                     None => self.unknown_callee(grant, services),
                 }
                 callees.insert(callee, scopes(grant.value.here()));
@@ -354,6 +356,20 @@ impl Reader<'_> {
             found: format!("\"{}\", which is no service of this project", grant.key),
             advice,
         });
+    }
+
+    /// The control plane's own API is granted like a service; its scopes are what this release knows.
+    fn control_scopes(&mut self, grant: &Entry) {
+        let known = [CATALOG_READ, USAGE_WRITE, KEYS_WRITE];
+        for node in grant.value.items() {
+            let Some(scope) = node.parse::<Scope>() else { continue };
+            if !known.contains(&scope.as_str()) {
+                let found =
+                    format!("{}, a scope that the control plane does not have", node.found());
+                self.faults
+                    .push(node.fault_found(found, format!("write one of {}", known.join(", "))));
+            }
+        }
     }
 
     fn known_scopes(&mut self, grant: &Entry, callee: &ServiceName, service: &Service) {

@@ -58,6 +58,8 @@ impl Edge {
         record: &mut Record,
     ) -> Result<Received, Rejection> {
         let (mut parts, body) = call.request.into_parts();
+        // Known before anything can refuse it: its line in the log says which request that was.
+        record.identified(id, headers::continue_trace(&mut parts.headers));
         // Has it been here before?
         self.worker.via_in.pass(parts.version, &mut parts.headers)?;
         // Which service is meant?
@@ -72,7 +74,6 @@ impl Edge {
         headers::strip_hop_by_hop(&mut parts.headers);
         headers::strip_identity(&mut parts.headers);
         drop(admitted);
-        record.identified(id, headers::continue_trace(&mut parts.headers));
         arrived(&mut parts, call.peer, upgrade.as_ref());
         let dispatch = Dispatch {
             method: parts.method,

@@ -210,6 +210,8 @@ impl Inbound {
         record: &mut Record,
     ) -> Result<Received, Rejection> {
         let (mut parts, body) = call.request.into_parts();
+        // Known before anything can refuse it: its line in the log says which request that was.
+        record.identified(id, headers::continue_trace(&mut parts.headers));
         // Has it been here before?
         self.worker.via_in.pass(parts.version, &mut parts.headers)?;
         // Who is it, and may it?
@@ -219,7 +221,6 @@ impl Inbound {
         let upgrade = headers::upgrade(&parts.method, parts.version, &parts.headers);
         headers::strip_hop_by_hop(&mut parts.headers);
         self.gate.undress(&mut parts.headers, &admitted);
-        record.identified(id, headers::continue_trace(&mut parts.headers));
         arrived(&mut parts, call.peer, upgrade.as_ref());
         let dispatch = Dispatch {
             method: parts.method,

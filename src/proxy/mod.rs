@@ -2,7 +2,7 @@
 //!
 //! One worker per core, each with its own listening sockets, view of the project, pools, caches and counters; they share
 //! nothing on the path of a request but snapshots. Everything that may stall lives on the side runtime. The stories are
-//! [`outbound`], [`inbound`] and [`edge`]; each reads from top to bottom.
+//! `outbound`, `inbound` and `edge`; each reads from top to bottom.
 
 mod accept;
 mod admin;
@@ -35,7 +35,7 @@ pub use self::{
     admin::{Admin, AdminAddress, Ready},
     reject::Rejection,
     settings::{App, InboundSettings, Limits, OutboundSettings, Role, Settings, UnknownHosts},
-    view::Ward,
+    view::{Condition, Ward},
 };
 use crate::{
     cost::Meter,

@@ -75,6 +75,8 @@ impl Outbound {
         record: &mut Record,
     ) -> Result<Received, Rejection> {
         let (mut parts, body) = call.request.into_parts();
+        // Known before anything can refuse it: its line in the log says which request that was.
+        record.identified(id, headers::continue_trace(&mut parts.headers));
         // Has it been here before?
         self.worker.via_out.pass(parts.version, &mut parts.headers)?;
         // Which service is meant, where does it live now, and may we speak to it?
@@ -84,7 +86,6 @@ impl Outbound {
         let upgrade = headers::upgrade(&parts.method, parts.version, &parts.headers);
         headers::strip_hop_by_hop(&mut parts.headers);
         headers::strip_identity(&mut parts.headers);
-        record.identified(id, headers::continue_trace(&mut parts.headers));
         call.peer.forwarded.add(&mut parts.headers, &asked);
         if let Some(protocol) = &upgrade {
             parts.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));

@@ -38,7 +38,7 @@ pub enum Rejection {
         callee: ServiceName,
     },
     /// The caller lacks a scope.
-    #[error("{caller} lacks the scope {missing:?} at {callee}")]
+    #[error("{caller} lacks {} at {callee}", named(.missing))]
     ScopeMissing {
         /// Who would speak.
         caller: String,
@@ -162,6 +162,11 @@ pub enum Rejection {
     /// The request has been here before.
     #[error("the request came back to the proxy that sent it, or passed too many")]
     Loop,
+}
+
+/// The scopes that are missing, for people.
+fn named(missing: &ScopeSet) -> String {
+    if missing.is_empty() { "any scope".to_owned() } else { format!("the scope {missing}") }
 }
 
 /// How a rejection is said in each language.
@@ -434,6 +439,7 @@ mod tests {
         assert!(told(Rejection::TokenExpired).unwrap().to_str().unwrap().contains("invalid_token"));
         let missing = ScopeSet::parse_list("write:query").unwrap();
         let scope = Rejection::ScopeMissing { caller: "a".into(), callee: service(), missing };
+        assert!(scope.to_string().starts_with("a lacks the scope write:query at "), "{scope}");
         assert!(told(scope).unwrap().to_str().unwrap().contains("scope=\"write:query\""));
         assert_eq!(told(Rejection::Loop), None);
     }

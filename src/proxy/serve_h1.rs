@@ -437,7 +437,9 @@ impl Connection {
         let (parts, body) = response.into_parts();
         let unread = !self.wire.decoder.borrow().is_done() || self.wire.broken.get();
         let draining = self.story.end().reached(Phase::Drain);
-        let mut keep_alive = asked.keep_alive && !draining && !(unread && body_is_short(&body));
+        let mut keep_alive = asked.keep_alive
+            && !draining
+            && !(unread && (self.wire.expects.get() || body_is_short(&body)));
         let framing = self.encode_head(parts.status, parts.headers, &body, asked, &mut keep_alive);
         let written = self.write_body(body, framing).await;
         self.wire.guard.disarm();

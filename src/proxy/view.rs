@@ -21,7 +21,7 @@ use tokio::time::Instant;
 
 use crate::{
     api::Catalog,
-    balance::{Aim, Budget, Candidate, Picker, Tick, Vitals},
+    balance::{Aim, Budget, Candidate, CircuitState, Picker, Tick, Vitals},
     cost::{Kind, Leg, Meter, Path, PathKey, PriceBook, Site},
     identity::{Grant, NotPermitted, Slot, Strictness, Tokens, permits},
     model::{
@@ -38,11 +38,27 @@ use crate::{
     upstream::{Connector, Pool, PoolSettings},
 };
 
+/// Service, endpoint and address.
+type Whom = (ServiceName, EndpointId, Origin);
+
+/// What is known about an endpoint, for people to read.
+#[derive(Clone, Debug)]
+pub struct Condition {
+    /// The service.
+    pub service: ServiceName,
+    /// The endpoint.
+    pub endpoint: EndpointId,
+    /// Its circuit.
+    pub circuit: CircuitState,
+    /// What an answer takes; `None` before the first one.
+    pub latency: Option<Duration>,
+}
+
 /// What every worker of a process shares about endpoints: one [`Vitals`] each, one [`Budget`] per service.
 #[derive(Debug)]
 pub struct Ward {
     zero: Instant,
-    vitals: Mutex<HashMap<String, Arc<Vitals>>>,
+    vitals: Mutex<HashMap<Whom, (Arc<Vitals>, Circuit)>>,
     budgets: Mutex<HashMap<ServiceName, Arc<Budget>>>,
 }
 
@@ -59,10 +75,27 @@ impl Ward {
         Tick::since(self.zero, now)
     }
 
-    fn vitals(&self, key: String) -> Arc<Vitals> {
+    fn vitals(&self, whom: Whom, circuit: &Circuit) -> Arc<Vitals> {
         let now = self.tick(Instant::now());
         let mut known = self.vitals.lock().unwrap_or_else(PoisonError::into_inner);
-        Arc::clone(known.entry(key).or_insert_with(|| Arc::new(Vitals::new(now))))
+        let entry =
+            known.entry(whom).or_insert_with(|| (Arc::new(Vitals::new(now)), circuit.clone()));
+        entry.1.clone_from(circuit);
+        Arc::clone(&entry.0)
+    }
+
+    /// What is known about every endpoint. Takes a lock that no request takes.
+    #[must_use]
+    pub fn conditions(&self) -> Vec<Condition> {
+        let now = self.tick(Instant::now());
+        let known = self.vitals.lock().unwrap_or_else(PoisonError::into_inner);
+        let each = known.iter().map(|((service, endpoint, _), (vitals, circuit))| Condition {
+            service: service.clone(),
+            endpoint: endpoint.clone(),
+            circuit: vitals.breaker.view(circuit, now).state,
+            latency: vitals.latency.measured(),
+        });
+        each.collect()
     }
 
     fn budget(&self, service: &ServiceName) -> Arc<Budget> {
@@ -372,7 +405,9 @@ impl Surveyor {
             None => self.pool(name, way, address, named, service.protocol)?,
         };
         kept.insert(key, Rc::clone(&pool));
-        let vitals = self.ward.vitals(format!("{name}/{}/{address}", way.endpoint.id));
+        let vitals = self
+            .ward
+            .vitals((name.clone(), way.endpoint.id.clone(), address.clone()), &service.circuit);
         let here = self.settings.place.as_ref();
         let rank = here.map_or(0, |here| {
             Candidate::rank(
@@ -476,7 +511,6 @@ impl Surveyor {
         let settings =
             PoolSettings { head: self.settings.limits.head, prefer_h2, ..PoolSettings::default() };
         let pool = Pool::new(settings, app.protocol, connector);
-        let vitals = self.ward.vitals(format!("{service}//{}", app.origin));
         let id: EndpointId = "app".parse().ok()?;
         let endpoint = Endpoint {
             id: id.clone(),
@@ -492,6 +526,8 @@ impl Surveyor {
         // The application is never left alone: there is no other endpoint to turn to.
         let circuit =
             Circuit { failure_threshold: u32::MAX, recovery_timeout: Duration::from_secs(1) };
+        let whom = (service.clone(), id.clone(), app.origin.clone());
+        let vitals = self.ward.vitals(whom, &circuit);
         let authority = app.origin.authority();
         let target = Target {
             id,

@@ -77,7 +77,13 @@ impl Worker {
     /// # Errors
     /// [`Rejection::NotReady`] before the first snapshot.
     pub(super) fn view(&self) -> Result<Rc<View>, Rejection> {
-        self.view.borrow().clone().ok_or(Rejection::NotReady)
+        let view = self.view.borrow().clone();
+        view.or_else(|| {
+            // The first snapshot may be there before this worker was told of it.
+            self.refresh();
+            self.view.borrow().clone()
+        })
+        .ok_or(Rejection::NotReady)
     }
 
     /// Who verifies tokens right now.

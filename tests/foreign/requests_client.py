@@ -10,7 +10,10 @@ NAME = "http://data-intelligence"
 
 
 def headers(answer: requests.Response) -> dict[str, str]:
-    return dict(answer.json()["headers"])
+    joined: dict[str, str] = {}
+    for name, value in answer.json()["headers"]:
+        joined[name] = f"{joined[name]}, {value}" if name in joined else value
+    return joined
 
 
 session = requests.Session()

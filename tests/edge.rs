@@ -1,0 +1,233 @@
+//! Edges: one public listener for all services of a place, and the way out of a place for its sidecars.
+#![allow(
+    clippy::disallowed_methods,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::too_many_lines,
+    reason = "a story may fail, may be long, and does what the product may not"
+)]
+
+mod support;
+
+use std::{net::SocketAddr, sync::Arc};
+
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
+use rustls::{
+    ClientConfig, RootCertStore,
+    pki_types::{CertificateDer, ServerName, pem::PemObject},
+};
+use support::{Folder, Infrar, Line, Origin, Pair, free_ports, get, header, talk};
+use tokio::net::TcpStream;
+use tokio_rustls::{TlsConnector, client::TlsStream};
+
+/// Two clouds with an edge each: the caller in one, the callee and its app in the other.
+struct Clouds {
+    folder: Folder,
+    control: SocketAddr,
+    /// The caller's way out, directly.
+    direct: SocketAddr,
+    /// The way out of a second caller, which goes through its own cloud's edge.
+    via: SocketAddr,
+    /// The edge in front of the callee.
+    edge: SocketAddr,
+    app: Origin,
+    processes: Vec<Infrar>,
+}
+
+impl Clouds {
+    async fn open() -> Self {
+        let folder = Folder::new();
+        write_certificates(&folder);
+        let [control, direct, via, edge, home, inbound] = free_ports();
+        for name in ["web", "data", "azure-edge", "aws-edge"] {
+            folder.write(&format!("secrets/{name}"), &format!("the secret of {name}\n"));
+        }
+        let app = Origin::plain("reached").await;
+        let identities: String = ["web", "data", "azure-edge", "aws-edge"]
+            .map(|name| format!("  {name}: {{ client_secret_file: secrets/{name} }}\n"))
+            .concat();
+        folder.write(
+            "project.yaml",
+            &format!(
+                "project: shop\nservices:\n  data:\n    scopes: [use]\n    endpoints: [{{ url: 'https://localhost:{}', \
+                 private_url: 'https://{inbound}', provider: azure, region: eastus }}]\n  other:\n    scopes: [use]\n    \
+                 endpoints: [{{ url: 'https://other.example', provider: azure, region: eastus }}]\n\
+                 permissions: {{ web: {{ data: [use], other: [use] }} }}\nidentities:\n{identities}",
+                edge.port()
+            ),
+        );
+        let tls = "tls: { cert_file: leaf.pem, key_file: leaf.key }";
+        let mut processes = vec![Pair::start_control(&folder, control)];
+        processes[0].ready(control).await;
+        let settings = [
+            (
+                "azure-edge",
+                "edge",
+                "azure-edge",
+                "azure_eastus",
+                format!("inbound: {{ listen: '{edge}', {tls} }}\n"),
+            ),
+            (
+                "aws-edge",
+                "edge",
+                "aws-edge",
+                "aws_us_east_1",
+                format!("inbound: {{ listen: '{home}', {tls} }}\n"),
+            ),
+            (
+                "data",
+                "sidecar",
+                "data",
+                "azure_eastus",
+                format!("inbound: {{ listen: '{inbound}', app: 'http://{}', {tls} }}\n", app.at),
+            ),
+            (
+                "direct",
+                "sidecar",
+                "web",
+                "aws_us_east_1",
+                format!("outbound: {{ listen: '{direct}' }}\n"),
+            ),
+            (
+                "via",
+                "sidecar",
+                "web",
+                "aws_us_east_1",
+                format!(
+                    "outbound: {{ listen: '{via}', via: 'https://localhost:{}' }}\n",
+                    home.port()
+                ),
+            ),
+        ];
+        for (name, role, service, place, keys) in settings {
+            let [admin] = free_ports();
+            folder.write(
+                &format!("{name}.yaml"),
+                &format!(
+                    "role: {role}\nservice: {service}\nplace: {place}\ncontrol: {{ url: 'http://{control}', state_dir: {name}, \
+                     credential: {{ client_secret_file: secrets/{service} }} }}\nadmin: {{ listen: '{admin}' }}\n\
+                     trust: {{ ca_file: ca.pem }}\nlog: {{ format: json }}\n{keys}"
+                ),
+            );
+            let mut proxy = Pair::start_proxy(&folder, name);
+            proxy.ready(admin).await;
+            processes.push(proxy);
+        }
+        Self { folder, control, direct, via, edge, app, processes }
+    }
+
+    fn logs(&self) -> String {
+        self.processes.iter().map(Infrar::log).collect::<Vec<_>>().join("\n---\n")
+    }
+
+    /// A token of the control plane's, as the caller gets it.
+    async fn token(&self, audience: &str) -> String {
+        use base64::{Engine, engine::general_purpose::STANDARD};
+        let secret = STANDARD.encode("web:the secret of web");
+        let form = format!("grant_type=client_credentials&audience={audience}");
+        let said = talk(
+            self.control,
+            format!(
+                "POST /oauth2/token HTTP/1.1\r\nhost: control\r\nauthorization: Basic {secret}\r\nconnection: close\r\n\
+                 content-type: application/x-www-form-urlencoded\r\ncontent-length: {}\r\n\r\n{form}",
+                form.len()
+            ),
+        )
+        .await;
+        let token =
+            said.body.split("\"access_token\":\"").nth(1).and_then(|rest| rest.split('"').next());
+        token.unwrap_or_else(|| panic!("no token: {said:?}")).to_owned()
+    }
+
+    /// Asks the public edge as anybody on the internet could; the answer's status.
+    async fn asks_edge(&self, host: &str, sni: &str, further: &str) -> u16 {
+        let mut line = Line::over(self.handshake(sni).await);
+        line.say(format!("GET /x HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n{further}\r\n"))
+            .await;
+        let said = line.rest().await;
+        said.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or_default()
+    }
+
+    async fn handshake(&self, sni: &str) -> TlsStream<TcpStream> {
+        let mut roots = RootCertStore::empty();
+        let ca = CertificateDer::from_pem_slice(self.folder.read("ca.pem").as_bytes());
+        roots.add(ca.expect("a certificate")).expect("a CA");
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let config = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .expect("versions of this provider")
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let stream = TcpStream::connect(self.edge).await.expect("the edge listens");
+        let name = ServerName::try_from(sni.to_owned()).expect("a name");
+        TlsConnector::from(Arc::new(config)).connect(name, stream).await.expect("TLS")
+    }
+}
+
+fn write_certificates(folder: &Folder) {
+    let mut params = CertificateParams::default();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.distinguished_name.push(DnType::CommonName, "the clouds' CA");
+    let ca =
+        CertifiedIssuer::self_signed(params, KeyPair::generate().expect("a key")).expect("a CA");
+    let key = KeyPair::generate().expect("a key");
+    let names = ["localhost", "edge.example"].map(str::to_owned);
+    let leaf = CertificateParams::new(names).expect("names").signed_by(&key, &ca).expect("a leaf");
+    folder.write("ca.pem", &ca.pem());
+    folder.write("leaf.pem", &leaf.pem());
+    folder.write("leaf.key", &key.serialize_pem());
+}
+
+#[tokio::test]
+async fn a_call_enters_the_other_cloud_through_its_edge_and_keeps_its_host_and_token() {
+    let clouds = Clouds::open().await;
+    let said = get(clouds.direct, "data", "/query?x=1").await;
+    assert_eq!((said.status(), &*said.body), (200, "reached"), "{said:?}\n{}", clouds.logs());
+    let head = clouds.app.heads().pop().expect("a request");
+    assert!(head.starts_with("GET /query?x=1 HTTP/1.1\r\n"), "{head}");
+    assert_eq!(
+        header(&head, "host"),
+        Some(&*format!("localhost:{}", clouds.edge.port())),
+        "{head}"
+    );
+    assert_eq!(header(&head, "infrar-caller"), Some("web"), "{head}");
+    // The caller, the edge and the callee: three hops of ours, none twice.
+    assert_eq!(head.matches("infrar-").count() - head.matches("\r\ninfrar-").count(), 3, "{head}");
+
+    // Through the caller's own edge it is one hop more.
+    let said = get(clouds.via, "data", "/query").await;
+    assert_eq!((said.status(), &*said.body), (200, "reached"), "{said:?}\n{}", clouds.logs());
+    let head = clouds.app.heads().pop().expect("a request");
+    assert_eq!(
+        header(&head, "host"),
+        Some(&*format!("localhost:{}", clouds.edge.port())),
+        "{head}"
+    );
+    assert_eq!(header(&head, "infrar-caller"), Some("web"), "{head}");
+    assert_eq!(head.matches("infrar-").count() - head.matches("\r\ninfrar-").count(), 4, "{head}");
+}
+
+#[tokio::test]
+async fn an_edge_knows_the_service_by_host_by_handshake_or_by_audience_and_checks_the_token_for_it()
+{
+    let clouds = Clouds::open().await;
+    let host = format!("localhost:{}", clouds.edge.port());
+    let good = format!("authorization: Bearer {}\r\n", clouds.token("data").await);
+    let other = format!("authorization: Bearer {}\r\n", clouds.token("other").await);
+
+    assert_eq!(clouds.asks_edge(&host, "localhost", &good).await, 200, "{}", clouds.logs());
+    // The host of no endpoint: the token says who is meant.
+    assert_eq!(
+        clouds.asks_edge("edge.example", "edge.example", &good).await,
+        200,
+        "{}",
+        clouds.logs()
+    );
+    let seen = clouds.app.heads().len();
+    assert_eq!(clouds.asks_edge(&host, "localhost", "").await, 401);
+    assert_eq!(clouds.asks_edge(&host, "localhost", &other).await, 401);
+    assert_eq!(clouds.asks_edge(&host, "localhost", "authorization: Bearer x.y.z\r\n").await, 401);
+    assert_eq!(clouds.asks_edge("edge.example", "edge.example", "").await, 404);
+    assert_eq!(clouds.app.heads().len(), seen);
+}

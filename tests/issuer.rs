@@ -1,0 +1,184 @@
+//! Tokens on their way out: asked for once however many wait, used while the issuer is down, never after their end.
+#![allow(
+    clippy::disallowed_methods,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::too_many_lines,
+    reason = "a story may fail, may be long, and does what the product may not"
+)]
+
+mod support;
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use support::{Folder, Infrar, Line, Origin, Pair, Visit, free_ports, get, header};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::{Duration, Instant},
+};
+
+/// A control plane behind a relay that sees every request for a token, and a caller that knows the relay alone.
+struct Stage {
+    #[expect(dead_code, reason = "held for its Drop")]
+    folder: Folder,
+    out: SocketAddr,
+    relay: Origin,
+    down: Arc<AtomicBool>,
+    callee: Origin,
+    caller: Infrar,
+    #[expect(dead_code, reason = "held for its Drop")]
+    control: Infrar,
+}
+
+impl Stage {
+    /// `lifetime`: what the relay says about how long tokens are valid, in seconds.
+    async fn open(lifetime: Option<u32>) -> Self {
+        let folder = Folder::new();
+        let [control_at, out, admin] = free_ports();
+        let callee = Origin::plain("ok").await;
+        let down = Arc::new(AtomicBool::new(false));
+        let is_down = Arc::clone(&down);
+        let relay =
+            Origin::scripted(move |visit| relay(visit, control_at, Arc::clone(&is_down), lifetime))
+                .await;
+        folder.write("secrets/web", "the caller's secret\n");
+        folder.write("secrets/data", "the callee's secret\n");
+        folder.write("project.yaml", &Pair::project(callee.at, ""));
+        folder.write(
+            "caller.yaml",
+            &format!(
+                "service: web\nplace: aws_us_east_1\ncontrol: {{ url: 'http://{}', state_dir: caller, \
+                 credential: {{ client_secret_file: secrets/web }} }}\noutbound: {{ listen: '{out}' }}\n\
+                 admin: {{ listen: '{admin}' }}\nlog: {{ access: false }}\n",
+                relay.at
+            ),
+        );
+        let mut control = Pair::start_control(&folder, control_at);
+        control.ready(control_at).await;
+        let mut caller = Pair::start_proxy(&folder, "caller");
+        caller.ready(admin).await;
+        Self { folder, out, relay, down, callee, caller, control }
+    }
+
+    /// How many tokens were asked for.
+    fn asked(&self) -> usize {
+        self.relay.heads().iter().filter(|head| head.starts_with("POST /oauth2/token ")).count()
+    }
+}
+
+/// Hands one request on to the control plane; answers nothing when it is said to be down.
+async fn relay(
+    mut visit: Visit,
+    control: SocketAddr,
+    down: Arc<AtomicBool>,
+    lifetime: Option<u32>,
+) {
+    let Some(head) = visit.head().await else { return };
+    if down.load(Ordering::Relaxed) {
+        return;
+    }
+    let body = visit.body(&head).await;
+    let Ok(mut far) = TcpStream::connect(control).await else { return };
+    let head = head.replacen("\r\n", "\r\nconnection: close\r\n", 1);
+    if far.write_all(format!("{head}{body}").as_bytes()).await.is_err() {
+        return;
+    }
+    let mut piece = vec![0; 64 * 1024];
+    loop {
+        let count = tokio::select! {
+            read = far.read(&mut piece) => read.unwrap_or(0),
+            () = gone(&down) => return,
+        };
+        if count == 0 {
+            return;
+        }
+        let mut said = String::from_utf8_lossy(piece.get(..count).unwrap_or_default()).into_owned();
+        if let Some(lifetime) = lifetime.filter(|_| head.starts_with("POST /oauth2/token ")) {
+            said = said.replace("\"expires_in\":3600", &format!("\"expires_in\":{lifetime:<4}"));
+        }
+        visit.say(said).await;
+    }
+}
+
+async fn gone(down: &AtomicBool) {
+    let mut again = tokio::time::interval(Duration::from_millis(10));
+    while !down.load(Ordering::Relaxed) {
+        again.tick().await;
+    }
+}
+
+#[tokio::test]
+async fn ten_thousand_first_calls_cost_one_token() {
+    let stage = Stage::open(None).await;
+    let before = stage.asked();
+    // Ten thousand connections would need more files than some machines grant: each of 250 has forty calls in its pipe.
+    let out = stage.out;
+    let callers: Vec<_> = (0..250)
+        .map(|_| {
+            tokio::spawn(async move {
+                let mut line = Line::to(out).await;
+                line.say("GET / HTTP/1.1\r\nhost: data\r\n\r\n".repeat(40)).await;
+                for _ in 0..40 {
+                    let said = line.answer().await;
+                    assert_eq!((said.status(), &*said.body), (200, "ok"), "{said:?}");
+                }
+            })
+        })
+        .collect();
+    for caller in callers {
+        assert!(caller.await.is_ok(), "{}", stage.caller.log());
+    }
+    assert_eq!(stage.asked() - before, 1);
+    let heads = stage.callee.heads();
+    assert_eq!(heads.len(), 10_000);
+    assert!(
+        heads
+            .iter()
+            .all(|head| header(head, "authorization") == header(&heads[0], "authorization"))
+    );
+}
+
+#[tokio::test]
+async fn a_token_serves_while_the_issuer_is_down_and_never_after_its_end() {
+    // Used until five seconds before its end: two seconds.
+    let stage = Stage::open(Some(7)).await;
+    let first = Instant::now();
+    assert_eq!(get(stage.out, "data", "/").await.status(), 200, "{}", stage.caller.log());
+    stage.down.store(true, Ordering::Relaxed);
+    let mut served = 0;
+    let said = loop {
+        let said = get(stage.out, "data", "/").await;
+        if said.status() != 200 {
+            break said;
+        }
+        served += 1;
+        assert!(first.elapsed() < Duration::from_secs(4), "the token is used for too long");
+    };
+    assert!(
+        served > 10 && first.elapsed() > Duration::from_millis(1500),
+        "{served} in {:?}",
+        first.elapsed()
+    );
+    assert_eq!((said.status(), said.code()), (503, "token-unavailable"), "{said:?}");
+    assert!(said.header("retry-after").is_some(), "{said:?}");
+    let seen = stage.callee.heads().len();
+    assert_eq!(seen, served + 1);
+    assert_eq!(get(stage.out, "data", "/").await.code(), "token-unavailable");
+    assert_eq!(stage.callee.heads().len(), seen);
+    // Nor does the log say the secret.
+    assert!(!stage.caller.log().contains("the caller's secret"));
+    // When it is back, so are the calls.
+    stage.down.store(false, Ordering::Relaxed);
+    support::until("calls are served again", async || {
+        get(stage.out, "data", "/").await.status() == 200
+    })
+    .await;
+}

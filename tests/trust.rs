@@ -1,0 +1,388 @@
+//! Whom the proxies trust: hostile tokens at a real inbound listener, TLS, and where a token may go.
+#![allow(
+    clippy::disallowed_methods,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::too_many_lines,
+    reason = "a story may fail, may be long, and does what the product may not"
+)]
+
+mod support;
+
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
+use rustls::{ClientConfig, RootCertStore, SupportedProtocolVersion, pki_types::ServerName};
+use serde_json::{Value, json};
+use support::{Folder, Infrar, Line, Origin, Said, free_ports, get, header, talk, until};
+use tokio::net::TcpStream;
+use tokio_rustls::{TlsConnector, client::TlsStream};
+
+const ISSUER: &str = "https://issuer.example";
+
+/// A callee's sidecar that trusts one issuer whose keys are in a file, and the app behind it.
+struct Callee {
+    infrar: Infrar,
+    inbound: SocketAddr,
+    app: Origin,
+    issuer: KeyPair,
+    folder: Folder,
+}
+
+impl Callee {
+    async fn open(tls: &str, keys: &str) -> Self {
+        let folder = Folder::new();
+        let [inbound, admin] = free_ports();
+        let issuer = KeyPair::generate().expect("a key");
+        folder.write("jwks.json", &json!({"keys": [jwk(&issuer, "k1")]}).to_string());
+        folder.write(
+            "project.yaml",
+            &format!(
+                "project: shop\nservices:\n  data:\n    scopes: [read:data, write:query]\n    endpoints:\n      \
+                 - {{ url: 'https://localhost:{}', provider: aws, region: us-east-1 }}\n\
+                 issuers:\n  - {{ issuer: '{ISSUER}', jwks_file: jwks.json, audiences: [data] }}\n",
+                inbound.port()
+            ),
+        );
+        let certificates = Certificates::new();
+        certificates.write(&folder);
+        folder.write("ca.pem", &certificates.ca.pem());
+        let app = Origin::plain("reached").await;
+        folder.write(
+            "proxy.yaml",
+            &format!(
+                "service: data\nplace: aws_us_east_1\nproject: project.yaml\nadmin: {{ listen: '{admin}' }}\n\
+                 inbound:\n  listen: '{inbound}'\n  app: 'http://{}'\n  tls: {tls}\n{keys}  rules:\n    \
+                 - {{ path: /healthz, public: true }}\n    - {{ path: /any, scopes: [] }}\n    \
+                 - {{ methods: [POST], path: /query, scopes: [write:query] }}\n",
+                app.at
+            ),
+        );
+        let mut infrar = Infrar::start(&folder, "proxy", &["proxy", "--config", "proxy.yaml"]);
+        infrar.ready(admin).await;
+        Self { infrar, inbound, app, issuer, folder }
+    }
+
+    async fn asks(&self, method: &str, path: &str, further: &str) -> Said {
+        let request = format!(
+            "{method} {path} HTTP/1.1\r\nhost: data\r\ncontent-length: 0\r\nconnection: close\r\n{further}\r\n"
+        );
+        talk(self.inbound, request).await
+    }
+
+    fn token(&self, header: &Header, claims: &Value) -> String {
+        encode(header, claims, &signer(&self.issuer)).expect("a token")
+    }
+}
+
+/// A CA of the story's own, which makes certificates for `localhost`.
+struct Certificates {
+    ca: CertifiedIssuer<'static, KeyPair>,
+}
+
+impl Certificates {
+    fn new() -> Self {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.distinguished_name.push(DnType::CommonName, "the story's CA");
+        let ca = CertifiedIssuer::self_signed(params, KeyPair::generate().expect("a key"));
+        Self { ca: ca.expect("a CA") }
+    }
+
+    /// A new leaf in `folder`; its certificate in DER.
+    fn write(&self, folder: &Folder) -> Vec<u8> {
+        let key = KeyPair::generate().expect("a key");
+        let leaf = CertificateParams::new(["localhost".to_owned()]).expect("names");
+        let leaf = leaf.signed_by(&key, &self.ca).expect("a leaf");
+        folder.write("leaf.key", &key.serialize_pem());
+        folder.write("leaf.pem", &leaf.pem());
+        leaf.der().to_vec()
+    }
+}
+
+fn signer(key: &KeyPair) -> EncodingKey {
+    EncodingKey::from_ec_der(&key.serialize_der())
+}
+
+fn jwk(key: &KeyPair, kid: &str) -> Value {
+    let point = key.public_key_raw();
+    let part = |from: usize| URL_SAFE_NO_PAD.encode(&point[from..from + 32]);
+    json!({"kty": "EC", "crv": "P-256", "use": "sig", "alg": "ES256", "kid": kid, "x": part(1), "y": part(33)})
+}
+
+fn now() -> i64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970");
+    i64::try_from(now.as_secs()).expect("this century")
+}
+
+fn claims() -> Value {
+    json!({"iss": ISSUER, "sub": "web", "aud": "data", "exp": now() + 600, "nbf": now() - 1, "iat": now() - 1,
+           "scope": "read:data write:query"})
+}
+
+fn with(change: &Value) -> Value {
+    let mut claims = claims();
+    for (key, value) in change.as_object().expect("an object") {
+        claims[key] = value.clone();
+    }
+    claims
+}
+
+fn es256() -> Header {
+    Header { kid: Some("k1".to_owned()), ..Header::new(Algorithm::ES256) }
+}
+
+/// A token in parts that no library would write.
+fn raw(header: &str, claims: &Value, signature: &[u8]) -> String {
+    let [header, claims] =
+        [header.to_owned(), claims.to_string()].map(|part| URL_SAFE_NO_PAD.encode(part));
+    format!("{header}.{claims}.{}", URL_SAFE_NO_PAD.encode(signature))
+}
+
+fn bearer(token: &str) -> String {
+    format!("authorization: Bearer {token}\r\n")
+}
+
+#[tokio::test]
+async fn hostile_tokens_are_refused_and_never_reach_the_app() {
+    let callee = Callee::open("off", "").await;
+    let good = callee.token(&es256(), &claims());
+    let said = callee.asks("POST", "/query", &bearer(&good)).await;
+    assert_eq!((said.status(), &*said.body), (200, "reached"), "{said:?}\n{}", callee.infrar.log());
+    let seen = callee.app.heads().len();
+
+    let stranger = KeyPair::generate().expect("a key");
+    let strangers =
+        |header: &Header| encode(header, &claims(), &signer(&stranger)).expect("a token");
+    let (head, rest) = good.split_once('.').expect("three parts");
+    let (payload, signature) = rest.split_once('.').expect("three parts");
+    let signature = URL_SAFE_NO_PAD.decode(signature).expect("base64url");
+    let public = callee.issuer.public_key_pem();
+    let hs256 = |secret: &[u8]| {
+        let header = Header { kid: Some("k1".to_owned()), ..Header::new(Algorithm::HS256) };
+        encode(&header, &claims(), &EncodingKey::from_secret(secret)).expect("a token")
+    };
+    let tampered = URL_SAFE_NO_PAD.encode(with(&json!({"sub": "root"})).to_string());
+    let mut flipped = signature.clone();
+    flipped[10] ^= 1;
+    let pointing = |key: &str| {
+        raw(
+            &format!(r#"{{"alg":"ES256","kid":"k9","{key}":"http://{}/jwks"}}"#, callee.app.at),
+            &claims(),
+            &signature,
+        )
+    };
+    let changed = |change: Value| callee.token(&es256(), &with(&change));
+    let cases: Vec<(&str, String)> = vec![
+        ("no algorithm", raw(r#"{"alg":"none"}"#, &claims(), b"")),
+        ("no algorithm, in capitals", raw(r#"{"alg":"NONE","kid":"k1"}"#, &claims(), b"")),
+        (
+            "no algorithm, a good signature",
+            raw(r#"{"alg":"none","kid":"k1"}"#, &claims(), &signature),
+        ),
+        ("HS256 with the public key in PEM", hs256(public.as_bytes())),
+        ("HS256 with the public key in raw", hs256(callee.issuer.public_key_raw())),
+        ("HS256 with nothing", hs256(b"")),
+        ("another key under this name", strangers(&es256())),
+        ("another key without a name", strangers(&Header::new(Algorithm::ES256))),
+        (
+            "an empty kid",
+            strangers(&Header { kid: Some(String::new()), ..Header::new(Algorithm::ES256) }),
+        ),
+        (
+            "an unknown kid",
+            strangers(&Header { kid: Some("k2".to_owned()), ..Header::new(Algorithm::ES256) }),
+        ),
+        (
+            "a kid that is a path",
+            strangers(&Header {
+                kid: Some("../../jwks.json".to_owned()),
+                ..Header::new(Algorithm::ES256)
+            }),
+        ),
+        ("two kids", raw(r#"{"alg":"ES256","kid":"k1","kid":"k1"}"#, &claims(), &signature)),
+        (
+            "two algorithms",
+            raw(r#"{"alg":"none","alg":"ES256","kid":"k1"}"#, &claims(), &signature),
+        ),
+        ("an algorithm that is a number", raw(r#"{"alg":256,"kid":"k1"}"#, &claims(), &signature)),
+        ("jku", pointing("jku")),
+        ("x5u", pointing("x5u")),
+        (
+            "a key of its own",
+            raw(
+                &format!(r#"{{"alg":"ES256","jwk":{}}}"#, jwk(&stranger, "k1")),
+                &claims(),
+                &signature,
+            ),
+        ),
+        ("crit", raw(r#"{"alg":"ES256","kid":"k1","crit":["exp"]}"#, &claims(), &signature)),
+        ("changed claims", format!("{head}.{tampered}.{}", URL_SAFE_NO_PAD.encode(&signature))),
+        ("a changed signature", format!("{head}.{payload}.{}", URL_SAFE_NO_PAD.encode(&flipped))),
+        ("a signature of zeros", format!("{head}.{payload}.{}", URL_SAFE_NO_PAD.encode([0; 64]))),
+        ("no signature", format!("{head}.{payload}.")),
+        ("two parts", format!("{head}.{payload}")),
+        ("four parts", format!("{good}.x")),
+        ("no base64", "a.b!.c".to_owned()),
+        ("nothing", String::new()),
+        ("oversized", callee.token(&es256(), &with(&json!({"x": "x".repeat(20_000)})))),
+        ("expired", changed(json!({"exp": now() - 31}))),
+        ("expired in the year one", changed(json!({"exp": -62_135_596_800_i64}))),
+        ("no end", changed(json!({"exp": null}))),
+        ("an end that is text", changed(json!({"exp": "9999999999"}))),
+        ("not yet valid", changed(json!({"nbf": now() + 60}))),
+        ("another audience", changed(json!({"aud": "reports"}))),
+        ("audiences without ours", changed(json!({"aud": ["reports", "web"]}))),
+        ("no audience", changed(json!({"aud": null}))),
+        ("another issuer", changed(json!({"iss": "https://issuer.example.evil.example"}))),
+        ("an issuer with a slash more", changed(json!({"iss": "https://issuer.example/"}))),
+        ("no issuer", changed(json!({"iss": null}))),
+        ("nobody", changed(json!({"sub": null}))),
+    ];
+    for (what, token) in cases {
+        let said = callee.asks("POST", "/query", &bearer(&token)).await;
+        assert_eq!(said.status(), 401, "{what}: {said:?}");
+        assert!(
+            ["token-invalid", "token-expired", "token-missing"].contains(&said.code()),
+            "{what}: {said:?}"
+        );
+        assert!(
+            said.header("www-authenticate").is_some_and(|it| it.starts_with("Bearer")),
+            "{what}: {said:?}"
+        );
+        if token.len() > 20 {
+            assert!(!callee.infrar.log().contains(&token), "{what}: a token is in the log");
+        }
+    }
+    let said = callee.asks("POST", "/query", &format!("{}{}", bearer(&good), bearer(&good))).await;
+    assert_eq!(said.status(), 401, "two tokens: {said:?}");
+    let said = callee.asks("POST", "/query", "authorization: Basic d2ViOng=\r\n").await;
+    assert_eq!(said.status(), 401, "{said:?}");
+    assert_eq!(callee.app.heads().len(), seen, "{:?}", callee.app.heads().last());
+}
+
+#[tokio::test]
+async fn rules_decide_and_the_app_learns_who_calls_from_the_proxy_alone() {
+    let callee = Callee::open("off", "  forward_authorization: false\n").await;
+    let reader = bearer(&callee.token(&es256(), &with(&json!({"scope": "read:data"}))));
+    let writer = bearer(&callee.token(&es256(), &claims()));
+    let status = async |method: &str, path: &str, further: &str| {
+        let said = callee.asks(method, path, further).await;
+        (said.status(), said.code().to_owned())
+    };
+    assert_eq!(status("POST", "/query", "").await, (401, "token-missing".to_owned()));
+    assert_eq!(status("POST", "/query", &reader).await, (403, "scope-missing".to_owned()));
+    assert_eq!(status("GET", "/query", &writer).await, (403, "not-permitted".to_owned()));
+    assert_eq!(status("GET", "/nowhere", &writer).await, (403, "not-permitted".to_owned()));
+    assert_eq!(status("GET", "/any", &reader).await.0, 200);
+    assert_eq!(status("GET", "/healthz", "").await.0, 200);
+    // Names for the same path are the same path, and never a way around a rule.
+    for path in [
+        "/healthz/../query",
+        "/healthz/%2e%2e/query",
+        "//query",
+        "/./query",
+        "/%71uery",
+        "/healthz/..%2fquery",
+    ] {
+        let (status, code) = status("POST", path, "").await;
+        assert!(matches!(status, 400 | 401 | 403), "{path}: {status} {code}");
+    }
+    let forged = format!(
+        "{writer}infrar-caller: root\r\ninfrar-scopes: all\r\ninfrar-claims: e30\r\nInfrar-Caller: root\r\n"
+    );
+    assert_eq!(status("POST", "/query", &forged).await.0, 200);
+    let head = callee.app.heads().pop().expect("a request");
+    assert_eq!(header(&head, "infrar-caller"), Some("web"), "{head}");
+    assert!(!head.contains("root") && header(&head, "infrar-scopes") != Some("all"), "{head}");
+    assert_eq!(header(&head, "authorization"), None, "{head}");
+    assert_eq!(status("GET", "/healthz", "infrar-caller: root\r\n").await.0, 200);
+    let head = callee.app.heads().pop().expect("a request");
+    assert_eq!(header(&head, "infrar-caller"), None, "{head}");
+}
+
+/// A handshake with the callee, with these versions of TLS alone.
+async fn handshake(
+    callee: &Callee,
+    versions: &[&'static SupportedProtocolVersion],
+) -> std::io::Result<TlsStream<TcpStream>> {
+    let mut roots = RootCertStore::empty();
+    let ca =
+        rustls::pki_types::pem::PemObject::from_pem_slice(callee.folder.read("ca.pem").as_bytes());
+    roots.add(ca.expect("a certificate")).expect("a CA");
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(versions)
+        .expect("versions of this provider")
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let stream = TcpStream::connect(callee.inbound).await?;
+    let name = ServerName::try_from("localhost").expect("a name");
+    TlsConnector::from(Arc::new(config)).connect(name, stream).await
+}
+
+#[tokio::test]
+async fn tls_1_2_is_refused_and_a_new_certificate_is_used_without_a_restart() {
+    let callee = Callee::open("{ cert_file: leaf.pem, key_file: leaf.key }", "").await;
+    assert!(handshake(&callee, &[&rustls::version::TLS12]).await.is_err());
+    let stream = handshake(&callee, &[&rustls::version::TLS13]).await.expect("TLS 1.3");
+    let before = stream.get_ref().1.peer_certificates().expect("a certificate")[0].to_vec();
+    let mut line = Line::over(stream);
+    line.say("GET /healthz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").await;
+    assert!(line.rest().await.ends_with("reached"));
+
+    let certificates = Certificates::new();
+    callee.folder.write("ca.pem", &certificates.ca.pem());
+    let leaf = certificates.write(&callee.folder);
+    assert_ne!(leaf, before);
+    callee.infrar.signal("HUP");
+    until("the new certificate is shown", async || {
+        handshake(&callee, &[&rustls::version::TLS13]).await.is_ok_and(|stream| {
+            stream.get_ref().1.peer_certificates().is_some_and(|shown| *shown[0] == *leaf)
+        })
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_token_goes_to_no_plaintext_address_and_to_no_stranger() {
+    let folder = Folder::new();
+    let [out, admin] = free_ports();
+    let origin = Origin::plain("ok").await;
+    folder.write("token", "the-secret-token\n");
+    folder.write(
+        "project.yaml",
+        &format!(
+            "project: shop\nservices:\n  near:\n    scopes: [use]\n    endpoints: [{{ url: 'http://{}', provider: aws, region: us-east-1 }}]\n\
+             permissions: {{ web: {{ near: [use] }} }}\n",
+            origin.at
+        ),
+    );
+    folder.write(
+        "proxy.yaml",
+        &format!(
+            "service: web\nplace: aws_us_east_1\nproject: project.yaml\nadmin: {{ listen: '{admin}' }}\n\
+             outbound: {{ listen: '{out}', unknown_hosts: allow, token_files: {{ near: token }} }}\n"
+        ),
+    );
+    let mut infrar = Infrar::start(&folder, "proxy", &["proxy", "--config", "proxy.yaml"]);
+    infrar.ready(admin).await;
+    assert_eq!(get(out, "near", "/").await.status(), 200, "{}", infrar.log());
+    let head = origin.heads().pop().expect("a request");
+    assert_eq!(header(&head, "authorization"), Some("Bearer the-secret-token"), "{head}");
+    // The same server, called as a host of the world.
+    let said = get(out, &format!("localhost:{}", origin.at.port()), "/").await;
+    assert_eq!(said.status(), 200, "{said:?}");
+    let head = origin.heads().pop().expect("a request");
+    assert_eq!(header(&head, "authorization"), None, "{head}");
+    assert!(!infrar.log().contains("the-secret-token"));
+    let metrics = get(admin, &admin.to_string(), "/metrics").await;
+    assert!(!metrics.body.contains("the-secret-token"));
+}
