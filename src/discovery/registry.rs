@@ -126,3 +126,157 @@ enum Heard {
     Nothing,
     End,
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use axum::{
+        Router,
+        body::Body,
+        extract::State,
+        http::{HeaderMap, StatusCode, header},
+        response::{IntoResponse, Response},
+        routing::get,
+    };
+    use futures_util::{FutureExt, stream};
+    use tokio::{runtime::Handle, sync::watch, time::timeout};
+
+    use super::*;
+    use crate::api::{Catalog, ClientSettings};
+
+    /// Real sockets, so real time: far more than any step needs.
+    const LONG: Duration = Duration::from_secs(20);
+
+    /// A control plane whose catalog a test decides.
+    struct Plane {
+        catalog: watch::Sender<Catalog>,
+        fetched: watch::Sender<u32>,
+        unchanged: AtomicU32,
+        streams: watch::Sender<u32>,
+        /// Raised to end the streams that are open.
+        hang_up: watch::Sender<u32>,
+    }
+
+    fn catalog(project: &str, revision: u64) -> Catalog {
+        let json = format!(
+            r#"{{"revision":{revision},"issuer":"x","project":{{"name":"{project}","networking":
+            {{"multi_cloud":true,"default_mode":"public","connections":[]}},"services":{{}},
+            "permissions":{{}},"issuers":[],"mode":"enforce"}}}}"#
+        );
+        serde_json::from_str(&json).unwrap()
+    }
+
+    async fn serve_catalog(State(plane): State<Arc<Plane>>, headers: HeaderMap) -> Response {
+        plane.fetched.send_modify(|count| *count += 1);
+        assert_eq!(headers[header::AUTHORIZATION], "Bearer pass");
+        let catalog = plane.catalog.borrow().clone();
+        let etag = format!("\"{}-{}\"", catalog.project.name, catalog.revision);
+        if headers.get(header::IF_NONE_MATCH).is_some_and(|known| *known == *etag) {
+            plane.unchanged.fetch_add(1, Ordering::SeqCst);
+            return StatusCode::NOT_MODIFIED.into_response();
+        }
+        let body = serde_json::to_string(&catalog).unwrap();
+        ([(header::ETAG, etag), (header::CONTENT_TYPE, "application/json".into())], body)
+            .into_response()
+    }
+
+    async fn serve_watch(State(plane): State<Arc<Plane>>) -> Response {
+        let listening = (plane.catalog.subscribe(), plane.hang_up.subscribe());
+        plane.streams.send_modify(|count| *count += 1);
+        let events = stream::unfold(listening, |(mut catalog, mut end)| async move {
+            tokio::select! {
+                _ = end.changed() => return None,
+                changed = catalog.changed() => changed.ok()?,
+            }
+            let revision = catalog.borrow_and_update().revision;
+            let event =
+                format!("event: change\nid: {revision}\ndata: {{\"revision\":{revision}}}\n\n");
+            Some((Ok::<_, std::convert::Infallible>(event), (catalog, end)))
+        });
+        ([(header::CONTENT_TYPE, "text/event-stream")], Body::from_stream(events)).into_response()
+    }
+
+    async fn follow(first: Catalog) -> (Arc<Plane>, Arc<Directory>) {
+        let plane = Arc::new(Plane {
+            catalog: watch::Sender::new(first),
+            fetched: watch::Sender::new(0),
+            unchanged: AtomicU32::new(0),
+            streams: watch::Sender::new(0),
+            hang_up: watch::Sender::new(0),
+        });
+        let router = Router::new()
+            .route("/v1/catalog", get(serve_catalog))
+            .route("/v1/watch", get(serve_watch))
+            .with_state(plane.clone());
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
+        let here = Handle::current();
+        here.spawn(async move { axum::serve(listener, router).await.unwrap() });
+        let client = Client::new(ClientSettings::new(vec![url], None)).unwrap();
+        let bearer: AskBearer = Arc::new(|| std::future::ready(Ok("pass".into())).boxed());
+        let directory = Arc::new(Directory::default());
+        here.spawn(Registry::new(client, bearer, directory.clone()).follow());
+        (plane, directory)
+    }
+
+    async fn reaches(directory: &Directory, revision: u64) {
+        let mut changes = directory.changes();
+        let there = async {
+            while directory.load().is_none_or(|catalog| catalog.revision != revision) {
+                changes.changed().await.unwrap();
+            }
+        };
+        timeout(LONG, there).await.unwrap();
+    }
+
+    async fn fetches(plane: &Plane, count: u32) {
+        let mut fetched = plane.fetched.subscribe();
+        timeout(LONG, fetched.wait_for(|seen| *seen >= count)).await.unwrap().unwrap();
+    }
+
+    /// As many streams have been opened as were ended, and one more.
+    async fn stream_stands(plane: &Plane) {
+        let ended = *plane.hang_up.borrow();
+        let mut streams = plane.streams.subscribe();
+        timeout(LONG, streams.wait_for(|opened| *opened > ended)).await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_change_that_the_stream_tells_of_is_in_force_at_once() {
+        let (plane, directory) = follow(catalog("shop", 1)).await;
+        reaches(&directory, 1).await;
+        for revision in 2..5 {
+            stream_stands(&plane).await;
+            plane.catalog.send_replace(catalog("shop", revision));
+            reaches(&directory, revision).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_ends_is_opened_again_and_the_same_catalog_is_not_sent_twice() {
+        let (plane, directory) = follow(catalog("shop", 1)).await;
+        reaches(&directory, 1).await;
+        for round in 1..4 {
+            stream_stands(&plane).await;
+            plane.hang_up.send_modify(|count| *count += 1);
+            fetches(&plane, round + 1).await;
+        }
+        assert!(plane.unchanged.load(Ordering::SeqCst) >= 3);
+        assert_eq!(directory.load().unwrap().revision, 1);
+    }
+
+    #[tokio::test]
+    async fn the_catalog_of_another_project_never_comes_into_force() {
+        let (plane, directory) = follow(catalog("shop", 1)).await;
+        reaches(&directory, 1).await;
+        stream_stands(&plane).await;
+        let seen = *plane.fetched.borrow();
+        plane.catalog.send_replace(catalog("bank", 2));
+        // The second question after it shows that the first answer was looked at and refused.
+        fetches(&plane, seen + 2).await;
+        assert_eq!(directory.load().unwrap().project.name.as_str(), "shop");
+        plane.catalog.send_replace(catalog("shop", 3));
+        reaches(&directory, 3).await;
+    }
+}

@@ -397,3 +397,134 @@ impl Drop for Running {
         self.keys.ended.send_modify(|count| *count += 1);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+
+    use tokio::time::advance;
+
+    use super::*;
+    use crate::identity::{
+        forge::{Forge, set},
+        keys::Algorithm,
+    };
+
+    /// An issuer whose answers a test decides.
+    #[derive(Default)]
+    struct Issuer {
+        asked: AtomicU64,
+        down: AtomicBool,
+        keys: Mutex<Vec<Forge>>,
+    }
+
+    impl Issuer {
+        fn with(kids: &[&str]) -> Arc<Self> {
+            let issuer = Arc::new(Self::default());
+            kids.iter().for_each(|kid| issuer.add(kid));
+            issuer
+        }
+
+        fn add(&self, kid: &str) {
+            self.keys.lock().unwrap().push(Forge::new(kid, Algorithm::EdDsa));
+        }
+
+        fn jwks(self: &Arc<Self>) -> Arc<Jwks> {
+            let issuer = self.clone();
+            let fetch: Fetch = Arc::new(move || {
+                let issuer = issuer.clone();
+                async move {
+                    issuer.asked.fetch_add(1, Ordering::SeqCst);
+                    sleep(Duration::from_millis(20)).await;
+                    if issuer.down.load(Ordering::SeqCst) {
+                        return Err(FetchFault::source("down"));
+                    }
+                    let keys = issuer.keys.lock().unwrap();
+                    Ok(set(&keys.iter().collect::<Vec<_>>()))
+                }
+                .boxed()
+            });
+            Jwks::fetched("https://i".into(), KeySet::default(), fetch, Handle::current())
+        }
+
+        fn asked(&self) -> u64 {
+            self.asked.load(Ordering::SeqCst)
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn many_requests_with_an_unknown_key_cost_one_fetch() {
+        let issuer = Issuer::with(&["a"]);
+        let jwks = issuer.jwks();
+        let requests = (0..1000).map(|_| jwks.refresh_for("a"));
+        let found = futures_util::future::join_all(requests).await;
+        assert!(found.iter().all(|one| *one == Refreshed::Changed));
+        assert_eq!((issuer.asked(), jwks.stats().keys), (1, 1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn unknown_keys_cost_one_fetch_in_thirty_seconds_however_many_are_named() {
+        let issuer = Issuer::with(&["a"]);
+        let jwks = issuer.jwks();
+        for at in 0..300 {
+            assert_eq!(jwks.refresh_for(&format!("k{at}")).await, Refreshed::NotNow);
+        }
+        assert_eq!(issuer.asked(), 1);
+        advance(Duration::from_secs(30)).await;
+        issuer.add("new");
+        // Known to be unknown: not even asked for.
+        assert_eq!(jwks.refresh_for("k0").await, Refreshed::NotNow);
+        assert_eq!(issuer.asked(), 1);
+        assert_eq!(jwks.refresh_for("new").await, Refreshed::Changed);
+        assert_eq!(jwks.refresh_for("later").await, Refreshed::NotNow);
+        assert_eq!(issuer.asked(), 2);
+        advance(Duration::from_secs(61)).await;
+        assert_eq!(jwks.refresh_for("k0").await, Refreshed::NotNow);
+        assert_eq!(issuer.asked(), 3);
+        assert!(jwks.lock().unknown.len() <= UNKNOWN_KEPT);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn keys_stay_while_the_issuer_is_down_and_come_back_with_it() {
+        let issuer = Issuer::with(&["a"]);
+        let jwks = issuer.jwks();
+        let following = Handle::current().spawn(jwks.follow());
+        sleep(Duration::from_secs(1)).await;
+        assert_eq!((issuer.asked(), jwks.stats().keys), (1, 1));
+        issuer.down.store(true, Ordering::SeqCst);
+        issuer.add("b");
+        sleep(Duration::from_secs(1200)).await;
+        let stats = jwks.stats();
+        assert_eq!(stats.keys, 1);
+        assert!(stats.failures > 3 && stats.age.unwrap() > Duration::from_secs(1100));
+        issuer.down.store(false, Ordering::SeqCst);
+        sleep(Duration::from_secs(31)).await;
+        assert_eq!(jwks.stats().keys, 2);
+        drop(jwks);
+        // Nobody needs the keys any more, so nobody fetches them.
+        sleep(Duration::from_secs(700)).await;
+        following.await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_that_gives_up_does_not_take_the_fetch_along() {
+        let issuer = Issuer::with(&["a"]);
+        let jwks = issuer.jwks();
+        let given_up = timeout(Duration::from_millis(1), jwks.refresh_for("a")).await;
+        assert!(given_up.is_err());
+        sleep(Duration::from_millis(50)).await;
+        assert_eq!((issuer.asked(), jwks.stats().keys), (1, 1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_same_keys_again_are_no_change_and_an_empty_set_takes_nothing_away() {
+        let issuer = Issuer::with(&["a"]);
+        let jwks = issuer.jwks();
+        jwks.fetch().await.unwrap();
+        jwks.fetch().await.unwrap();
+        assert_eq!(jwks.generation(), 1);
+        issuer.keys.lock().unwrap().clear();
+        jwks.fetch().await.unwrap();
+        assert_eq!((jwks.generation(), jwks.stats().keys, jwks.stats().failures), (1, 1, 1));
+    }
+}

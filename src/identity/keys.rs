@@ -312,7 +312,85 @@ impl KeySet {
         let mut able = self.keys.iter().filter(|key| key.algorithm == algorithm);
         match (able.next(), able.next()) {
             (Some(only), None) if kid.is_none() || only.kid.is_none() => Ok(only),
+            // Asking the issuer again would not make its keys fit.
+            (None, _) if kid.is_none() && !self.is_empty() => Err(KeyFault::OtherAlgorithm),
             _ => Err(KeyFault::Unknown),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::identity::forge::{Forge, base64url, set};
+
+    #[test]
+    fn keys_that_may_not_verify_tokens_are_left_out() {
+        let good = Forge::new("good", Algorithm::Es256);
+        let mut bad = Vec::new();
+        for (name, value) in [
+            ("use", json!("enc")),
+            ("key_ops", json!(["encrypt"])),
+            ("alg", json!("ES384")),
+            ("alg", json!("HS256")),
+            ("crv", json!("P-521")),
+            ("x", json!("AAAA")),
+            ("x", json!("not base64url!")),
+            ("kid", json!("k".repeat(MAX_KID + 1))),
+            ("kid", json!(7)),
+        ] {
+            let mut jwk = Forge::new("bad", Algorithm::Es256).jwk();
+            jwk[name] = value;
+            bad.push(jwk);
+        }
+        let small = [0xc1; 128];
+        bad.push(json!({"kty": "RSA", "kid": "small", "n": base64url(small), "e": "AQAB"}));
+        // Zeros in front make no key longer.
+        let padded = [&[0; 200][..], &small].concat();
+        bad.push(json!({"kty": "RSA", "kid": "padded", "n": base64url(padded), "e": "AQAB"}));
+        bad.push(json!({"kty": "oct", "kid": "shared", "k": "c2VjcmV0"}));
+        bad.push(json!("no object"));
+        for jwk in &bad {
+            let keys = json!({"keys": [jwk]});
+            assert_eq!(KeySet::from_json(&keys).err(), Some(KeySetError::Empty), "{jwk}");
+        }
+        bad.push(good.jwk());
+        assert_eq!(KeySet::from_json(&json!({"keys": bad})).unwrap().len(), 1);
+        assert_eq!(KeySet::from_json(&json!([])).err(), Some(KeySetError::Shape));
+    }
+
+    #[test]
+    fn a_set_is_read_up_to_a_bound() {
+        let key = Forge::new("k", Algorithm::EdDsa).jwk();
+        let many = (0..MAX_KEYS + 10).map(|at| {
+            let mut jwk = key.clone();
+            jwk["kid"] = at.to_string().into();
+            jwk
+        });
+        let keys = json!({"keys": many.collect::<Vec<_>>()});
+        assert_eq!(KeySet::from_json(&keys).unwrap().len(), MAX_KEYS);
+    }
+
+    #[test]
+    fn without_an_id_only_a_key_that_is_alone_is_meant() {
+        let (one, two) = (Forge::new("1", Algorithm::Es256), Forge::new("2", Algorithm::Es256));
+        let alone = KeySet::from_json(&set(&[&one])).unwrap();
+        assert!(alone.find(None, Algorithm::Es256).is_ok());
+        assert_eq!(alone.find(None, Algorithm::Rs256).err(), Some(KeyFault::OtherAlgorithm));
+        assert_eq!(alone.find(Some("other"), Algorithm::Es256).err(), Some(KeyFault::Unknown));
+        assert_eq!(alone.find(Some("1"), Algorithm::Es384).err(), Some(KeyFault::OtherAlgorithm));
+        let both = KeySet::from_json(&set(&[&one, &two])).unwrap();
+        assert_eq!(both.find(None, Algorithm::Es256).err(), Some(KeyFault::Unknown));
+    }
+
+    #[test]
+    fn the_same_id_with_other_material_is_another_key() {
+        let (one, two) = (Forge::new("1", Algorithm::Es256), Forge::new("1", Algorithm::Es256));
+        let (one, two) = (set(&[&one]), set(&[&two]));
+        let (one, two) = (KeySet::from_json(&one).unwrap(), KeySet::from_json(&two).unwrap());
+        assert!(!one.same_as(&two));
+        assert!(one.same_as(&KeySet::read(one.source().clone()).unwrap()));
     }
 }

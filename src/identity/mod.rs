@@ -5,6 +5,8 @@
 //! HTTP messages, and no secret is ever printed.
 
 mod backoff;
+#[cfg(test)]
+mod forge;
 mod json;
 mod jwks;
 mod keys;

@@ -491,3 +491,197 @@ fn segments(path: &str, reading: Reading) -> Result<String, PathFault> {
     }
     Ok(out)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+    use crate::identity::{
+        forge::{Forge, set},
+        jwks::Jwks,
+        keys::{Algorithm, KeySet},
+        verify::{Trusted, Verifier},
+    };
+
+    fn scopes(text: &str) -> ScopeSet {
+        ScopeSet::parse_list(text).unwrap()
+    }
+
+    fn claims(ours: bool, scope: &str) -> Claims {
+        let key = Forge::new("k", Algorithm::EdDsa);
+        let keys = Jwks::fixed("i".into(), KeySet::from_json(&set(&[&key])).unwrap());
+        let trusted = Trusted { issuer: "i".into(), ours, audiences: Vec::new(), keys };
+        let payload = json!({"iss": "i", "sub": "web", "aud": "data", "exp": 100, "scope": scope});
+        let token = key.sign(&key.header().to_string(), &payload.to_string());
+        Verifier::new(vec![trusted]).verify(token.as_bytes(), &["data"], 0).unwrap()
+    }
+
+    fn rules(list: &[(&str, &[Method], &str)]) -> Rules {
+        let rule = |&(path, methods, access): &(&str, &[Method], &str)| Rule {
+            path: path.parse().unwrap(),
+            methods: (!methods.is_empty()).then(|| methods.to_vec()),
+            access: match access {
+                "public" => Access::Public,
+                text => Access::Scopes(scopes(text)),
+            },
+        };
+        Rules::new(Some(list.iter().map(rule).collect())).unwrap()
+    }
+
+    #[test]
+    fn the_first_rule_that_matches_wins_and_the_rest_is_refused() {
+        let rules = rules(&[
+            ("/healthz", &[], "public"),
+            ("/query", &[Method::POST], "write:query"),
+            ("/admin/*", &[], "admin"),
+            ("/reports/*", &[Method::GET], ""),
+            ("/reports/*", &[], "write:data"),
+        ]);
+        let write = scopes("write:query");
+        assert_eq!(rules.action(&Method::GET, "/healthz"), Action::Public);
+        assert_eq!(rules.action(&Method::POST, "/query"), Action::Scopes(&write));
+        assert_eq!(rules.action(&Method::GET, "/query"), Action::Unlisted);
+        assert_eq!(rules.action(&Method::POST, "/query/"), Action::Unlisted);
+        assert_eq!(rules.action(&Method::GET, "/admin"), Action::Unlisted);
+        assert_eq!(rules.action(&Method::GET, "/"), Action::Unlisted);
+        assert_eq!(rules.action(&Method::GET, "/reports/1"), Action::Scopes(&scopes("")));
+        assert_eq!(rules.action(&Method::PUT, "/reports/1"), Action::Scopes(&scopes("write:data")));
+        let none = Rules::new(None).unwrap();
+        assert_eq!(none.action(&Method::GET, "/%zz"), Action::AnyScope);
+        let empty = Rules::new(Some(Vec::new())).unwrap();
+        assert_eq!(empty.action(&Method::GET, "/"), Action::Unlisted);
+    }
+
+    #[test]
+    fn no_spelling_of_a_path_slips_past_its_rule() {
+        let rules = rules(&[("/admin/*", &[], "admin"), ("/*", &[], "public")]);
+        let admin = scopes("admin");
+        for path in [
+            "/admin/users",
+            "//admin/users",
+            "/admin//users",
+            "/./admin/users",
+            "/x/../admin/users",
+            "/%61dmin/users",
+            "/x/%2e%2E/admin/users",
+            "/admin/users/",
+            "/admin/users;v=1",
+        ] {
+            assert_eq!(rules.action(&Method::GET, path), Action::Scopes(&admin), "{path}");
+        }
+        for path in [
+            "/admin%2Fusers",
+            "/admin%5cusers",
+            "/admin\\users",
+            "/x%2f..%2fadmin/users",
+            "/x/..;/admin/users",
+            "/admin;x=1/users",
+            "/admin%3bx/users",
+            "/x;/..%2f;/admin/users",
+            "/%252e%252e/admin",
+            "/x//../../admin/users",
+            "/../admin/users",
+        ] {
+            let action = rules.action(&Method::GET, path);
+            assert_eq!(action, Action::Unclear(PathFault::Ambiguous), "{path}");
+        }
+        for path in ["/%", "/%4", "/%zz", "/%00", "/%c0%ae", "/%ff", "/a%0d%0ab", "/a?b"] {
+            let action = rules.action(&Method::GET, path);
+            assert_eq!(action, Action::Unclear(PathFault::Undecodable), "{path}");
+        }
+        assert_eq!(rules.action(&Method::GET, "admin"), Action::Unclear(PathFault::Relative));
+        // Both readings lead to the same rule, so nothing is unclear.
+        assert_eq!(rules.action(&Method::GET, "/files/a%2Fb"), Action::Public);
+        assert_eq!(rules.action(&Method::GET, "/files/a;b=c"), Action::Public);
+    }
+
+    #[test]
+    fn rules_themselves_must_be_clear() {
+        for bad in ["/a*", "/*/b", "a", "/a?b", "/%zz", "/../a"] {
+            assert!(bad.parse::<PathRule>().is_err(), "{bad}");
+        }
+        assert_eq!("/*".parse::<PathRule>().unwrap(), PathRule::Prefix("/".to_owned()));
+        let open = Rule {
+            path: PathRule::Prefix("/adm".to_owned()),
+            methods: None,
+            access: Access::Public,
+        };
+        assert_eq!(Rules::new(Some(vec![open])), Err((0, RuleFault::OpenPrefix)));
+    }
+
+    #[test]
+    fn our_scopes_count_only_while_they_are_granted() {
+        let claims = claims(true, "read:data write:query");
+        let (read, write) = (scopes("read:data"), scopes("write:query"));
+        let (more, other, nothing) = (scopes("read:data write:data"), scopes("other"), scopes(""));
+        let now = |action, granted| admit(&claims, action, granted, Strictness::Enforce);
+
+        let grant = now(Action::Scopes(&read), Some(&more)).unwrap();
+        assert_eq!(grant.scopes().unwrap(), "read:data");
+        let missing = now(Action::Scopes(&write), Some(&read)).unwrap_err();
+        let expected = Refused::ScopeMissing { caller: "web".to_owned(), missing: write.clone() };
+        assert_eq!(missing, expected);
+        let gone = Refused::NotPermitted { caller: "web".to_owned() };
+        assert_eq!(now(Action::Scopes(&write), None).unwrap_err(), gone);
+        assert_eq!(now(Action::AnyScope, None).unwrap_err(), gone);
+        assert!(now(Action::AnyScope, Some(&read)).is_ok());
+        let none_left = now(Action::AnyScope, Some(&other));
+        assert!(matches!(none_left, Err(Refused::ScopeMissing { .. })));
+        // Any valid token will do, and it is told that nothing of it counts.
+        let grant = now(Action::Scopes(&nothing), None).unwrap();
+        assert_eq!(grant.scopes().unwrap(), "");
+        assert_eq!(now(Action::Unlisted, Some(&read)).unwrap_err(), Refused::Unlisted);
+    }
+
+    #[test]
+    fn another_issuers_scopes_are_its_own() {
+        let claims = claims(false, "read:data");
+        let (read, write) = (scopes("read:data"), scopes("write:query"));
+        assert!(admit(&claims, Action::Scopes(&read), None, Strictness::Enforce).is_ok());
+        for strictness in [Strictness::Enforce, Strictness::Learn] {
+            let refused = admit(&claims, Action::Scopes(&write), Some(&write), strictness);
+            assert!(matches!(refused, Err(Refused::ScopeMissing { .. })));
+        }
+    }
+
+    #[test]
+    fn a_learning_project_lets_missing_grants_through_and_says_so() {
+        let until: jiff::Timestamp = "2026-12-01T00:00:00Z".parse().unwrap();
+        let mode = Enforcement::LearnUntil(until);
+        let before = until - jiff::SignedDuration::from_secs(1);
+        assert_eq!(Strictness::at(&mode, before), Strictness::Learn);
+        assert_eq!(Strictness::at(&mode, until), Strictness::Enforce);
+        let claims = claims(true, "read:data");
+        let write = scopes("write:query");
+        let grant = admit(&claims, Action::Scopes(&write), None, Strictness::Learn).unwrap();
+        assert!(grant.is_learned());
+        let unlisted = admit(&claims, Action::Unlisted, None, Strictness::Learn);
+        assert_eq!(unlisted.unwrap_err(), Refused::Unlisted);
+    }
+
+    proptest! {
+        #[test]
+        fn normalising_twice_changes_nothing(path in "/[a-z./%;25eEfF\\\\A]{0,24}") {
+            if let Ok(once) = normalise(&path) {
+                prop_assert_eq!(normalise(&once), Ok(Cow::Borrowed(&*once)));
+            }
+        }
+
+        #[test]
+        fn no_path_panics(path in "\\PC{0,40}") {
+            let rules = rules(&[("/a/*", &[], "public")]);
+            let _any = rules.action(&Method::GET, &path);
+            if let Ok(once) = normalise(&path) {
+                prop_assert_eq!(normalise(&once), Ok(Cow::Borrowed(&*once)));
+                prop_assert!(!once.contains("//") && !once.contains("/../"));
+            }
+        }
+
+        #[test]
+        fn what_is_plain_is_left_alone(path in "(/[a-z0-9_~-]{1,8}){1,4}/?") {
+            prop_assert!(matches!(normalise(&path), Ok(Cow::Borrowed(same)) if same == path));
+        }
+    }
+}

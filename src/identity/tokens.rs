@@ -696,3 +696,291 @@ impl Drop for Asking {
         self.slot.ended.send_modify(|count| *count += 1);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU32;
+
+    use tokio::time::advance;
+
+    use super::*;
+    use crate::identity::forge::base64url;
+
+    const LIFE: Duration = Duration::from_secs(3600);
+
+    #[derive(Default)]
+    struct Issuer {
+        asked: AtomicU32,
+        down: AtomicBool,
+    }
+
+    impl Issuer {
+        fn asked(&self) -> u32 {
+            self.asked.load(Ordering::SeqCst)
+        }
+    }
+
+    struct Source(Arc<Issuer>);
+
+    impl TokenSource for Source {
+        fn ask(
+            &self,
+            audience: &ServiceName,
+        ) -> BoxFuture<'static, Result<TokenAnswer, TokenUnavailable>> {
+            let turn = self.0.asked.fetch_add(1, Ordering::SeqCst) + 1;
+            let (issuer, text) = (self.0.clone(), format!("{audience}-{turn}"));
+            async move {
+                sleep(Duration::from_millis(50)).await;
+                if issuer.down.load(Ordering::SeqCst) {
+                    return Err(TokenUnavailable::Deadline);
+                }
+                let scope = ScopeSet::parse_list("read:data").unwrap();
+                Ok(TokenAnswer { access_token: text.into(), expires_in: LIFE, scope })
+            }
+            .boxed()
+        }
+    }
+
+    fn tokens(files: &[(&str, PathBuf)]) -> (Tokens, Arc<Issuer>) {
+        let issuer = Arc::new(Issuer::default());
+        let files =
+            files.iter().map(|(name, path)| (name.parse().unwrap(), path.clone())).collect();
+        let clock = Clock::starting_at(jiff::Timestamp::from_second(1_800_000_000).unwrap());
+        let source = Arc::new(Source(issuer.clone()));
+        (Tokens::new(source, files, Handle::current(), clock), issuer)
+    }
+
+    fn data() -> ServiceName {
+        "data".parse().unwrap()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn ten_thousand_first_calls_cost_one_token() {
+        let (tokens, issuer) = tokens(&[]);
+        let slot = tokens.slot(&data());
+        assert!(slot.current(Instant::now()).is_none());
+        let calls = (0..10_000).map(|_| slot.bearer());
+        let bearers = futures_util::future::join_all(calls).await;
+        assert!(bearers.iter().all(|one| one.as_ref().unwrap().header() == "Bearer data-1"));
+        assert_eq!(issuer.asked(), 1);
+        assert!(slot.current(Instant::now()).unwrap().header().is_sensitive());
+    }
+
+    #[test]
+    fn callers_on_other_threads_wait_for_the_same_token() {
+        let side = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+        let _entered = side.enter();
+        let (tokens, issuer) = tokens(&[]);
+        let workers: Vec<_> = (0..4)
+            .map(|_| {
+                let slot = tokens.slot(&data());
+                std::thread::spawn(move || {
+                    let worker =
+                        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+                    worker.block_on(slot.bearer()).unwrap().header().clone()
+                })
+            })
+            .collect();
+        for worker in workers {
+            assert_eq!(worker.join().unwrap(), "Bearer data-1");
+        }
+        assert_eq!(issuer.asked(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_token_in_use_is_renewed_from_half_its_life_and_an_idle_one_is_not() {
+        let (tokens, issuer) = tokens(&[]);
+        let slot = tokens.slot(&data());
+        slot.bearer().await.unwrap();
+        sleep(LIFE.mul_f64(0.49)).await;
+        assert_eq!(issuer.asked(), 1);
+        sleep(LIFE.mul_f64(0.12)).await;
+        assert_eq!(issuer.asked(), 2);
+        // Nobody has looked at the second one, so nobody needs a third.
+        sleep(LIFE.mul_f64(0.9)).await;
+        assert_eq!(issuer.asked(), 2);
+        // One look is enough, however late.
+        assert_eq!(slot.current(Instant::now()).unwrap().header(), "Bearer data-2");
+        sleep(Duration::from_secs(20)).await;
+        assert_eq!(slot.current(Instant::now()).unwrap().header(), "Bearer data-3");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn while_the_issuer_is_down_a_token_serves_until_five_seconds_before_its_end() {
+        let (tokens, issuer) = tokens(&[]);
+        let slot = tokens.slot(&data());
+        let begun = Instant::now();
+        slot.bearer().await.unwrap();
+        issuer.down.store(true, Ordering::SeqCst);
+        sleep_until(begun + LIFE - Duration::from_millis(5001)).await;
+        assert_eq!(slot.bearer().await.unwrap().header(), "Bearer data-1");
+        assert!(issuer.asked() > 10, "it must have tried: {}", issuer.asked());
+        sleep_until(begun + LIFE - MARGIN).await;
+        assert!(slot.current(Instant::now()).is_none());
+        assert!(matches!(slot.bearer().await, Err(TokenUnavailable::Deadline)));
+        issuer.down.store(false, Ordering::SeqCst);
+        sleep(Duration::from_secs(6)).await;
+        assert!(slot.bearer().await.is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_failure_is_shared_and_not_asked_for_again_at_once() {
+        let (tokens, issuer) = tokens(&[]);
+        issuer.down.store(true, Ordering::SeqCst);
+        let slot = tokens.slot(&data());
+        let calls = (0..100).map(|_| slot.bearer());
+        let all = futures_util::future::join_all(calls).await;
+        assert!(all.iter().all(Result::is_err));
+        for _ in 0..100 {
+            assert!(slot.bearer().await.is_err());
+        }
+        assert_eq!(issuer.asked(), 1);
+        advance(Duration::from_millis(200)).await;
+        assert!(slot.bearer().await.is_err());
+        assert_eq!(issuer.asked(), 2);
+        assert_eq!(tokens.stats().failures, 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_caller_that_gives_up_does_not_take_the_question_along() {
+        let (tokens, issuer) = tokens(&[]);
+        let slot = tokens.slot(&data());
+        assert!(timeout(Duration::from_millis(1), slot.bearer()).await.is_err());
+        sleep(Duration::from_millis(60)).await;
+        assert!(slot.current(Instant::now()).is_some());
+        assert_eq!(issuer.asked(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_source_that_panics_leaves_nobody_waiting() {
+        struct Broken;
+        impl TokenSource for Broken {
+            fn ask(
+                &self,
+                _: &ServiceName,
+            ) -> BoxFuture<'static, Result<TokenAnswer, TokenUnavailable>> {
+                async { panic!("on purpose") }.boxed()
+            }
+        }
+        let clock = Clock::system();
+        let tokens = Tokens::new(Arc::new(Broken), HashMap::new(), Handle::current(), clock);
+        let answer = tokens.slot(&data()).bearer().await;
+        assert!(matches!(answer, Err(TokenUnavailable::Unusable)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn tokens_survive_a_restart_until_they_expire() {
+        let (first, issuer) = tokens(&[]);
+        first.slot(&data()).bearer().await.unwrap();
+        let written = serde_json::to_string(&first.snapshot()).unwrap();
+        sleep(Duration::from_secs(600)).await;
+        issuer.down.store(true, Ordering::SeqCst);
+
+        let restart = |after: i64| {
+            let start = jiff::Timestamp::from_second(1_800_000_000 + after).unwrap();
+            let source = Arc::new(Source(issuer.clone()));
+            let clock = Clock::starting_at(start);
+            let tokens = Tokens::new(source, HashMap::new(), Handle::current(), clock);
+            tokens.restore(serde_json::from_str(&written).unwrap());
+            tokens
+        };
+        let soon = restart(600);
+        let slot = soon.slot(&data());
+        let bearer = slot.current(Instant::now()).unwrap();
+        assert_eq!(bearer.header(), "Bearer data-1");
+        assert_eq!(bearer.usable_until() - Instant::now(), Duration::from_secs(2995));
+        assert_eq!(soon.snapshot().len(), 1);
+        assert!(restart(3596).slot(&data()).current(Instant::now()).is_none());
+        // A clock that was set back does not lengthen a life.
+        let back = restart(-86_400).slot(&data()).current(Instant::now()).unwrap();
+        assert_eq!(back.usable_until() - Instant::now(), LIFE - MARGIN);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_new_grant_does_not_wait_for_half_a_life() {
+        let (tokens, issuer) = tokens(&[]);
+        let slot = tokens.slot(&data());
+        slot.bearer().await.unwrap();
+        let me: ServiceName = "web".parse().unwrap();
+        let project = |scopes: &str| Project {
+            name: "shop".parse().unwrap(),
+            networking: crate::model::Networking {
+                multi_cloud: true,
+                default_mode: crate::model::NetworkMode::Public,
+                connections: Vec::new(),
+            },
+            services: std::collections::BTreeMap::new(),
+            permissions: [(me.clone(), [(data(), ScopeSet::parse_list(scopes).unwrap())].into())]
+                .into(),
+            issuers: Vec::new(),
+            mode: crate::model::Enforcement::Enforce,
+        };
+        tokens.reconcile(&project("read:data"), &me);
+        sleep(Duration::from_secs(1)).await;
+        assert_eq!(issuer.asked(), 1);
+        tokens.reconcile(&project("read:data write:data"), &me);
+        sleep(Duration::from_secs(1)).await;
+        assert_eq!(issuer.asked(), 2);
+        assert_eq!(slot.current(Instant::now()).unwrap().header(), "Bearer data-2");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_token_file_is_read_again_when_it_changes() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("token");
+        std::fs::write(&path, "first\n").unwrap();
+        let (tokens, issuer) = tokens(&[("data", path.clone())]);
+        let slot = tokens.slot(&data());
+        assert_eq!(slot.bearer().await.unwrap().header(), "Bearer first");
+        let swap = folder.path().join("new");
+        std::fs::write(&swap, "second").unwrap();
+        std::fs::rename(&swap, &path).unwrap();
+        sleep(Duration::from_secs(3)).await;
+        assert_eq!(slot.current(Instant::now()).unwrap().header(), "Bearer second");
+        assert_eq!((issuer.asked(), tokens.snapshot().len()), (0, 0));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_expired_token_in_a_file_is_not_sent() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("token");
+        let token = |exp: i64| {
+            format!("{}.{}.AA", base64url("{}"), base64url(format!(r#"{{"exp":{exp}}}"#)))
+        };
+        std::fs::write(&path, token(1_800_000_000 + 4)).unwrap();
+        let (tokens, _issuer) = tokens(&[("data", path.clone())]);
+        let slot = tokens.slot(&data());
+        assert!(matches!(slot.bearer().await, Err(TokenUnavailable::Unusable)));
+        let gone: ServiceName = "gone".parse().unwrap();
+        assert_eq!(slot.callee(), &data());
+        std::fs::write(&path, token(1_800_000_000 + 600)).unwrap();
+        sleep(Duration::from_secs(6)).await;
+        let left = slot.bearer().await.unwrap().usable_until() - Instant::now();
+        assert!(left < Duration::from_secs(600), "{left:?}");
+        assert!(tokens.slot(&gone).bearer().await.is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn no_print_shows_a_token() {
+        let (tokens, _issuer) = tokens(&[]);
+        let slot = tokens.slot(&data());
+        let bearer = slot.bearer().await.unwrap();
+        let printed = format!("{tokens:?} {slot:?} {bearer:?} {:?}", bearer.header());
+        assert!(!printed.contains("data-1"), "{printed}");
+        assert_eq!(bearer.token().expose_secret(), "data-1");
+    }
+
+    #[test]
+    fn a_missing_grant_is_told_apart_from_an_issuer_that_is_down() {
+        let refused = |status: u16, code: &str| {
+            TokenUnavailable::from(ClientError::Refused {
+                status: http::StatusCode::from_u16(status).unwrap(),
+                code: code.to_owned(),
+                detail: None,
+            })
+        };
+        assert!(refused(400, "invalid_target").is_permission());
+        assert!(!refused(401, "invalid_client").is_permission());
+        assert!(matches!(refused(503, "invalid_target"), TokenUnavailable::Unreachable(_)));
+    }
+}

@@ -636,3 +636,397 @@ fn fingerprint(token: &[u8]) -> Fingerprint {
     }
     out
 }
+
+#[cfg(test)]
+mod tests {
+    use aws_lc_rs::hmac;
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::identity::{
+        forge::{Forge, base64url, set},
+        keys::KeySet,
+    };
+
+    const ISSUER: &str = "https://control.example:7070";
+    const NOW: i64 = 1_800_000_000;
+    const HERE: &[&str] = &["data-intelligence"];
+
+    fn body() -> Value {
+        json!({
+            "iss": ISSUER, "sub": "web-application", "aud": "data-intelligence",
+            "exp": NOW + 3600, "iat": NOW, "nbf": NOW, "jti": "1",
+            "scope": "write:query read:data", "scopes": ["read:data", "write:query"],
+        })
+    }
+
+    fn trusting(keys: &[&Forge]) -> Verifier {
+        let keys = KeySet::from_json(&set(keys)).unwrap();
+        verifier(ISSUER, true, keys, &[])
+    }
+
+    fn verifier(issuer: &str, ours: bool, keys: KeySet, audiences: &[&str]) -> Verifier {
+        let issuer: Arc<str> = issuer.into();
+        Verifier::new(vec![Trusted {
+            issuer: issuer.clone(),
+            ours,
+            audiences: audiences.iter().map(|&name| name.to_owned()).collect(),
+            keys: Jwks::fixed(issuer, keys),
+        }])
+    }
+
+    #[test]
+    fn a_token_of_every_allowed_algorithm_is_understood() {
+        for algorithm in [
+            Algorithm::Es256,
+            Algorithm::Es384,
+            Algorithm::Rs256,
+            Algorithm::Ps256,
+            Algorithm::EdDsa,
+        ] {
+            let key = Forge::new("k1", algorithm);
+            let token = key.sign(&key.header().to_string(), &body().to_string());
+            let claims = trusting(&[&key]).verify(token.as_bytes(), HERE, NOW).unwrap();
+            assert!(claims.is_ours() && claims.is_for("data-intelligence"));
+            assert!(!claims.is_for("reports"));
+            assert_eq!(claims.issuer(), ISSUER);
+            assert_eq!(claims.caller_header(), "web-application");
+            assert_eq!(claims.scopes_header(), "read:data write:query");
+            assert_eq!(claims.claims_header(), token.split('.').nth(1).unwrap());
+            assert_eq!(claims.expires_at(), NOW + 3600);
+        }
+    }
+
+    #[test]
+    fn hostile_headers_are_refused() {
+        let key = Forge::new("k1", Algorithm::Es256);
+        let verifier = trusting(&[&key]);
+        let payload = body().to_string();
+        let malformed = TokenFault::Malformed;
+        let unknown = |kid: &str| TokenFault::UnknownKey { issuer: ISSUER.into(), kid: kid.into() };
+        let long = format!(r#"{{"alg":"ES256","typ":"at+jwt","kid":"{}"}}"#, "k".repeat(300));
+        let table = [
+            (r#"{"alg":"none","typ":"at+jwt","kid":"k1"}"#, TokenFault::AlgorithmNotAllowed),
+            (r#"{"alg":"None","typ":"at+jwt","kid":"k1"}"#, TokenFault::AlgorithmNotAllowed),
+            (r#"{"alg":"es256","typ":"at+jwt","kid":"k1"}"#, TokenFault::AlgorithmNotAllowed),
+            (r#"{"alg":"HS256","typ":"at+jwt","kid":"k1"}"#, TokenFault::AlgorithmNotAllowed),
+            (r#"{"alg":"RS512","typ":"at+jwt","kid":"k1"}"#, TokenFault::AlgorithmNotAllowed),
+            (r#"{"alg":"RS256","typ":"at+jwt","kid":"k1"}"#, TokenFault::AlgorithmNotAllowed),
+            (r#"{"alg":"ES384","typ":"at+jwt","kid":"k1"}"#, TokenFault::AlgorithmNotAllowed),
+            (r#"{"typ":"at+jwt","kid":"k1"}"#, malformed.clone()),
+            (r#"{"alg":["ES256"],"typ":"at+jwt","kid":"k1"}"#, malformed.clone()),
+            (r#"{"alg":"ES256","typ":"at+jwt","kid":""}"#, malformed.clone()),
+            (r#"{"alg":"ES256","typ":"at+jwt","kid":7}"#, malformed.clone()),
+            (r#"{"alg":"ES256","typ":"at+jwt","kid":null}"#, malformed.clone()),
+            (r#"{"alg":"ES256","typ":"at+jwt","kid":"k1","kid":"k1"}"#, malformed.clone()),
+            (r#"{"alg":"ES256","typ":"at+jwt","kid":"k1","\u006bid":"k2"}"#, malformed.clone()),
+            (r#"{"alg":"none","alg":"ES256","typ":"at+jwt","kid":"k1"}"#, malformed.clone()),
+            (r#"{"alg":"ES256","typ":"at+jwt","kid":"k1","x":{"a":1,"a":2}}"#, malformed.clone()),
+            (&long, malformed.clone()),
+            (r#"["ES256"]"#, malformed.clone()),
+            (r#"{"alg":"ES256","typ":"at+jwt","kid":"k1"} {}"#, malformed.clone()),
+            ("", malformed),
+            (r#"{"alg":"ES256","typ":"at+jwt","kid":"k2"}"#, unknown("k2")),
+            (r#"{"alg":"ES256","typ":"at+jwt","kid":"../k1"}"#, unknown("../k1")),
+            (r#"{"alg":"ES256","typ":"JWT","kid":"k1"}"#, TokenFault::Type),
+            (r#"{"alg":"ES256","typ":"dpop+jwt","kid":"k1"}"#, TokenFault::Type),
+            (r#"{"alg":"ES256","kid":"k1"}"#, TokenFault::Type),
+        ];
+        for (header, fault) in table {
+            let token = key.sign(header, &payload);
+            assert_eq!(verifier.verify(token.as_bytes(), HERE, NOW).err(), Some(fault), "{header}");
+        }
+        for (name, value) in [
+            ("crit", json!(["exp"])),
+            ("b64", json!(false)),
+            ("jku", json!("https://evil.example/jwks.json")),
+            ("x5u", json!("https://evil.example/chain.pem")),
+            ("jwk", key.jwk()),
+            ("x5c", json!(["MIIB"])),
+        ] {
+            let mut header = key.header();
+            header[name] = value;
+            let token = key.sign(&header.to_string(), &payload);
+            let fault = verifier.verify(token.as_bytes(), HERE, NOW).err();
+            assert_eq!(fault, Some(TokenFault::HeaderNotAllowed), "{name}");
+        }
+    }
+
+    #[test]
+    fn hostile_claims_are_refused() {
+        let key = Forge::new("k1", Algorithm::EdDsa);
+        let verifier = trusting(&[&key]);
+        let remove = json!("remove");
+        let table = [
+            ("iss", json!("https://control.example:7070/"), TokenFault::WrongIssuer),
+            ("iss", json!("https://CONTROL.example:7070"), TokenFault::WrongIssuer),
+            ("iss", json!(""), TokenFault::WrongIssuer),
+            ("iss", remove.clone(), TokenFault::WrongIssuer),
+            ("iss", json!([ISSUER]), TokenFault::Malformed),
+            ("aud", json!("reports"), TokenFault::WrongAudience),
+            ("aud", json!(["reports", "data-intelligence-2"]), TokenFault::WrongAudience),
+            ("aud", json!("data-intelligence "), TokenFault::WrongAudience),
+            ("aud", json!([]), TokenFault::WrongAudience),
+            ("aud", remove.clone(), TokenFault::WrongAudience),
+            ("aud", json!({"data-intelligence": 1}), TokenFault::Malformed),
+            ("sub", remove.clone(), TokenFault::NoSubject),
+            ("sub", json!(""), TokenFault::NoSubject),
+            ("sub", json!("web-application\r\ninfrar-scopes: admin"), TokenFault::NoSubject),
+            ("sub", json!(1), TokenFault::Malformed),
+            ("exp", json!(NOW - 31), TokenFault::Expired),
+            ("exp", json!(-1), TokenFault::Expired),
+            ("exp", json!(i64::MIN), TokenFault::Expired),
+            ("exp", remove, TokenFault::NoExpiry),
+            ("exp", json!(u64::MAX), TokenFault::Malformed),
+            ("exp", json!("1900000000"), TokenFault::Malformed),
+            ("exp", json!(1_900_000_000.5), TokenFault::Malformed),
+            ("exp", json!(1e300), TokenFault::Malformed),
+            ("exp", json!(null), TokenFault::Malformed),
+            ("nbf", json!(NOW + 31), TokenFault::NotYetValid),
+            ("nbf", json!(i64::MAX), TokenFault::NotYetValid),
+            ("nbf", json!("0"), TokenFault::Malformed),
+            ("scope", json!("read:data \"quoted\""), TokenFault::Malformed),
+            ("scope", json!({}), TokenFault::Malformed),
+        ];
+        for (name, value, fault) in table {
+            let mut payload = body();
+            if value == json!("remove") {
+                payload.as_object_mut().unwrap().remove(name);
+            } else {
+                payload[name] = value.clone();
+            }
+            let token = key.sign(&key.header().to_string(), &payload.to_string());
+            let found = verifier.verify(token.as_bytes(), HERE, NOW).err();
+            assert_eq!(found, Some(fault), "{name}: {value}");
+        }
+    }
+
+    #[test]
+    fn claims_that_can_be_read_in_two_ways_are_refused() {
+        let key = Forge::new("k1", Algorithm::EdDsa);
+        let verifier = trusting(&[&key]);
+        let text = body().to_string();
+        let inner = text.strip_prefix('{').unwrap();
+        for payload in [
+            format!(r#"{{"sub":"admin",{inner}"#),
+            format!(r#"{{"\u0073ub":"admin",{inner}"#),
+            format!(r#"{{"x":[{{"a":1,"a":1}}],{inner}"#),
+            format!(r#"{{"x":1e999,{inner}"#),
+            format!(r#"{{"x":{}{},{inner}"#, "[".repeat(500), "]".repeat(500)),
+            format!("{text}x"),
+            "null".to_owned(),
+            "[]".to_owned(),
+        ] {
+            let token = key.sign(&key.header().to_string(), &payload);
+            let found = verifier.verify(token.as_bytes(), HERE, NOW).err();
+            assert_eq!(found, Some(TokenFault::Malformed), "{payload}");
+        }
+    }
+
+    #[test]
+    fn clocks_may_differ_by_half_a_minute() {
+        let key = Forge::new("k1", Algorithm::EdDsa);
+        let verifier = trusting(&[&key]);
+        let token = key.sign(&key.header().to_string(), &body().to_string());
+        for (now, fault) in [
+            (NOW - 30, None),
+            (NOW - 31, Some(TokenFault::NotYetValid)),
+            (NOW + 3600 + 29, None),
+            (NOW + 3600 + 30, Some(TokenFault::Expired)),
+            (i64::MAX, Some(TokenFault::Expired)),
+            (i64::MIN, Some(TokenFault::NotYetValid)),
+        ] {
+            assert_eq!(verifier.verify(token.as_bytes(), HERE, now).err(), fault, "{now}");
+        }
+    }
+
+    #[test]
+    fn the_public_key_is_no_shared_secret() {
+        for algorithm in [Algorithm::Rs256, Algorithm::Es256] {
+            let key = Forge::new("k1", algorithm);
+            let header = json!({"alg": "HS256", "typ": "at+jwt", "kid": "k1"}).to_string();
+            let message = format!("{}.{}", base64url(header), base64url(body().to_string()));
+            let secret = hmac::Key::new(hmac::HMAC_SHA256, &key.public_bytes());
+            let token = format!("{message}.{}", base64url(hmac::sign(&secret, message.as_bytes())));
+            let fault = trusting(&[&key]).verify(token.as_bytes(), HERE, NOW).err();
+            assert_eq!(fault, Some(TokenFault::AlgorithmNotAllowed));
+        }
+    }
+
+    #[test]
+    fn hostile_shapes_are_refused() {
+        let key = Forge::new("k1", Algorithm::EdDsa);
+        let verifier = trusting(&[&key]);
+        let token = key.sign(&key.header().to_string(), &body().to_string());
+        let (message, signature) = token.rsplit_once('.').unwrap();
+        let stranger = Forge::new("k1", Algorithm::EdDsa);
+        let foreign = stranger.sign(&stranger.header().to_string(), &body().to_string());
+        let zeros = base64url([0; 64]);
+        for (token, fault) in [
+            (String::new(), TokenFault::Missing),
+            ("a".repeat(MAX_TOKEN_BYTES + 1), TokenFault::Oversized),
+            ("..".to_owned(), TokenFault::Malformed),
+            (message.to_owned(), TokenFault::Malformed),
+            (format!("{message}."), TokenFault::Malformed),
+            (format!("{token}."), TokenFault::Malformed),
+            (format!("{token}.{signature}"), TokenFault::Malformed),
+            (format!("{token}=="), TokenFault::Malformed),
+            (format!(" {token}"), TokenFault::Malformed),
+            (format!("{token}\n"), TokenFault::Malformed),
+            (token.replace('.', ":"), TokenFault::Malformed),
+            (format!("{message}.{}", &signature[..signature.len() - 6]), TokenFault::BadSignature),
+            (format!("{message}.AA"), TokenFault::BadSignature),
+            (format!("{message}.{zeros}"), TokenFault::BadSignature),
+            (foreign, TokenFault::BadSignature),
+        ] {
+            assert_eq!(verifier.verify(token.as_bytes(), HERE, NOW).err(), Some(fault), "{token}");
+        }
+        // Bits after the last byte of the signature must be zero, or one token had many spellings.
+        let last = signature.as_bytes()[signature.len() - 1];
+        let other = if last == b'A' { 'B' } else { 'h' };
+        let respelt = format!("{message}.{}{other}", &signature[..signature.len() - 1]);
+        let fault = verifier.verify(respelt.as_bytes(), HERE, NOW).err();
+        assert_eq!(fault, Some(TokenFault::Malformed));
+        let payload = base64url(body().to_string().replace("web-application", "administrator"));
+        let (head, _) = message.split_once('.').unwrap();
+        let swapped = format!("{head}.{payload}.{signature}");
+        let fault = verifier.verify(swapped.as_bytes(), HERE, NOW).err();
+        assert_eq!(fault, Some(TokenFault::BadSignature));
+    }
+
+    #[test]
+    fn another_issuer_may_name_subjects_scopes_and_audiences_its_own_way() {
+        let key = Forge::new("k1", Algorithm::Rs256);
+        let keys = KeySet::from_json(&set(&[&key])).unwrap();
+        let issuer = "https://login.example/tenant/v2.0";
+        let verifier = verifier(issuer, false, keys, &["api://shop"]);
+        let payload = json!({
+            "iss": issuer, "sub": "system:serviceaccount:shop:Workers", "exp": NOW + 60,
+            "aud": ["api://shop"], "scp": "read:data",
+        });
+        let header = json!({"alg": "RS256", "typ": "JWT", "kid": "k1"}).to_string();
+        let token = key.sign(&header, &payload.to_string());
+        let claims = verifier.verify(token.as_bytes(), HERE, NOW).unwrap();
+        assert!(!claims.is_ours() && claims.is_for("data-intelligence"));
+        assert_eq!(claims.scopes().to_string(), "read:data");
+        assert_eq!(claims.caller().as_str(), "system:serviceaccount:shop:Workers");
+        for bad in ["two words", "ä", "a\r\nb", &"x".repeat(MAX_SUBJECT + 1)] {
+            let mut payload = payload.clone();
+            payload["sub"] = bad.into();
+            let token = key.sign(&header, &payload.to_string());
+            let fault = verifier.verify(token.as_bytes(), HERE, NOW).err();
+            assert_eq!(fault, Some(TokenFault::NoSubject), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn one_issuers_key_signs_nothing_for_another() {
+        let (ours, theirs) =
+            (Forge::new("k1", Algorithm::EdDsa), Forge::new("k1", Algorithm::EdDsa));
+        let jwks = |issuer: &str, key: &Forge| Trusted {
+            issuer: issuer.into(),
+            ours: issuer == ISSUER,
+            audiences: Vec::new(),
+            keys: Jwks::fixed(issuer.into(), KeySet::from_json(&set(&[key])).unwrap()),
+        };
+        let verifier =
+            Verifier::new(vec![jwks(ISSUER, &ours), jwks("https://other.example", &theirs)]);
+        let token = theirs.sign(&theirs.header().to_string(), &body().to_string());
+        let fault = verifier.verify(token.as_bytes(), HERE, NOW).err();
+        assert_eq!(fault, Some(TokenFault::BadSignature));
+    }
+
+    #[test]
+    fn a_remembered_token_is_still_judged_by_time_and_audience() {
+        let key = Forge::new("k1", Algorithm::EdDsa);
+        let verifier = trusting(&[&key]);
+        let token = key.sign(&key.header().to_string(), &body().to_string());
+        let mut cache = TokenCache::new(10);
+        for _ in 0..3 {
+            cache.verify(&verifier, token.as_bytes(), HERE, NOW).unwrap();
+        }
+        assert_eq!(cache.counts(), (2, 1));
+        let elsewhere = cache.verify(&verifier, token.as_bytes(), &["reports"], NOW);
+        assert_eq!(elsewhere.err(), Some(TokenFault::WrongAudience));
+        let late = cache.verify(&verifier, token.as_bytes(), HERE, NOW + 3630);
+        assert_eq!(late.err(), Some(TokenFault::Expired));
+        assert!(cache.is_empty());
+    }
+
+    #[test]
+    fn a_remembered_token_goes_with_its_key_or_its_issuer() {
+        let (old, new) = (Forge::new("k1", Algorithm::EdDsa), Forge::new("k2", Algorithm::EdDsa));
+        let token = |key: &Forge| key.sign(&key.header().to_string(), &body().to_string());
+        let (first, second) = (token(&old), token(&new));
+        let both = trusting(&[&old, &new]);
+        let mut cache = TokenCache::new(10);
+        cache.verify(&both, first.as_bytes(), HERE, NOW).unwrap();
+        cache.verify(&both, second.as_bytes(), HERE, NOW).unwrap();
+        let rotated = trusting(&[&new]);
+        cache.verify(&rotated, second.as_bytes(), HERE, NOW).unwrap();
+        assert_eq!((cache.len(), cache.counts()), (1, (1, 2)));
+        let gone = cache.verify(&rotated, first.as_bytes(), HERE, NOW).err();
+        assert!(matches!(gone, Some(TokenFault::UnknownKey { .. })));
+        let nobody = Verifier::new(Vec::new());
+        let gone = cache.verify(&nobody, second.as_bytes(), HERE, NOW).err();
+        assert_eq!((gone, cache.len()), (Some(TokenFault::WrongIssuer), 0));
+    }
+
+    #[test]
+    fn the_memory_is_bounded_and_can_be_off() {
+        let key = Forge::new("k1", Algorithm::EdDsa);
+        let verifier = trusting(&[&key]);
+        let (mut small, mut off) = (TokenCache::new(8), TokenCache::new(0));
+        for at in 0..50 {
+            let mut payload = body();
+            payload["jti"] = at.into();
+            let token = key.sign(&key.header().to_string(), &payload.to_string());
+            small.verify(&verifier, token.as_bytes(), HERE, NOW).unwrap();
+            off.verify(&verifier, token.as_bytes(), HERE, NOW).unwrap();
+        }
+        assert!(small.len() <= 8, "{}", small.len());
+        assert_eq!((off.len(), off.counts()), (0, (0, 0)));
+        assert!(off.verify(&verifier, b"x.y.z", HERE, NOW).is_err());
+    }
+
+    #[test]
+    fn a_fault_shows_nothing_of_the_token() {
+        let key = Forge::new("k1", Algorithm::EdDsa);
+        let verifier = trusting(&[&key]);
+        let fault = verifier.verify(b"c2VjcmV0.c2VjcmV0.c2VjcmV0", HERE, NOW).unwrap_err();
+        assert!(!format!("{fault} {fault:?}").contains("secret"));
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_panic(token in proptest::collection::vec(any::<u8>(), 0..300)) {
+            prop_assert!(trusting_nobody().verify(&token, HERE, NOW).is_err());
+        }
+
+        #[test]
+        fn no_json_panics(header in "\\PC{0,60}", payload in "\\PC{0,120}") {
+            let token = format!("{}.{}.AAAA", base64url(header), base64url(payload));
+            prop_assert!(trusting_nobody().verify(token.as_bytes(), HERE, NOW).is_err());
+        }
+
+        #[test]
+        fn a_changed_token_is_refused(at in 0usize..1000, to in any::<u8>()) {
+            use std::sync::LazyLock;
+            static SIGNED: LazyLock<(String, Value)> = LazyLock::new(|| {
+                let key = Forge::new("k1", Algorithm::EdDsa);
+                (key.sign(&key.header().to_string(), &body().to_string()), set(&[&key]))
+            });
+            let keys = KeySet::from_json(&SIGNED.1).unwrap();
+            let mut token = SIGNED.0.clone().into_bytes();
+            let at = at % token.len();
+            prop_assume!(token[at] != to);
+            token[at] = to;
+            prop_assert!(verifier(ISSUER, true, keys, &[]).verify(&token, HERE, NOW).is_err());
+        }
+    }
+
+    fn trusting_nobody() -> Verifier {
+        verifier(ISSUER, true, KeySet::default(), &[])
+    }
+}
