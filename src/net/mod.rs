@@ -5,7 +5,6 @@
 
 mod dial;
 mod listen;
-mod prefixed;
 mod spread;
 mod stream;
 mod tcp_info;
@@ -13,7 +12,6 @@ mod tls;
 
 pub use dial::{Addresses, ResolveError, Resolver, connect, connect_any};
 pub use listen::{BindError, accept, bind};
-pub use prefixed::Prefixed;
 pub use spread::{Handover, Open, Placement, Spread};
 pub use stream::{Stream, Tallied, Tally};
 pub use tcp_info::{Family, Side, TcpInfo, wire_tx};

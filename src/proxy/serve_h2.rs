@@ -28,7 +28,7 @@ use crate::{
         worker::{Answer, Call, Peer},
     },
     runtime::{self, Guard, Phase},
-    wire::{Body, BodyError, Interim},
+    wire::{Body, BodyError, Interim, Prepended},
 };
 
 /// Window of one stream. 1 MiB carries 100 Mbit/s over a round trip of 80 ms.
@@ -326,8 +326,8 @@ async fn gather(mut body: Incoming) -> Body {
     if let Poll::Ready(Some(Ok(data))) = first {
         return match body.took(&data) {
             Ok(()) if body.stream.is_end_stream() => data.into(),
-            Ok(()) => Body::stream(Prepended { first: Some(Ok(data)), rest: body }),
-            Err(error) => Body::stream(Prepended { first: Some(Err(error)), rest: body }),
+            Ok(()) => Body::stream(Prepended::new(Ok(data), body)),
+            Err(error) => Body::stream(Prepended::new(Err(error), body)),
         };
     }
     Body::stream(body)
@@ -367,39 +367,6 @@ impl http_body::Body for Incoming {
         // h2 holds the peer to its content-length.
         self.length.map_or_else(SizeHint::default, |length| {
             SizeHint::with_exact(length.saturating_sub(self.received.get()))
-        })
-    }
-}
-
-/// A frame that was read early, then the rest.
-struct Prepended {
-    first: Option<Result<Bytes, BodyError>>,
-    rest: Incoming,
-}
-
-impl http_body::Body for Prepended {
-    type Data = Bytes;
-    type Error = BodyError;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        match self.first.take() {
-            Some(first) => Poll::Ready(Some(first.map(Frame::data))),
-            None => Pin::new(&mut self.rest).poll_frame(cx),
-        }
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.first.is_none() && self.rest.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        let early = self.first.as_ref().and_then(|first| first.as_ref().ok()).map_or(0, Bytes::len);
-        self.rest.length.map_or_else(SizeHint::default, |length| {
-            let left = length.saturating_sub(self.rest.received.get());
-            SizeHint::with_exact(left + early as u64)
         })
     }
 }

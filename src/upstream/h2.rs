@@ -17,7 +17,7 @@ use crate::{
     net::Stream,
     runtime,
     upstream::{ConnectError, Failure, Outgoing, Received, SendError},
-    wire::{Body, BodyError, Interim},
+    wire::{Body, BodyError, Interim, Prepended},
 };
 
 /// Window of one stream: 1 MiB carries 100 Mbit/s over 80 ms.
@@ -260,7 +260,7 @@ async fn gather(mut body: Incoming) -> Body {
             if body.stream.is_end_stream() && released.is_ok() {
                 return data.into();
             }
-            Body::stream(Prepended { first: Some(data), rest: body })
+            Body::stream(Prepended::new(Ok(data), body))
         }
         Poll::Ready(Some(Err(_)) | None) | Poll::Pending => Body::stream(body),
     }
@@ -318,30 +318,5 @@ impl http_body::Body for Incoming {
 
     fn size_hint(&self) -> SizeHint {
         SizeHint::default()
-    }
-}
-
-/// A frame that was read early, then the rest.
-struct Prepended {
-    first: Option<Bytes>,
-    rest: Incoming,
-}
-
-impl http_body::Body for Prepended {
-    type Data = Bytes;
-    type Error = BodyError;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        if let Some(first) = self.first.take() {
-            return Poll::Ready(Some(Ok(Frame::data(first))));
-        }
-        Pin::new(&mut self.rest).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.first.is_none() && self.rest.is_end_stream()
     }
 }

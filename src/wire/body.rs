@@ -120,3 +120,46 @@ impl http_body::Body for Body {
         }
     }
 }
+
+/// A frame that was read early, then the rest.
+pub struct Prepended<B> {
+    first: Option<Result<Bytes, BodyError>>,
+    rest: B,
+}
+
+impl<B> Prepended<B> {
+    /// `first`, then `rest`.
+    pub fn new(first: Result<Bytes, BodyError>, rest: B) -> Self {
+        Self { first: Some(first), rest }
+    }
+}
+
+impl<B> http_body::Body for Prepended<B>
+where
+    B: http_body::Body<Data = Bytes, Error = BodyError> + Unpin,
+{
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match self.first.take() {
+            Some(first) => Poll::Ready(Some(first.map(Frame::data))),
+            None => Pin::new(&mut self.rest).poll_frame(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.first.is_none() && self.rest.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let early = self.first.as_ref().and_then(|first| first.as_ref().ok()).map_or(0, Bytes::len);
+        self.rest
+            .size_hint()
+            .exact()
+            .map_or_else(SizeHint::default, |left| SizeHint::with_exact(left + early as u64))
+    }
+}

@@ -7,7 +7,7 @@ mod interim;
 mod problem;
 mod trace;
 
-pub use body::{Body, BodyError, StreamBody};
+pub use body::{Body, BodyError, Prepended, StreamBody};
 pub use interim::Interim;
 pub use problem::{PROBLEM_JSON, Problem};
 pub use trace::{TraceContext, request_id};
