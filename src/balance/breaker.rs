@@ -95,7 +95,7 @@ impl Pass {
 #[derive(Debug, Default)]
 pub struct Breaker(AtomicU64);
 
-/// The most failures that the word can count, and so the highest threshold.
+/// The most failures that the word can count, and so the highest threshold but for [`Circuit::NEVER`].
 const MOST_FAILURES: u64 = 0xfff;
 
 /// The word, taken apart.
@@ -150,6 +150,8 @@ impl Word {
         match outcome {
             Outcome::Unknown => None,
             Outcome::Success => (self.failures > 0).then_some(Self { failures: 0, ..self }),
+            // What never opens need not be counted either.
+            Outcome::Failure if circuit.failure_threshold == Circuit::NEVER => None,
             Outcome::Failure => {
                 let failures = (self.failures + 1).min(MOST_FAILURES);
                 let threshold = u64::from(circuit.failure_threshold).clamp(1, MOST_FAILURES);
@@ -322,6 +324,17 @@ mod tests {
         assert_eq!(state(&breaker, at(1)), CircuitState::Open);
         assert_eq!(breaker.admit(&circuit, at(60)), None);
         assert_eq!(breaker.view(&circuit, at(1)).next_probe, Some(at(61)));
+    }
+
+    #[test]
+    fn a_circuit_that_never_opens_does_not_open_at_what_the_word_can_count() {
+        let circuit = Circuit { failure_threshold: Circuit::NEVER, ..Circuit::default() };
+        let breaker = Breaker::default();
+        for _ in 0..5000 {
+            let pass = breaker.admit(&circuit, at(1)).expect("closed");
+            breaker.settle(pass, Outcome::Failure, &circuit, at(1));
+        }
+        assert_eq!(breaker.view(&circuit, at(1)).state, CircuitState::Closed);
     }
 
     #[test]

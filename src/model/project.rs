@@ -260,6 +260,11 @@ pub struct Circuit {
     pub recovery_timeout: Duration,
 }
 
+impl Circuit {
+    /// The threshold of a circuit that never opens.
+    pub const NEVER: u32 = u32::MAX;
+}
+
 impl Default for Circuit {
     fn default() -> Self {
         Self { failure_threshold: 5, recovery_timeout: Duration::from_secs(60) }
