@@ -111,7 +111,8 @@ pub(crate) fn start(file: &ProxyFile) -> anyhow::Result<RunningProxy> {
     let supervisor = Arc::new(Supervisor::new(Handle::current()));
     let admin_socket = bind(file.admin.listen, "admin.listen")?;
     let probes_socket = file.admin.probes.map(|at| bind(at, "admin.probes")).transpose()?;
-    let admin_at = admin_socket.local_addr()?;
+    let admins = [Some(&admin_socket), probes_socket.as_ref()].into_iter().flatten();
+    let own = admins.map(TcpListener::local_addr).collect::<Result<_, _>>()?;
     let tls = trusted(file)?;
     let directory = Arc::new(Directory::default());
     let world = World::open(file, &supervisor, &directory)?;
@@ -133,7 +134,7 @@ pub(crate) fn start(file: &ProxyFile) -> anyhow::Result<RunningProxy> {
         access: access.clone(),
         ends: ends.clone(),
         ward: Arc::clone(&ward),
-        own: vec![admin_at],
+        own,
     };
     let count = match file.workers {
         config::Workers::Auto => cpus(),

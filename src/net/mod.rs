@@ -1,20 +1,20 @@
-//! The one seam to the network: dialling, listening, TLS, and what the kernel knows of a connection.
+//! The one seam to the network: dialling, listening, TLS.
 //!
 //! Everything here is about connections, nothing about requests. Each piece works on a worker's own thread; what may
 //! stall (name look-ups) is done on the side runtime and only its answer comes back.
 
 mod dial;
 mod listen;
+mod own;
 mod spread;
 mod stream;
-mod tcp_info;
 mod tls;
 
 pub use dial::{Addresses, ResolveError, Resolver, connect, connect_any};
 pub use listen::{BindError, accept, bind};
+pub use own::is_own;
 pub use spread::{Handover, Open, Placement, Spread};
 pub use stream::{LANDING_BYTES, Stream, Tallied, Tally};
-pub use tcp_info::{Family, Side, TcpInfo, wire_tx};
 pub use tls::{
     Alpn, ClientTls, MinVersion, Reload, ServerTls, TlsError, install_provider,
     is_certificate_fault, is_tls_fault,

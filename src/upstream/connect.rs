@@ -13,7 +13,7 @@ use crate::{
     model::{Host, Origin, Scheme},
     net::{
         Alpn, ClientTls, Resolver, Stream, Tallied, Tally, connect_any, is_certificate_fault,
-        is_tls_fault,
+        is_own, is_tls_fault,
     },
 };
 
@@ -171,7 +171,8 @@ impl Connector {
                 );
                 ConnectError::Resolve
             })?;
-        if addresses.iter().any(|address| self.is_own(*address)) {
+        // DESIGN §5: the outbound port never dials the proxy's own listeners.
+        if addresses.iter().any(|address| is_own(&self.own, *address)) {
             return Err(ConnectError::Own);
         }
         let begun = Instant::now();
@@ -182,15 +183,6 @@ impl Connector {
                 if late { ConnectError::Timeout } else { ConnectError::Refused(error) }
             })?;
         Ok((tcp, begun.elapsed()))
-    }
-
-    /// DESIGN §5: the outbound port never dials the proxy's own listeners.
-    fn is_own(&self, address: SocketAddr) -> bool {
-        self.own.iter().any(|own| {
-            own.port() == address.port()
-                && (own.ip() == address.ip()
-                    || (own.ip().is_unspecified() && address.ip().is_loopback()))
-        })
     }
 }
 
