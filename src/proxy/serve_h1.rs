@@ -33,7 +33,7 @@ use crate::{
         worker::{Answer, Call, Peer},
     },
     runtime::{Alarm, Guard, Phase, Turn},
-    wire::{Body, BodyError, Fields, Interim, Request, Response},
+    wire::{self, Body, BodyError, Fields, Interim, Request, Response},
 };
 
 /// What a read asks for at first.
@@ -140,7 +140,7 @@ impl http_body::Body for Incoming {
                     return Poll::Ready(Some(Ok(Frame::data(data))));
                 }
                 Ok(Piece::Trailers(trailers)) => {
-                    return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
+                    return Poll::Ready(wire::trailers(trailers).map(Ok));
                 }
                 Ok(Piece::End) => return Poll::Ready(None),
                 Ok(Piece::More) => {}
@@ -217,7 +217,6 @@ pub(super) struct Connection {
     wire: Rc<Wire>,
     story: Rc<Story>,
     peer: Peer,
-    interim: Interim,
     alarm: RefCell<Alarm>,
     write: BytesMut,
 }
@@ -248,7 +247,6 @@ impl Connection {
             wire,
             story,
             peer,
-            interim: Interim::default(),
             alarm: RefCell::default(),
             write: BytesMut::new(),
         }
@@ -417,12 +415,16 @@ impl Connection {
     /// Lets the story answer; `None` when the client went away or stalled meanwhile.
     async fn answer(&mut self, request: Request) -> Option<Answer> {
         let story = Rc::clone(&self.story);
-        let call = Call { request, peer: &self.peer, interim: &self.interim, alarm: &self.alarm };
+        // RFC 9110 §15.2: HTTP/1.0 knows no interim responses.
+        let hears = request.version != Version::HTTP_10;
+        let interim = Interim::default();
+        let call = Call { request, peer: &self.peer, interim: &interim, alarm: &self.alarm };
         let mut walk = pin!(story.answer(call));
-        let (wire, interim, write) = (&self.wire, &self.interim, &mut self.write);
+        let (wire, write) = (&self.wire, &mut self.write);
         poll_fn(|cx| {
             let walked = walk.as_mut().poll(cx);
-            for (status, fields) in interim.take() {
+            for (status, mut fields) in interim.take().into_iter().filter(|_| hears) {
+                headers::strip_hop_by_hop(&mut fields);
                 encode_status_line(status, write);
                 encode_headers(fields.iter(), write);
                 write.put_slice(b"\r\n");

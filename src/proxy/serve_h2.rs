@@ -22,13 +22,14 @@ use http_body::{Body as _, Frame, SizeHint};
 use crate::{
     net::Stream,
     proxy::{
+        headers,
         reject::Rejection,
         settings::Limits,
         story::Story,
         worker::{Answer, Call, Peer},
     },
     runtime::{self, Guard, Phase},
-    wire::{Body, BodyError, Fields, Interim, Prepended, Request, Response},
+    wire::{self, Body, BodyError, Fields, Interim, Prepended, Request, Response},
 };
 
 /// Window of one stream. 1 MiB carries 100 Mbit/s over a round trip of 80 ms.
@@ -177,15 +178,24 @@ async fn answer(
         return finish(story.refuse(&Rejection::BodyTooLarge { limit }), &mut respond, &method, 0)
             .await;
     }
-    let incoming =
-        Incoming { stream, received: Rc::clone(&received), limit, length, trailers: false };
+    let fields = Fields::from(parts.headers);
+    let expects = headers::lists(&fields, &header::EXPECT, "100-continue");
+    let welcome = Rc::new(Cell::new(if expects { Welcome::Awaited } else { Welcome::Said }));
+    let incoming = Incoming {
+        stream,
+        received: Rc::clone(&received),
+        welcome: Rc::clone(&welcome),
+        limit,
+        length,
+        trailers: false,
+    };
     let body = gather(incoming).await;
     let interim = Interim::default();
     let request = Request {
         method: parts.method,
         uri: parts.uri,
         version: Version::HTTP_2,
-        fields: parts.headers.into(),
+        fields,
         body,
     };
     let alarm = RefCell::default();
@@ -193,11 +203,13 @@ async fn answer(
     let mut walk = pin!(story.answer(call));
     let walked = poll_fn(|cx| {
         let walked = walk.as_mut().poll(cx);
-        for (status, headers) in interim.take() {
-            let early = head(status, headers);
-            if let Err(error) = respond.send_informational(early) {
-                tracing::trace!(%error, "an interim response could not be sent");
-            }
+        if welcome.get() == Welcome::Due {
+            welcome.set(Welcome::Said);
+            say_early(&mut respond, StatusCode::CONTINUE, Fields::new());
+        }
+        for (status, mut fields) in interim.take() {
+            headers::strip_hop_by_hop(&mut fields);
+            say_early(&mut respond, status, fields);
         }
         match walked {
             Poll::Ready(answer) => Poll::Ready(Some(answer)),
@@ -208,6 +220,23 @@ async fn answer(
     .await;
     if let Some(answer) = walked {
         finish(answer, &mut respond, &method, received.get()).await;
+    }
+}
+
+/// Whether a client has been told that its body is welcome (`expect: 100-continue`).
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Welcome {
+    /// It waits for it.
+    Awaited,
+    /// Somebody wants the body now.
+    Due,
+    /// It was told, or does not wait.
+    Said,
+}
+
+fn say_early(respond: &mut SendResponse<Bytes>, status: StatusCode, fields: Fields) {
+    if let Err(error) = respond.send_informational(head(status, fields)) {
+        tracing::trace!(%error, "an interim response could not be sent");
     }
 }
 
@@ -312,6 +341,8 @@ fn join_cookies(headers: &mut HeaderMap) {
 struct Incoming {
     stream: RecvStream,
     received: Rc<Cell<u64>>,
+    /// Told here, by whoever reads the body first.
+    welcome: Rc<Cell<Welcome>>,
     limit: Option<u64>,
     length: Option<u64>,
     trailers: bool,
@@ -355,7 +386,11 @@ impl http_body::Body for Incoming {
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = &mut *self;
         if !this.trailers {
-            match ready!(this.stream.poll_data(cx)) {
+            let polled = this.stream.poll_data(cx);
+            if this.welcome.get() == Welcome::Awaited {
+                this.welcome.set(if polled.is_pending() { Welcome::Due } else { Welcome::Said });
+            }
+            match ready!(polled) {
                 Some(Ok(data)) => {
                     let taken = this.took(&data);
                     return Poll::Ready(Some(taken.map(|()| Frame::data(data))));
@@ -365,7 +400,7 @@ impl http_body::Body for Incoming {
             }
         }
         match ready!(this.stream.poll_trailers(cx)) {
-            Ok(Some(trailers)) => Poll::Ready(Some(Ok(Frame::trailers(trailers)))),
+            Ok(Some(trailers)) => Poll::Ready(wire::trailers(trailers).map(Ok)),
             Ok(None) => Poll::Ready(None),
             Err(_) => Poll::Ready(Some(Err(BodyError::Incomplete))),
         }

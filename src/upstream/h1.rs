@@ -28,7 +28,7 @@ use crate::{
     net::{LANDING_BYTES, Stream},
     runtime::Turn,
     upstream::{Failure, Home, Outgoing, Received, SendError},
-    wire::{Body, BodyError, Fields, Interim, Response},
+    wire::{self, Body, BodyError, Fields, Interim, Response},
 };
 
 static KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
@@ -403,7 +403,7 @@ impl http_body::Body for Incoming {
                 }
                 Ok(Piece::Trailers(trailers)) => {
                     this.end();
-                    return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
+                    return Poll::Ready(wire::trailers(trailers).map(Ok));
                 }
                 Ok(Piece::End) => {
                     this.end();

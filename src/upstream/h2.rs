@@ -17,7 +17,7 @@ use crate::{
     net::Stream,
     runtime,
     upstream::{ConnectError, Failure, Outgoing, Received, SendError},
-    wire::{Body, BodyError, Interim, Prepended, Response},
+    wire::{self, Body, BodyError, Interim, Prepended, Response},
 };
 
 /// Window of one stream: 1 MiB carries 100 Mbit/s over 80 ms.
@@ -306,7 +306,7 @@ impl http_body::Body for Incoming {
             }
         }
         match ready!(this.stream.poll_trailers(cx)) {
-            Ok(Some(trailers)) => Poll::Ready(Some(Ok(Frame::trailers(trailers)))),
+            Ok(Some(trailers)) => Poll::Ready(wire::trailers(trailers).map(Ok)),
             Ok(None) => Poll::Ready(None),
             Err(_) => Poll::Ready(Some(Err(BodyError::Incomplete))),
         }

@@ -8,6 +8,7 @@ mod interim;
 mod message;
 mod problem;
 mod trace;
+mod trailers;
 
 pub use body::{Body, BodyError, Prepended, StreamBody};
 pub use fields::Fields;
@@ -15,3 +16,4 @@ pub use interim::Interim;
 pub use message::{Request, Response};
 pub use problem::{PROBLEM_JSON, Problem};
 pub use trace::{TraceContext, request_id};
+pub use trailers::trailers;
