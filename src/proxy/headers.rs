@@ -101,9 +101,18 @@ pub(super) fn upgrade(method: &Method, version: Version, fields: &Fields) -> Opt
         && *method != Method::CONNECT
         && fields.contains(&header::UPGRADE)
         && lists(fields, &header::CONNECTION, "upgrade");
+    if !asked {
+        return None;
+    }
     // h2c by upgrade was dropped by RFC 9113 §3.1: nobody needs it, and it would hide the protocol from us.
-    let value = asked.then(|| fields.get(&header::UPGRADE).cloned()).flatten()?;
-    (!value.as_bytes().eq_ignore_ascii_case(b"h2c")).then_some(value)
+    let protocols: Vec<&[u8]> = fields
+        .all(&header::UPGRADE)
+        .flat_map(|value| value.as_bytes().split(|b| *b == b','))
+        .map(<[u8]>::trim_ascii)
+        .filter(|protocol| !protocol.is_empty() && !protocol.eq_ignore_ascii_case(b"h2c"))
+        .collect();
+    let wanted = (!protocols.is_empty()).then(|| protocols.join(&b", "[..]))?;
+    HeaderValue::try_from(wanted).ok()
 }
 
 /// Removes what ends at this hop: RFC 9110 §7.6.1, and what `connection` lists.
@@ -216,15 +225,18 @@ impl Forwarded {
     }
 }
 
-/// Removes the names that only infrar may say.
+/// Removes the names that only infrar may say, also as servers read them that make `-` of `_` (CGI's variables).
 pub(super) fn strip_identity(fields: &mut Fields) {
-    if !fields.names().any(|name| name.as_str().len() == 13 && name.as_str().starts_with("infrar-"))
-    {
-        return;
+    if fields.names().any(is_identity) {
+        fields.retain(|name| !is_identity(name));
     }
-    for name in [&CALLER, &SCOPES, &CLAIMS] {
-        fields.remove(name);
-    }
+}
+
+fn is_identity(name: &HeaderName) -> bool {
+    // Names of another length are told apart without a comparison.
+    let name = name.as_str().as_bytes();
+    name.len() == 13
+        && matches!(name.split_at(7), (b"infrar-" | b"infrar_", b"caller" | b"scopes" | b"claims"))
 }
 
 /// Whether the caller speaks gRPC, so that refusals must be said in its language.
@@ -306,6 +318,24 @@ mod tests {
         };
         assert_eq!(asks("websocket").unwrap(), "websocket");
         assert_eq!(asks("h2c"), None);
+        assert_eq!(asks("H2C, websocket ,chat").unwrap(), "websocket, chat");
+        assert_eq!(asks(" , h2c,"), None);
+        let map = headers(&[("connection", "Upgrade"), ("upgrade", "h2c"), ("upgrade", "chat")]);
+        assert_eq!(upgrade(&Method::GET, Version::HTTP_11, &map).unwrap(), "chat");
+    }
+
+    #[test]
+    fn nobody_speaks_for_infrar_also_not_with_an_underscore() {
+        let mut map = headers(&[
+            ("infrar-caller", "a"),
+            ("infrar_caller", "a"),
+            ("infrar_scopes", "a"),
+            ("infrar_claims", "a"),
+            ("infrar-client", "kept"),
+            ("infrared-lamp", "kept"),
+        ]);
+        strip_identity(&mut map);
+        assert_eq!(map, headers(&[("infrar-client", "kept"), ("infrared-lamp", "kept")]));
     }
 
     #[test]
