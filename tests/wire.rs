@@ -23,6 +23,7 @@ struct Sidecar {
     infrar: Infrar,
     out: SocketAddr,
     admin: SocketAddr,
+    probes: SocketAddr,
     #[expect(dead_code, reason = "held for its Drop")]
     folder: Folder,
 }
@@ -37,8 +38,13 @@ impl Sidecar {
 
     /// With further keys of `proxy.yaml`.
     async fn with(services: &[Service<'_>], keys: &str) -> Self {
+        Self::with_way_out(services, "", keys).await
+    }
+
+    /// With further keys of `outbound`, and of `proxy.yaml`.
+    async fn with_way_out(services: &[Service<'_>], outbound: &str, keys: &str) -> Self {
         let folder = Folder::new();
-        let [out, admin] = free_ports();
+        let [out, admin, probes] = free_ports();
         let mut project = "project: shop\nservices:\n".to_owned();
         let mut grants = String::new();
         for (name, endpoints, keys) in services {
@@ -58,17 +64,36 @@ impl Sidecar {
         folder.write(
             "proxy.yaml",
             &format!(
-                "service: web\nplace: aws_us_east_1\nproject: project.yaml\noutbound: {{ listen: '{out}' }}\n\
-                 admin: {{ listen: '{admin}' }}\nlog: {{ format: json }}\n{keys}"
+                "service: web\nplace: aws_us_east_1\nproject: project.yaml\noutbound: {{ listen: '{out}'{outbound} }}\n\
+                 admin: {{ listen: '{admin}', probes: '{probes}' }}\nlog: {{ format: json }}\n{keys}"
             ),
         );
         let mut infrar = Infrar::start(&folder, "proxy", &["proxy", "--config", "proxy.yaml"]);
         infrar.ready(admin).await;
-        Self { infrar, out, admin, folder }
+        Self { infrar, out, admin, probes, folder }
     }
 
     async fn says(&self, text: &str) -> Said {
         talk(self.out, text).await
+    }
+
+    /// The value of the metric of that name whose labels have all of these.
+    async fn metric(&self, name: &str, labels: &[&str]) -> Option<f64> {
+        let said = get(self.admin, &self.admin.to_string(), "/metrics").await;
+        let line = said.body.lines().find(|line| {
+            line.starts_with(&format!("{name}{{")) && labels.iter().all(|it| line.contains(it))
+        })?;
+        line.rsplit(' ').next()?.parse().ok()
+    }
+
+    /// What the access log says of the request with this id.
+    async fn line(&self, id: &str) -> String {
+        let line = || {
+            let log = self.infrar.log();
+            log.lines().find(|line| line.contains(id)).map(str::to_owned)
+        };
+        until("the log has the line", async || line().is_some()).await;
+        line().unwrap_or_default()
     }
 }
 
@@ -195,7 +220,7 @@ async fn the_request_arrives_as_it_was_but_for_what_ends_at_a_hop() {
             "PATCH http://data.infrar.internal:8080/a%2Fb//c/../d?x=1&y=%20&& HTTP/1.1\r\nhost: other\r\n\
              connection: close, x-private\r\nx-private: 1\r\nkeep-alive: timeout=5\r\nproxy-connection: keep-alive\r\n\
              te: trailers, gzip\r\nproxy-authorization: Basic eA==\r\ninfrar-caller: root\r\ninfrar-scopes: all\r\n\
-             infrar-claims: e30\r\nx-kept: a, b\r\nx-kept: c\r\ntraceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\n\
+             infrar-claims: e30\r\ninfrar_caller: root\r\nx-kept: a, b\r\nx-kept: c\r\ntraceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\n\
              tracestate: a=b\r\nx-request-id: mine\r\nforwarded: for=192.0.2.7\r\ncontent-length: 4\r\n\r\nbody",
         )
         .await;
@@ -211,6 +236,7 @@ async fn the_request_arrives_as_it_was_but_for_what_ends_at_a_hop() {
         "infrar-caller",
         "infrar-scopes",
         "infrar-claims",
+        "infrar_caller",
     ] {
         assert_eq!(header(&head, gone), None, "{head}");
     }
@@ -293,6 +319,189 @@ async fn what_is_too_large_or_too_slow_is_refused() {
     let chunk = "x".repeat(1025);
     let said = sidecar.says(&format!("POST / HTTP/1.1\r\nhost: data\r\ntransfer-encoding: chunked\r\n\r\n401\r\n{chunk}\r\n0\r\n\r\n")).await;
     assert_refused(&said, 413, "body-too-large", "http_request_error");
+}
+
+#[tokio::test]
+async fn no_call_comes_back_to_the_proxy_however_its_address_is_written() {
+    let sidecar = Sidecar::with_way_out(&[], ", unknown_hosts: allow", "").await;
+    for at in [sidecar.admin, sidecar.probes, sidecar.out] {
+        for host in ["127.0.0.1", "localhost", "0.0.0.0", "[::ffff:127.0.0.1]", "[::]"] {
+            let said = get(sidecar.out, &format!("{host}:{}", at.port()), "/metrics").await;
+            assert_refused(&said, 403, "address-not-allowed", "http_request_denied");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_host_outside_the_project_is_named_metered_and_forgotten_before_the_busy_ones() {
+    let outside = Origin::scripted(|mut visit: Visit| async move {
+        let number = visit.number.to_string();
+        while visit.head().await.is_some() {
+            let length = number.len();
+            visit.say(format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n{number}")).await;
+        }
+    })
+    .await;
+    let sidecar = Sidecar::with_way_out(&[], ", unknown_hosts: allow", "").await;
+    assert_eq!(get(sidecar.out, &outside.at.to_string(), "/").await.body, "0");
+    let counted = ["callee=\"infrar-outside\"", "caller=\"web\"", "code=\"200\""];
+    until("it is counted by name", async || {
+        sidecar.metric("infrar_requests_total", &counted).await == Some(1.0)
+    })
+    .await;
+
+    // An address of this machine's own that does not look like it: bytes to it count as sent to the internet.
+    let probe = std::net::UdpSocket::bind("0.0.0.0:0").expect("a socket");
+    if probe.connect("192.0.2.1:9").is_ok()
+        && let Ok(here) = probe.local_addr()
+    {
+        let listener = tokio::net::TcpListener::bind((here.ip(), 0)).await.expect("our address");
+        let at = listener.local_addr().expect("bound");
+        let answer = async {
+            let (stream, _peer) = listener.accept().await.expect("a call");
+            let mut line = Line::over(stream);
+            line.hear("\r\n\r\n").await;
+            line.say("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await;
+            line
+        };
+        let host = at.to_string();
+        let (said, _line) = tokio::join!(get(sidecar.out, &host, "/"), answer);
+        assert_eq!(said.body, "ok", "{said:?}");
+        let sent = [
+            "callee=\"infrar-outside\"",
+            "from=\"aws_us_east_1\"",
+            "to=\"internet\"",
+            "kind=\"http\"",
+            "leg=\"request\"",
+        ];
+        until("its bytes are counted", async || {
+            sidecar.metric("infrar_egress_bytes_total", &sent).await > Some(50.0)
+        })
+        .await;
+    }
+
+    // However many hosts are named, nothing of them stays in the metrics, and a connection in use is kept.
+    let mut line = Line::to(sidecar.out).await;
+    let busy = format!("GET / HTTP/1.1\r\nhost: {}\r\n\r\n", outside.at);
+    line.say(&busy).await;
+    let number = line.answer().await.body;
+    for n in 0..600 {
+        let host = format!("127.0.{}.{}:{}", 1 + n / 200, 1 + n % 200, outside.at.port());
+        line.say(format!("GET / HTTP/1.1\r\nhost: {host}\r\n\r\n")).await;
+        assert_eq!(line.answer().await.status(), 502);
+        if n % 100 == 0 {
+            line.say(&busy).await;
+            assert_eq!(line.answer().await.body, number, "a busy connection was thrown away");
+        }
+    }
+    let metrics = get(sidecar.admin, &sidecar.admin.to_string(), "/metrics").await;
+    assert!(!metrics.body.contains("infrar_circuit_state{"), "{}", metrics.body);
+}
+
+#[tokio::test]
+async fn trailers_do_not_say_what_only_a_head_may() {
+    let service = Origin::scripted(|mut visit: Visit| async move {
+        while visit.head().await.is_some() {
+            let body = visit.line.hear("0\r\n").await + &visit.line.hear("\r\n\r\n").await;
+            assert!(body.ends_with("0\r\nx-sum: 7\r\n\r\n"), "{body}");
+            visit.say("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\nset-cookie: a=b\r\nx-sum: 9\r\ncontent-length: 1\r\n\r\n").await;
+        }
+    })
+    .await;
+    let sidecar = Sidecar::open(&[("data", &[service.at], "")]).await;
+    let mut line = Line::to(sidecar.out).await;
+    line.say("POST / HTTP/1.1\r\nhost: data\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\ninfrar-caller: root\r\ncontent-length: 1\r\ntransfer-encoding: x\r\nhost: y\r\nx-sum: 7\r\nauthorization: Bearer x\r\n\r\n").await;
+    assert!(line.hear("\r\n\r\n").await.starts_with("HTTP/1.1 200 "));
+    assert_eq!(line.hear("\r\n\r\n").await, "3\r\nabc\r\n0\r\nx-sum: 9\r\n\r\n");
+}
+
+#[tokio::test]
+async fn hints_lose_what_ends_at_a_hop_and_do_not_reach_http_1_0() {
+    let service = Origin::scripted(|mut visit: Visit| async move {
+        while visit.head().await.is_some() {
+            let hint = "HTTP/1.1 103 Early Hints\r\nlink: </a.css>\r\nconnection: x-a\r\nx-a: 1\r\nkeep-alive: timeout=5\r\n\r\n";
+            visit.say(hint.repeat(100)).await;
+            visit.say("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await;
+        }
+    })
+    .await;
+    let sidecar = Sidecar::open(&[("data", &[service.at], "")]).await;
+    let said = get(sidecar.out, "data", "/").await;
+    let hint = "HTTP/1.1 103 Early Hints\r\nlink: </a.css>";
+    assert_eq!(said.head, hint, "{said:?}");
+    assert!(said.body.contains("\r\n\r\nHTTP/1.1 200 OK\r\n"), "{said:?}");
+    assert!(said.body.matches("HTTP/1.1 103").count() < 50, "one request's hints are bounded");
+    let said = sidecar.says("GET / HTTP/1.0\r\nhost: data\r\n\r\n").await;
+    assert_eq!((said.status(), &*said.body), (200, "ok"), "{said:?}");
+}
+
+#[tokio::test]
+async fn expect_100_continue_is_answered_once_whatever_both_sides_speak() {
+    let h1 = Origin::scripted(|mut visit: Visit| async move {
+        while let Some(head) = visit.head().await {
+            let body = visit.body(&head).await;
+            let length = body.len();
+            visit.say(format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n{body}")).await;
+        }
+    })
+    .await;
+    let h2 = Origin::scripted(|visit: Visit| async move {
+        let mut connection = h2::server::handshake(visit.line.stream).await.expect("HTTP/2");
+        while let Some(Ok((request, mut respond))) = connection.accept().await {
+            tokio::spawn(async move {
+                let early = http::Response::builder().status(100).body(()).expect("a head");
+                respond.send_informational(early).expect("an open stream");
+                let mut body = request.into_body();
+                let mut all = Vec::new();
+                while let Some(Ok(data)) = body.data().await {
+                    all.extend_from_slice(&data);
+                }
+                let mut sending =
+                    respond.send_response(http::Response::new(()), false).expect("an open stream");
+                sending.send_data(all.into(), true).expect("an open stream");
+            });
+        }
+    })
+    .await;
+    let services: &[Service<'_>] =
+        &[("one", &[h1.at], ""), ("two", &[h2.at], "    protocol: h2\n")];
+    let sidecar = Sidecar::open(services).await;
+    for service in ["one", "two"] {
+        let mut line = Line::to(sidecar.out).await;
+        line.say(format!("POST / HTTP/1.1\r\nhost: {service}\r\nexpect: 100-continue\r\ncontent-length: 5\r\nconnection: close\r\n\r\n")).await;
+        assert!(line.hear("\r\n\r\n").await.starts_with("HTTP/1.1 100 "), "{service}");
+        line.say("hello").await;
+        let said = line.rest().await;
+        assert!(said.starts_with("HTTP/1.1 200 ") && said.ends_with("hello"), "{service}: {said}");
+
+        let stream = tokio::net::TcpStream::connect(sidecar.out).await.expect("it listens");
+        let (mut send, connection) =
+            h2::client::Builder::new().handshake(stream).await.expect("HTTP/2");
+        let driven = tokio::spawn(connection);
+        let request = http::Request::post(format!("http://{service}/"))
+            .header("expect", "100-continue")
+            .header("content-length", "5")
+            .body(())
+            .expect("a head");
+        let (mut answer, mut body) = send.send_request(request, false).expect("an open connection");
+        let early = std::future::poll_fn(|cx| answer.poll_informational(cx));
+        let early = tokio::time::timeout(support::PATIENCE, early).await.expect("a word in time");
+        assert_eq!(early.expect("one").expect("a head").status(), 100, "{service}");
+        body.send_data(bytes::Bytes::from_static(b"hello"), true).expect("an open stream");
+        let early = std::future::poll_fn(|cx| answer.poll_informational(cx)).await;
+        assert!(early.is_none(), "{service}: {early:?}");
+        assert_eq!(answer.await.expect("an answer").status(), 200, "{service}");
+        driven.abort();
+    }
+}
+
+#[tokio::test]
+async fn an_upgrade_to_h2c_among_others_is_left_out() {
+    let service = Origin::plain("ok").await;
+    let sidecar = Sidecar::open(&[("data", &[service.at], "")]).await;
+    let said = sidecar.says("GET / HTTP/1.1\r\nhost: data\r\nconnection: upgrade, close\r\nupgrade: h2c, websocket\r\n\r\n").await;
+    assert_eq!(said.status(), 200, "{said:?}");
+    assert_eq!(header(&service.heads()[0], "upgrade"), Some("websocket"));
 }
 
 #[tokio::test]

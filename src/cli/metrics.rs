@@ -73,8 +73,11 @@ pub(super) fn expose(
 /// Circuits and latencies by endpoint.
 pub(super) fn conditions(found: &mut crate::telemetry::Families, ward: &proxy::Ward) {
     for condition in ward.conditions() {
-        let labels =
-            [("service", condition.service.as_str()), ("endpoint", condition.endpoint.as_str())];
+        let labels = [
+            ("service", condition.service.as_str()),
+            ("endpoint", condition.endpoint.as_str()),
+            ("mode", condition.mode.as_str()),
+        ];
         let state = match condition.circuit {
             CircuitState::Closed => 0.0,
             CircuitState::HalfOpen => 1.0,
@@ -94,16 +97,18 @@ fn egress(found: &mut crate::telemetry::Families, meter: &Meter) {
         std::collections::BTreeMap::new();
     for row in meter.read() {
         // Whoever sends pays: the answer's bytes are priced at the callee's place.
+        let (here, there) = (Some(&row.path.from), row.path.to.as_ref());
         let (from, to) = match row.leg {
-            Leg::Request => (&row.path.from, &row.path.to),
-            Leg::Response => (&row.path.to, &row.path.from),
+            Leg::Request => (here, there),
+            Leg::Response => (there, here),
         };
-        let rate = PriceBook::shipped().rate(row.path.class, from, Some(to));
+        // What a host outside the project pays is not our bill.
+        let rate = from.and_then(|from| PriceBook::shipped().rate(row.path.class, from, to));
         let cost = rate.map_or(0, |rate| rate.cost(row.bytes).0);
         let labels = [
             row.path.callee.to_string(),
             row.path.from.to_string(),
-            row.path.to.to_string(),
+            row.path.to.map_or_else(|| "internet".to_owned(), |to| to.to_string()),
             row.path.mode.to_string(),
             row.leg.as_str().to_owned(),
             row.kind.as_str().to_owned(),

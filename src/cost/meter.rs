@@ -66,8 +66,8 @@ pub struct PathKey {
     pub callee: ServiceName,
     /// The caller's place.
     pub from: Place,
-    /// The callee's place.
-    pub to: Place,
+    /// The callee's place; `None`: a host outside the project.
+    pub to: Option<Place>,
     /// How `from` reaches `to`.
     pub mode: NetworkMode,
     /// What the path is to the provider who bills it; it tells zones apart, which the places do not.
@@ -217,7 +217,7 @@ mod tests {
         PathKey {
             callee: callee.parse().unwrap(),
             from: "aws_us_east_1".parse().unwrap(),
-            to: "azure_eastus".parse().unwrap(),
+            to: Some("azure_eastus".parse().unwrap()),
             mode: NetworkMode::Public,
             class: PriceClass::OtherCloud,
         }

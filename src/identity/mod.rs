@@ -22,7 +22,7 @@ pub use keys::{Algorithm, KeyId, KeySet, KeySetError};
 pub use mint::{Mint, MintError, MintSettings, Minted, OwnClaims};
 pub use policy::{
     Access, Action, Grant, NotPermitted, PathFault, PathRule, Refused, Rule, RuleFault, Rules,
-    Strictness, admit, normalise, permits,
+    Strictness, admit, normalise, outside, permits,
 };
 pub use tokens::{
     Bearer, ControlTokens, NoTokens, Slot, StoredToken, TokenSource, TokenStats, TokenUnavailable,

@@ -15,7 +15,7 @@ use crate::{
     model::{Enforcement, Project, ScopeSet, ServiceName},
 };
 
-/// Proof that somebody may do something. Only [`permits`], [`admit`] and [`Action::open`] build one.
+/// Proof that somebody may do something. Only [`permits`], [`admit`], [`Action::open`] and [`outside`] build one.
 #[derive(Clone, Debug)]
 pub struct Grant {
     scopes: Option<HeaderValue>,
@@ -84,6 +84,13 @@ pub fn permits(
             Err(NotPermitted { caller: caller.clone(), callee: callee.clone() })
         }
     }
+}
+
+/// May this proxy's service speak to hosts outside the project? `permissions` says nothing about those; whoever has
+/// asked the proxy's own settings gets the grant here.
+#[must_use]
+pub fn outside() -> Grant {
+    Grant { scopes: None, learned: false }
 }
 
 /// Why a request with a valid token goes no further.

@@ -74,7 +74,6 @@ impl Edge {
         let upgrade = headers::upgrade(&request.method, request.version, &request.fields);
         headers::strip_hop_by_hop(&mut request.fields);
         headers::strip_identity(&mut request.fields);
-        drop(admitted);
         arrived(&request.uri, &mut request.fields, call.peer, upgrade.as_ref());
         let dispatch = Dispatch {
             method: request.method,
@@ -88,7 +87,8 @@ impl Edge {
             alarm: call.alarm,
         };
         let begun = record.started();
-        Forward::new(cluster, &self.worker.ward, dispatch, record, begun).send().await
+        let grant = &admitted.grant;
+        Forward::new(cluster, &self.worker.ward, dispatch, record, begun, grant).send().await
     }
 }
 

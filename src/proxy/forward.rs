@@ -13,6 +13,7 @@ use tokio::time::Instant;
 
 use crate::{
     balance::{Chosen, Flight, NoChoice, Outcome, Tried, Vitals},
+    identity::Grant,
     net::Stream,
     proxy::{
         record::Record,
@@ -89,14 +90,18 @@ enum Attempt {
 }
 
 impl<'a> Forward<'a> {
-    /// A request on its way to `cluster` that has been prepared at `begun`.
+    /// A request on its way to `cluster` that has been prepared at `begun`. Without a grant there is none.
     pub(super) fn new(
         cluster: &'a Rc<Cluster>,
         ward: &'a Ward,
         dispatch: Dispatch<'a>,
         record: &'a mut Record,
         begun: Instant,
+        grant: &Grant,
     ) -> Self {
+        if grant.is_learned() {
+            record.learned();
+        }
         let limit = cluster.timeouts.request.unwrap_or(FAR);
         let deadline = record.started() + limit;
         let repeatable = repeatable(&dispatch.method, &dispatch.fields);
@@ -122,6 +127,7 @@ impl<'a> Forward<'a> {
         cluster: &'a Rc<Cluster>,
         ward: &'a Ward,
         record: &'a mut Record,
+        grant: &Grant,
     ) -> Result<Stream, Rejection> {
         let interim = Interim::default();
         let alarm = RefCell::default();
@@ -136,14 +142,14 @@ impl<'a> Forward<'a> {
             interim: &interim,
             alarm: &alarm,
         };
-        let mut forward = Forward::new(cluster, ward, dispatch, record, Instant::now());
+        let mut forward = Forward::new(cluster, ward, dispatch, record, Instant::now(), grant);
         loop {
             forward.attempts += 1;
             let begun = Instant::now();
             let (target, chosen) = forward.choose(begun)?;
             forward.record.attempt(&target.id, target.mode);
             let flight = Flight::begin(Arc::clone(&target.vitals));
-            let opened = target.pool.connector().open_tunnel(cluster.timeouts.connect).await;
+            let opened = target.tunnels().open_tunnel(cluster.timeouts.connect).await;
             let now = Instant::now();
             forward.record.waited(now.duration_since(begun));
             let outcome = if opened.is_ok() { Outcome::Success } else { Outcome::Failure };

@@ -231,7 +231,8 @@ impl Inbound {
             alarm: call.alarm,
         };
         let begun = record.started();
-        Forward::new(&self.app, &self.worker.ward, dispatch, record, begun).send().await
+        let grant = &admitted.grant;
+        Forward::new(&self.app, &self.worker.ward, dispatch, record, begun, grant).send().await
     }
 }
 

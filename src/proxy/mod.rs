@@ -89,7 +89,7 @@ pub struct Parts {
     pub ends: Ends,
     /// What is known about endpoints.
     pub ward: Arc<Ward>,
-    /// Further addresses of this process that calls must not go to (the admin listener).
+    /// Further addresses of this process that calls must not go to (the admin API and the probes).
     pub own: Vec<SocketAddr>,
 }
 
@@ -324,8 +324,7 @@ fn door(worker: &Rc<Worker>, index: usize, kind: &Listener) -> Result<Door, Star
             match settings.app.clone() {
                 None => Story::Edge(Rc::clone(worker), Edge::new(Rc::clone(worker), settings)),
                 Some(app) => {
-                    let me = &worker.settings.service;
-                    let cluster = worker.surveyor.single(&app, me, None);
+                    let cluster = worker.surveyor.app(&app);
                     let cluster = cluster.ok_or_else(|| StartError::App(app.origin.to_string()))?;
                     let inbound = Inbound::new(Rc::clone(worker), settings, Rc::new(cluster));
                     Story::Inbound(Rc::clone(worker), inbound)
@@ -347,7 +346,7 @@ async fn prune(worker: Rc<Worker>) {
         if let Some(view) = view {
             view.prune(now);
         }
-        for cluster in worker.outsiders.borrow().values() {
+        for cluster in worker.outsiders.borrow().clusters() {
             cluster.targets.iter().for_each(|target| target.pool.prune(now));
         }
     }

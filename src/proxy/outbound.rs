@@ -9,7 +9,7 @@ use http::{HeaderValue, Method, StatusCode, header};
 use tokio::time::Instant;
 
 use crate::{
-    identity::{Slot, TokenUnavailable},
+    identity::{Grant, Slot, TokenUnavailable},
     model::ServiceName,
     proxy::{
         forward::{Dispatch, Forward},
@@ -31,14 +31,6 @@ pub(super) struct Outbound {
     settings: OutboundSettings,
     /// The service that this port belongs to; `None`: the request says which.
     only: Option<ServiceName>,
-}
-
-/// Who is called.
-enum Route {
-    /// A service of the project.
-    Service(Rc<Cluster>),
-    /// A host outside it.
-    Outside(Rc<Cluster>),
 }
 
 impl Outbound {
@@ -83,7 +75,8 @@ impl Outbound {
         self.worker.via_out.pass(version, &mut fields)?;
         // Which service is meant, where does it live now, and may we speak to it?
         let asked = authority(&uri, &fields)?;
-        let route = self.route(&uri, &asked, record)?;
+        let cluster = self.route(&uri, &asked, record)?;
+        let grant = granted(&cluster)?;
         // What does the far side see?
         let upgrade = headers::upgrade(&method, version, &fields);
         headers::strip_hop_by_hop(&mut fields);
@@ -94,10 +87,7 @@ impl Outbound {
             fields.set(header::UPGRADE, protocol.clone());
         }
         let mut begun = record.started();
-        let (cluster, bearer) = match &route {
-            Route::Service(cluster) => (cluster, self.bearer(cluster, &fields, &mut begun).await?),
-            Route::Outside(cluster) => (cluster, None),
-        };
+        let bearer = self.bearer(&cluster, &fields, &mut begun).await?;
         // Try, retry, fail over.
         let dispatch = Dispatch {
             method,
@@ -110,7 +100,7 @@ impl Outbound {
             interim: call.interim,
             alarm: call.alarm,
         };
-        Forward::new(cluster, &self.worker.ward, dispatch, record, begun).send().await
+        Forward::new(&cluster, &self.worker.ward, dispatch, record, begun, grant).send().await
     }
 
     /// `CONNECT name:port`: resolved and balanced, but the client speaks TLS with the endpoint itself and brings its
@@ -119,38 +109,37 @@ impl Outbound {
         let uri = &call.request.uri;
         let asked =
             uri.authority().ok_or(Rejection::BadRequest("CONNECT names host:port"))?.as_str();
-        let cluster = match self.route(uri, asked, record)? {
-            Route::Service(cluster) | Route::Outside(cluster) => cluster,
-        };
-        let stream = Forward::tunnel(&cluster, &self.worker.ward, record).await?;
+        let cluster = self.route(uri, asked, record)?;
+        let grant = granted(&cluster)?;
+        let stream = Forward::tunnel(&cluster, &self.worker.ward, record, grant).await?;
         let response =
             Response { status: StatusCode::OK, fields: Fields::new(), body: Body::Empty };
         Ok(Received::Upgraded(response, stream))
     }
 
-    fn route(&self, uri: &http::Uri, asked: &str, record: &mut Record) -> Result<Route, Rejection> {
+    fn route(
+        &self,
+        uri: &http::Uri,
+        asked: &str,
+        record: &mut Record,
+    ) -> Result<Rc<Cluster>, Rejection> {
         let found = self.worker.view();
         let host =
             self.only.as_ref().map_or_else(|| route::name(route::host(asked)), ServiceName::as_str);
         let known = found.as_ref().ok().and_then(|view| view.cluster(host));
-        if let Some(cluster) = known {
-            record.belongs_to(Rc::clone(&cluster.series));
-            if let Err(missing) = &cluster.grant {
-                return Err(Rejection::NotPermitted {
-                    caller: missing.caller.to_string(),
-                    callee: missing.callee.clone(),
-                });
-            }
-            return Ok(Route::Service(Rc::clone(cluster)));
-        }
-        match self.settings.unknown_hosts {
-            UnknownHosts::Allow if self.only.is_none() => {
+        let cluster = match (known, self.settings.unknown_hosts) {
+            (Some(cluster), _) => Rc::clone(cluster),
+            (None, UnknownHosts::Allow) if self.only.is_none() => {
                 let origin =
                     origin_of(uri, asked).ok_or(Rejection::BadRequest("the host is no host"))?;
-                Ok(Route::Outside(self.worker.outsider(&origin)?))
+                self.worker.outsider(&origin)?
             }
-            UnknownHosts::Allow | UnknownHosts::Deny => Err(self.unknown(asked, &*found?)),
-        }
+            (None, UnknownHosts::Allow | UnknownHosts::Deny) => {
+                return Err(self.unknown(asked, &*found?));
+            }
+        };
+        record.belongs_to(Rc::clone(&cluster.series));
+        Ok(cluster)
     }
 
     /// A name without a dot can only be a service; a host with dots was meant for the world.
@@ -209,6 +198,14 @@ impl Outbound {
             }),
         }
     }
+}
+
+/// Whether this proxy's service may speak to a cluster.
+fn granted(cluster: &Cluster) -> Result<&Grant, Rejection> {
+    cluster.grant.as_ref().map_err(|missing| Rejection::NotPermitted {
+        caller: missing.caller.to_string(),
+        callee: missing.callee.clone(),
+    })
 }
 
 fn why(_error: &TokenUnavailable) -> &'static str {

@@ -4,7 +4,7 @@
 //! If neither happens — the client goes away, the connection breaks — dropping the record settles it.
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::{Cell, OnceCell, RefCell},
     collections::HashMap,
     rc::Rc,
     sync::Arc,
@@ -42,6 +42,8 @@ pub(super) struct Series {
     answers: RefCell<Answers>,
     duration: Histogram,
     overhead: Histogram,
+    /// Calls that only a project that learns lets through; made for the first.
+    learned: OnceCell<Counter>,
 }
 
 impl Series {
@@ -63,6 +65,7 @@ impl Series {
             duration: registry
                 .histogram(names::REQUEST_DURATION, &[("direction", way), ("callee", callee)]),
             overhead: registry.histogram(names::PROXY_OVERHEAD, &[("direction", way)]),
+            learned: OnceCell::new(),
         };
         // A series that exists at 0 shows up in rates from the first request on.
         series.answers.borrow_mut().push((200, "", series.cell(200, "")));
@@ -79,6 +82,22 @@ impl Series {
             ("error", error),
         ];
         self.registry.counter(names::REQUESTS, &labels)
+    }
+
+    fn learned(&self) {
+        let first = || {
+            let (direction, caller, callee) =
+                (self.direction.as_str(), &*self.caller, &*self.callee);
+            tracing::warn!(
+                direction,
+                caller,
+                callee,
+                "`permissions` does not grant this call: it passes while the project learns"
+            );
+            let labels = [("direction", direction), ("caller", caller), ("callee", callee)];
+            self.registry.counter(names::LEARNED_GRANTS, &labels)
+        };
+        self.learned.get_or_init(first).inc();
     }
 
     fn count(&self, status: u16, error: &'static str) {
@@ -219,6 +238,11 @@ impl Record {
     /// Who speaks to whom is known.
     pub(super) fn belongs_to(&mut self, series: Rc<Series>) {
         self.series = series;
+    }
+
+    /// It passes only because the project is learning.
+    pub(super) fn learned(&self) {
+        self.series.learned();
     }
 
     /// The request's id and trace are known.

@@ -22,8 +22,8 @@ use tokio::time::Instant;
 use crate::{
     api::Catalog,
     balance::{Aim, Budget, Candidate, CircuitState, Picker, Tick, Vitals},
-    cost::{Kind, Leg, Meter, Path, PathKey, PriceBook, Site},
-    identity::{Grant, NotPermitted, Slot, Strictness, Tokens, permits},
+    cost::{Kind, Leg, Meter, Path, PathKey, PriceBook, PriceClass, Site},
+    identity::{self, Grant, NotPermitted, Slot, Strictness, Tokens, permits},
     model::{
         AuthMethod, Circuit, Endpoint, EndpointId, EndpointState, NetworkMode, Networking, Origin,
         Place, Protocol, Routing, Scheme, Service, ServiceName, Timeouts, Zone,
@@ -38,8 +38,8 @@ use crate::{
     upstream::{Connector, Pool, PoolSettings},
 };
 
-/// Service, endpoint and address.
-type Whom = (ServiceName, EndpointId, Origin);
+/// Service, endpoint, address, and the network mode in which it is reached.
+type Whom = (ServiceName, EndpointId, Origin, NetworkMode);
 
 /// What is known about an endpoint, for people to read.
 #[derive(Clone, Debug)]
@@ -48,6 +48,8 @@ pub struct Condition {
     pub service: ServiceName,
     /// The endpoint.
     pub endpoint: EndpointId,
+    /// How it is reached.
+    pub mode: NetworkMode,
     /// Its circuit.
     pub circuit: CircuitState,
     /// What an answer takes; `None` before the first one.
@@ -84,14 +86,22 @@ impl Ward {
         Arc::clone(&entry.0)
     }
 
+    /// Forgets endpoints that no worker and no request knows any more.
+    pub(super) fn sweep(&self) {
+        let mut known = self.vitals.lock().unwrap_or_else(PoisonError::into_inner);
+        known.retain(|_, (vitals, _)| Arc::strong_count(vitals) > 1);
+    }
+
     /// What is known about every endpoint. Takes a lock that no request takes.
     #[must_use]
     pub fn conditions(&self) -> Vec<Condition> {
+        self.sweep();
         let now = self.tick(Instant::now());
         let known = self.vitals.lock().unwrap_or_else(PoisonError::into_inner);
-        let each = known.iter().map(|((service, endpoint, _), (vitals, circuit))| Condition {
+        let each = known.iter().map(|((service, endpoint, _, mode), (vitals, circuit))| Condition {
             service: service.clone(),
             endpoint: endpoint.clone(),
+            mode: *mode,
             circuit: vitals.breaker.view(circuit, now).state,
             latency: vitals.latency.measured(),
         });
@@ -120,8 +130,17 @@ pub(super) struct Target {
     pub takes_token: bool,
     /// This worker's connections.
     pub pool: Rc<Pool>,
+    /// The way of tunnels, where an edge stands in the way of requests.
+    direct: Option<Connector>,
     /// What the process knows about it.
     pub vitals: Arc<Vitals>,
+}
+
+impl Target {
+    /// The way there for a tunnel: a client that speaks TLS with the endpoint must reach the endpoint itself.
+    pub(super) fn tunnels(&self) -> &Connector {
+        self.direct.as_ref().unwrap_or_else(|| self.pool.connector())
+    }
 }
 
 /// One service as this worker calls it.
@@ -390,7 +409,6 @@ impl Surveyor {
                 .is_some_and(|here| here.provider() != way.endpoint.place.provider())
         });
         let address = edge.unwrap_or(way.address);
-        let named = edge.unwrap_or(&way.endpoint.url);
         let key = (
             name.clone(),
             way.endpoint.id.clone(),
@@ -402,12 +420,18 @@ impl Surveyor {
         let found = self.pools.borrow().get(&key).cloned();
         let pool = match found {
             Some(pool) => pool,
-            None => self.pool(name, way, address, named, service.protocol)?,
+            None => self.pool(name, way, edge, service.protocol)?,
         };
         kept.insert(key, Rc::clone(&pool));
-        let vitals = self
-            .ward
-            .vitals((name.clone(), way.endpoint.id.clone(), address.clone()), &service.circuit);
+        let direct = match edge {
+            Some(_) => {
+                let direct = self.connector(way.address, &way.endpoint.url)?;
+                Some(tallied(direct, self.path(name, way), &[Kind::Tunnel]))
+            }
+            None => None,
+        };
+        let whom = (name.clone(), way.endpoint.id.clone(), address.clone(), way.mode);
+        let vitals = self.ward.vitals(whom, &service.circuit);
         let here = self.settings.place.as_ref();
         let rank = here.map_or(0, |here| {
             Candidate::rank(
@@ -437,6 +461,7 @@ impl Surveyor {
             },
             takes_token: safe && way.endpoint.auth_method == AuthMethod::BearerToken,
             pool,
+            direct,
             vitals,
         };
         Some((target, candidate))
@@ -452,66 +477,113 @@ impl Surveyor {
         book.rate(class, here, Some(&way.endpoint.place)).map(|rate| rate.per_gb)
     }
 
+    fn connector(&self, address: &Origin, named: &Origin) -> Option<Connector> {
+        let (resolver, own) = (self.resolver.clone(), Arc::clone(&self.own));
+        Connector::new(address.clone(), named.host(), &self.tls, resolver, own).ok()
+    }
+
+    /// The connections to an endpoint, or to the edge in front of it.
     fn pool(
         &self,
         name: &ServiceName,
         way: &Way<'_>,
-        address: &Origin,
-        named: &Origin,
+        edge: Option<&Origin>,
         protocol: Protocol,
     ) -> Option<Rc<Pool>> {
-        let connector = Connector::new(
-            address.clone(),
-            named.host(),
-            &self.tls,
-            self.resolver.clone(),
-            Arc::clone(&self.own),
-        )
-        .ok()?;
-        let connector = match self.path(name, way) {
-            Some(path) => connector
-                .tallied(Rc::new(OnPath { path: path.clone(), kind: Kind::Http }))
-                .tunnels_tallied(Rc::new(OnPath { path, kind: Kind::Tunnel })),
-            None => connector,
+        let connector = match edge {
+            // The edge counts what it sends to the other cloud: counted here too, it would be paid twice.
+            Some(edge) => {
+                tallied(self.connector(edge, edge)?, self.path_next_door(name), &[Kind::Http])
+            }
+            None => {
+                let connector = self.connector(way.address, &way.endpoint.url)?;
+                tallied(connector, self.path(name, way), &[Kind::Http, Kind::Tunnel])
+            }
         };
         let settings = PoolSettings { head: self.settings.limits.head, ..PoolSettings::default() };
         Some(Pool::new(settings, protocol, connector))
     }
 
+    /// The path to an endpoint.
     fn path(&self, name: &ServiceName, way: &Way<'_>) -> Option<Path> {
-        let from = self.settings.place.clone()?;
-        let to = way.endpoint.place.clone();
-        let class = PriceBook::shipped().class(
-            Site { place: &from, zone: self.settings.zone.as_ref() },
-            Site { place: &to, zone: way.endpoint.zone.as_ref() },
-            way.mode,
-        );
-        Some(self.meter.path(PathKey { callee: name.clone(), from, to, mode: way.mode, class }))
+        self.path_to(name, &way.endpoint.place, way.endpoint.zone.as_ref(), way.mode)
     }
 
-    /// The cluster of a single address that is no part of the catalog: the application, or a host outside the project.
+    /// The path to the edge of this place: it ends there, at a public address in a zone that nobody knows.
+    fn path_next_door(&self, name: &ServiceName) -> Option<Path> {
+        self.path_to(name, self.settings.place.as_ref()?, None, NetworkMode::Public)
+    }
+
+    fn path_to(
+        &self,
+        name: &ServiceName,
+        to: &Place,
+        zone: Option<&Zone>,
+        mode: NetworkMode,
+    ) -> Option<Path> {
+        let from = self.settings.place.clone()?;
+        let class = PriceBook::shipped().class(
+            Site { place: &from, zone: self.settings.zone.as_ref() },
+            Site { place: to, zone },
+            mode,
+        );
+        let to = Some(to.clone());
+        Some(self.meter.path(PathKey { callee: name.clone(), from, to, mode, class }))
+    }
+
+    /// The path to a host outside the project; on this machine there is nothing to count.
+    fn path_outside(&self, name: &ServiceName, host: &Origin) -> Option<Path> {
+        let from = self.settings.place.clone().filter(|_| !host.host().is_loopback())?;
+        let (mode, class) = (NetworkMode::Public, PriceClass::Internet);
+        Some(self.meter.path(PathKey { callee: name.clone(), from, to: None, mode, class }))
+    }
+
+    /// The cluster of a host outside the project. It has no part in what the process knows of endpoints: anybody may name
+    /// as many hosts as they like.
     #[must_use]
-    pub(super) fn single(
+    pub(super) fn outside(&self, host: &Origin) -> Option<Cluster> {
+        // Reserved, so no service of the project has it.
+        let name: ServiceName = "infrar-outside".parse().ok()?;
+        let vitals = Arc::new(Vitals::new(self.ward.tick(Instant::now())));
+        let connector = tallied(
+            self.connector(host, host)?,
+            self.path_outside(&name, host),
+            &[Kind::Http, Kind::Tunnel],
+        );
+        let app = App { origin: host.clone(), protocol: Protocol::Auto };
+        let grant = Ok(identity::outside());
+        self.single(&app, &name, connector, vitals, grant, Some(host.authority()))
+    }
+
+    /// The cluster of the application behind an inbound listener.
+    #[must_use]
+    pub(super) fn app(&self, app: &App) -> Option<Cluster> {
+        let me = &self.settings.service;
+        let id: EndpointId = APP.parse().ok()?;
+        let whom = (me.clone(), id, app.origin.clone(), NetworkMode::Public);
+        let vitals = self.ward.vitals(whom, &NEVER_LEFT_ALONE);
+        let connector = self.connector(&app.origin, &app.origin)?;
+        // Nobody calls it but for a caller who was granted something.
+        let grant = Err(NotPermitted { caller: me.clone(), callee: me.clone() });
+        self.single(app, me, connector, vitals, grant, None)
+    }
+
+    /// The cluster of a single address that is no part of the catalog.
+    fn single(
         &self,
         app: &App,
         service: &ServiceName,
-        host: Option<&Origin>,
+        connector: Connector,
+        vitals: Arc<Vitals>,
+        grant: Result<Grant, NotPermitted>,
+        host: Option<String>,
     ) -> Option<Cluster> {
-        let name = host.unwrap_or(&app.origin);
-        let connector = Connector::new(
-            app.origin.clone(),
-            name.host(),
-            &self.tls,
-            self.resolver.clone(),
-            Arc::clone(&self.own),
-        )
-        .ok()?;
         // An application behind TLS speaks what ALPN finds; on loopback HTTP/1.1 costs less than HTTP/2.
         let prefer_h2 = app.origin.scheme() == Scheme::Https;
         let settings =
             PoolSettings { head: self.settings.limits.head, prefer_h2, ..PoolSettings::default() };
         let pool = Pool::new(settings, app.protocol, connector);
-        let id: EndpointId = "app".parse().ok()?;
+        let id: EndpointId = APP.parse().ok()?;
         let endpoint = Endpoint {
             id: id.clone(),
             url: app.origin.clone(),
@@ -523,16 +595,11 @@ impl Surveyor {
             weight: 100,
             state: EndpointState::Active,
         };
-        // The application is never left alone: there is no other endpoint to turn to.
-        let circuit =
-            Circuit { failure_threshold: u32::MAX, recovery_timeout: Duration::from_secs(1) };
-        let whom = (service.clone(), id.clone(), app.origin.clone());
-        let vitals = self.ward.vitals(whom, &circuit);
         let authority = app.origin.authority();
         let target = Target {
             id,
             mode: NetworkMode::Public,
-            host: host.and_then(|host| HeaderValue::try_from(host.authority()).ok()),
+            host: host.and_then(|host| HeaderValue::try_from(host).ok()),
             authority: Authority::try_from(authority).ok()?,
             scheme: match app.origin.scheme() {
                 Scheme::Http => UriScheme::HTTP,
@@ -540,15 +607,16 @@ impl Surveyor {
             },
             takes_token: false,
             pool,
+            direct: None,
             vitals: Arc::clone(&vitals),
         };
         Some(Cluster {
             service: service.clone(),
-            grant: Err(NotPermitted { caller: service.clone(), callee: service.clone() }),
+            grant,
             token: None,
             targets: vec![Rc::new(target)],
             candidates: vec![Candidate::new(&endpoint, 0, None, None, vitals)],
-            aim: Aim::new(&Routing::default(), &circuit),
+            aim: Aim::new(&Routing::default(), &NEVER_LEFT_ALONE),
             picker: RefCell::default(),
             timeouts: Timeouts { request: None, ..Timeouts::default() },
             max_attempts: 1,
@@ -558,4 +626,23 @@ impl Surveyor {
             absence: "",
         })
     }
+}
+
+/// The id under which an address that is no part of the catalog is known.
+const APP: &str = "app";
+/// There is no other endpoint to turn to.
+const NEVER_LEFT_ALONE: Circuit =
+    Circuit { failure_threshold: Circuit::NEVER, recovery_timeout: Duration::from_secs(1) };
+
+/// Counts these kinds of bytes on `path`.
+fn tallied(mut connector: Connector, path: Option<Path>, kinds: &[Kind]) -> Connector {
+    for kind in kinds.iter().copied() {
+        let Some(path) = path.clone() else { break };
+        let tally = Rc::new(OnPath { path, kind });
+        connector = match kind {
+            Kind::Http => connector.tallied(tally),
+            Kind::Tunnel => connector.tunnels_tallied(tally),
+        };
+    }
+    connector
 }

@@ -8,14 +8,14 @@ use http::Uri;
 use crate::{
     discovery::Directory,
     identity::Verifier,
-    model::{Host, Origin, Protocol, Scheme, ServiceName},
+    model::{Host, Origin, Scheme},
     net::Stream,
     proxy::{
         Ends,
         headers::{self, Forwarded, Via},
         record::{Desk, Record},
         reject::Rejection,
-        settings::{App, Limits, Settings},
+        settings::{Limits, Settings},
         view::{Cluster, Surveyor, View, Ward},
     },
     runtime::{Alarm, Watchdog},
@@ -68,7 +68,39 @@ pub(super) struct Worker {
     /// Where snapshots come from.
     pub directory: Arc<Directory>,
     /// Hosts outside the project.
-    pub outsiders: RefCell<HashMap<Origin, Rc<Cluster>>>,
+    pub outsiders: RefCell<Outsiders>,
+}
+
+/// Hosts outside the project that a worker calls; when there are too many, the one not called for longest is forgotten.
+#[derive(Default)]
+pub(super) struct Outsiders {
+    /// Each with the call that it was last used for.
+    known: HashMap<Origin, (Rc<Cluster>, u64)>,
+    calls: u64,
+}
+
+impl Outsiders {
+    fn call(&mut self, origin: &Origin) -> Option<Rc<Cluster>> {
+        self.calls += 1;
+        let (cluster, last) = self.known.get_mut(origin)?;
+        *last = self.calls;
+        Some(Rc::clone(cluster))
+    }
+
+    fn add(&mut self, origin: Origin, cluster: Rc<Cluster>) {
+        if self.known.len() >= MOST_OUTSIDERS {
+            let oldest = self.known.iter().min_by_key(|(_, (_, last))| *last);
+            if let Some(oldest) = oldest.map(|(origin, _)| origin.clone()) {
+                self.known.remove(&oldest);
+            }
+        }
+        self.known.insert(origin, (cluster, self.calls));
+    }
+
+    /// All of them.
+    pub(super) fn clusters(&self) -> impl Iterator<Item = &Rc<Cluster>> {
+        self.known.values().map(|(cluster, _)| cluster)
+    }
 }
 
 impl Worker {
@@ -102,19 +134,13 @@ impl Worker {
     /// # Errors
     /// [`Rejection::AddressNotAllowed`] when the host cannot be dialled.
     pub(super) fn outsider(&self, origin: &Origin) -> Result<Rc<Cluster>, Rejection> {
-        if let Some(known) = self.outsiders.borrow().get(origin) {
-            return Ok(Rc::clone(known));
+        if let Some(known) = self.outsiders.borrow_mut().call(origin) {
+            return Ok(known);
         }
-        let refused = Rejection::AddressNotAllowed("the host cannot be dialled");
-        // Reserved, so no service of the project has it.
-        let name: ServiceName = "infrar-outside".parse().map_err(|_source| refused.clone())?;
-        let app = App { origin: origin.clone(), protocol: Protocol::Auto };
-        let cluster = Rc::new(self.surveyor.single(&app, &name, Some(origin)).ok_or(refused)?);
-        let mut known = self.outsiders.borrow_mut();
-        if known.len() >= MOST_OUTSIDERS {
-            known.clear();
-        }
-        known.insert(origin.clone(), Rc::clone(&cluster));
+        let cluster = self.surveyor.outside(origin);
+        let cluster =
+            Rc::new(cluster.ok_or(Rejection::AddressNotAllowed("the host cannot be dialled"))?);
+        self.outsiders.borrow_mut().add(origin.clone(), Rc::clone(&cluster));
         Ok(cluster)
     }
 
@@ -135,7 +161,9 @@ impl Worker {
         let same =
             self.view.borrow().as_ref().is_some_and(|view| Arc::ptr_eq(&view.catalog, &catalog));
         if !same {
-            *self.view.borrow_mut() = Some(self.surveyor.survey(catalog));
+            let view = self.surveyor.survey(catalog);
+            drop(self.view.replace(Some(view)));
+            self.ward.sweep();
         }
     }
 }

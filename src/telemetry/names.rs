@@ -77,13 +77,18 @@ pub const EGRESS_USD: Name = counter(
     "infrar_egress_usd_total",
     "Price of those bytes in the marginal band of the shipped price book, in US dollars.",
 );
-/// Labels: `service`, `endpoint`.
+/// Labels: `service`, `endpoint`, `mode`.
 pub const CIRCUIT_STATE: Name =
     gauge("infrar_circuit_state", "State of an endpoint's circuit: 0 closed, 1 half-open, 2 open.");
-/// Labels: `service`, `endpoint`.
+/// Labels: `service`, `endpoint`, `mode`.
 pub const ENDPOINT_LATENCY: Name = gauge(
     "infrar_endpoint_latency_seconds",
     "Peak EWMA of an endpoint's response time, as the balancer sees it.",
+);
+/// Labels: `direction`, `caller`, `callee`.
+pub const LEARNED_GRANTS: Name = counter(
+    "infrar_learned_grants_total",
+    "Requests without a grant that passed because the project is learning.",
 );
 /// Client connections.
 pub const CONNECTIONS: Name = gauge("infrar_connections", "Open connections of clients.");
@@ -139,6 +144,7 @@ pub const ALL: &[Name] = &[
     EGRESS_USD,
     CIRCUIT_STATE,
     ENDPOINT_LATENCY,
+    LEARNED_GRANTS,
     CONNECTIONS,
     SNAPSHOT_AGE,
     SNAPSHOT_REVISION,
