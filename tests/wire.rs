@@ -218,7 +218,7 @@ async fn the_request_arrives_as_it_was_but_for_what_ends_at_a_hop() {
     let said = sidecar
         .says(
             "PATCH http://data.infrar.internal:8080/a%2Fb//c/../d?x=1&y=%20&& HTTP/1.1\r\nhost: other\r\n\
-             connection: close, x-private\r\nx-private: 1\r\nkeep-alive: timeout=5\r\nproxy-connection: keep-alive\r\n\
+             connection: close, x-private, via, traceparent, x-request-id, forwarded\r\nx-private: 1\r\nkeep-alive: timeout=5\r\nproxy-connection: keep-alive\r\n\
              te: trailers, gzip\r\nproxy-authorization: Basic eA==\r\ninfrar-caller: root\r\ninfrar-scopes: all\r\n\
              infrar-claims: e30\r\ninfrar_caller: root\r\nx-kept: a, b\r\nx-kept: c\r\ntraceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\n\
              tracestate: a=b\r\nx-request-id: mine\r\nforwarded: for=192.0.2.7\r\ncontent-length: 4\r\n\r\nbody",
@@ -256,6 +256,80 @@ async fn the_request_arrives_as_it_was_but_for_what_ends_at_a_hop() {
         head.contains("forwarded: host=\"data.infrar.internal:8080\";proto=http\r\n"),
         "{head}"
     );
+}
+
+#[tokio::test]
+async fn a_host_is_the_same_in_either_case_and_what_is_none_is_refused() {
+    let service = Origin::plain("ok").await;
+    let sidecar =
+        Sidecar::with_way_out(&[("data", &[service.at], "")], ", unknown_hosts: allow", "").await;
+    assert_eq!(get(sidecar.out, "DATA.Infrar", "/").await.body, "ok");
+    let long = format!("{}.example", "x".repeat(250));
+    for (target, host) in [
+        ("http://u:p@data/", "data"),
+        ("/", "u@data"),
+        ("ftp://data/", "data"),
+        ("/", &*long),
+        (&*format!("http://{long}/"), "data"),
+    ] {
+        let said = sidecar.says(&format!("GET {target} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n")).await;
+        assert_refused(&said, 400, "bad-request", "http_request_error");
+    }
+    assert_eq!(service.heads().len(), 1, "{:?}", service.heads());
+}
+
+#[tokio::test]
+async fn every_answer_has_an_id_and_its_line_in_the_log_says_what_was_asked() {
+    let service = Origin::scripted(|mut visit: Visit| async move {
+        visit.line.hear("ping").await;
+        visit.say("pong").await;
+    })
+    .await;
+    let sidecar = Sidecar::with(&[("data", &[service.at], "")], "limits: { body_bytes: 1KiB }\n").await;
+    let trace = "0af7651916cd43dd8448eb211c80319c";
+    let mut line = Line::to(sidecar.out).await;
+    line.say(format!("CONNECT data:443 HTTP/1.1\r\nhost: data:443\r\nx-request-id: tunnel-1\r\ntraceparent: 00-{trace}-b7ad6b7169203331-01\r\n\r\nping")).await;
+    line.rest().await;
+    drop(line);
+    let logged = sidecar.line("tunnel-1").await;
+    for said in ["\"path\":\"data:443\"", trace, "\"method\":\"CONNECT\""] {
+        assert!(logged.contains(said), "{said} in {logged}");
+    }
+
+    // A head that was read, and bytes that are none.
+    for (asked, method, path) in [
+        ("POST /up HTTP/1.1\r\nhost: data\r\ncontent-length: 2000\r\n\r\n", "POST", "/up"),
+        ("nonsense\r\n\r\n", "", ""),
+    ] {
+        let said = sidecar.says(asked).await;
+        let id = said.header("x-request-id").unwrap_or_else(|| panic!("no id: {said:?}"));
+        assert!(said.body.contains(&format!("\"request_id\":\"{id}\"")), "{said:?}");
+        let logged = sidecar.line(id).await;
+        for said in [format!("\"method\":\"{method}\""), format!("\"path\":\"{path}\"")] {
+            assert!(logged.contains(&said), "{said} in {logged}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_count_of_headers_is_bounded_over_http2_too() {
+    let service = Origin::plain("ok").await;
+    let sidecar = Sidecar::with(&[("data", &[service.at], "")], "limits: { headers: 50 }\n").await;
+    let stream = tokio::net::TcpStream::connect(sidecar.out).await.expect("it listens");
+    let (mut send, connection) =
+        h2::client::Builder::new().handshake::<_, bytes::Bytes>(stream).await.expect("HTTP/2");
+    let driven = tokio::spawn(connection);
+    for (count, status) in [(10, 200), (51, 431)] {
+        let mut request = http::Request::get("http://data/").body(()).expect("a head");
+        for n in 0..count {
+            let name: http::HeaderName = format!("x-{n}").parse().expect("a name");
+            request.headers_mut().insert(name, http::HeaderValue::from_static("1"));
+        }
+        let (answer, _body) = send.send_request(request, true).expect("an open connection");
+        assert_eq!(answer.await.expect("an answer").status(), status);
+    }
+    driven.abort();
+    assert_eq!(service.heads().len(), 1);
 }
 
 #[tokio::test]

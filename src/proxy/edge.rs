@@ -6,21 +6,19 @@
 use std::rc::Rc;
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
-use http::{HeaderValue, Uri, header};
+use http::{HeaderValue, header};
 use serde::Deserialize;
 
 use crate::{
-    model::ServiceName,
     proxy::{
-        forward::{Dispatch, Forward},
-        headers,
-        inbound::{Gate, arrived},
-        record::Record,
+        forward::Forward,
+        inbound::{Gate, keep_host},
         reject::Rejection,
         route,
         settings::InboundSettings,
-        view::View,
-        worker::{Answer, Call, Peer, Worker, refused, relayed},
+        view::{Cluster, View},
+        walk::Walk,
+        worker::{Answer, Call, Peer, Worker},
     },
     upstream::Received,
     wire::Fields,
@@ -42,76 +40,48 @@ impl Edge {
 
     /// Answers one request; a refusal is an answer too.
     pub(super) async fn answer(&self, mut call: Call<'_>) -> Answer {
-        let mut record = self.worker.inbound_desk.open(&call.request.method, &call.request.uri);
-        let grpc = headers::is_grpc(&call.request.fields);
-        let id = headers::identify(&mut call.request.fields);
-        match self.carry(call, &id, grpc, &mut record).await {
-            Ok(received) => relayed(received, record),
-            Err(rejection) => refused(&rejection, Some(&id), grpc, record),
-        }
+        let mut walk = Walk::begin(&self.worker.inbound_desk, &mut call.request);
+        let outcome = self.carry(call, &mut walk).await;
+        walk.end(outcome)
     }
 
-    async fn carry(
-        &self,
-        call: Call<'_>,
-        id: &HeaderValue,
-        grpc: bool,
-        record: &mut Record,
-    ) -> Result<Received, Rejection> {
-        let mut request = call.request;
-        // Known before anything can refuse it: its line in the log says which request that was.
-        record.identified(id, headers::continue_trace(&mut request.fields));
+    async fn carry(&self, mut call: Call<'_>, walk: &mut Walk) -> Result<Received, Rejection> {
         // Has it been here before?
-        self.worker.via_in.pass(request.version, &mut request.fields)?;
+        let host = Walk::enter(&self.worker.via_in, &mut call.request)?;
         // Which service is meant?
         let view = self.worker.view()?;
-        let callee = callee(&view, &request.uri, &request.fields, call.peer)?;
-        let cluster =
-            view.cluster(callee.as_str()).ok_or_else(|| unknown(&view, callee.as_str()))?;
+        let cluster = callee(&view, &host, &call.request.fields, call.peer)?;
         // Who is it, and may it?
-        let admitted = self.gate.admit(&request, &callee, Some(&view), record).await?;
-        // What does the far side see? The token, and the host where the service is ours.
-        let upgrade = headers::upgrade(&request.method, request.version, &request.fields);
-        headers::strip_hop_by_hop(&mut request.fields);
-        headers::strip_identity(&mut request.fields);
-        arrived(&request.uri, &mut request.fields, call.peer, upgrade.as_ref());
-        let dispatch = Dispatch {
-            method: request.method,
-            uri: request.uri,
-            fields: request.fields,
-            body: request.body,
-            bearer: None,
-            upgrade: upgrade.is_some(),
-            grpc,
-            interim: call.interim,
-            alarm: call.alarm,
-        };
+        let (callee, record) = (&cluster.service, &mut walk.record);
+        let admitted = self.gate.admit(&call.request, callee, Some(&view), record).await?;
+        // What does the far side see? The host where the service is ours, and the token where the way there is fit for one.
+        keep_host(&mut call.request, &host);
+        let token = call.request.fields.get(&header::AUTHORIZATION).cloned();
+        let dispatch = walk.dispatch(call, &host, token);
+        let (ward, record, grant) = (&self.worker.ward, &mut walk.record, &admitted.grant);
         let begun = record.started();
-        let grant = &admitted.grant;
-        Forward::new(cluster, &self.worker.ward, dispatch, record, begun, grant).send().await
-    }
-}
-
-fn unknown(view: &View, asked: &str) -> Rejection {
-    Rejection::UnknownService {
-        authority: asked.to_owned(),
-        nearest: route::nearest(asked, view.names()),
+        Forward::new(cluster, ward, dispatch, record, begun, grant).send().await
     }
 }
 
 /// The service that a request is for.
-fn callee(view: &View, uri: &Uri, fields: &Fields, peer: &Peer) -> Result<ServiceName, Rejection> {
-    let named = uri.authority().map(http::uri::Authority::as_str);
-    let host = fields.get(&header::HOST).and_then(|host| host.to_str().ok());
-    let asked = named.or(host).unwrap_or_default();
+fn callee<'a>(
+    view: &'a View,
+    host: &HeaderValue,
+    fields: &Fields,
+    peer: &Peer,
+) -> Result<&'a Rc<Cluster>, Rejection> {
+    let asked = host.to_str().unwrap_or_default();
     // An endpoint's authority leaves out the port of its scheme; a client may write it.
     let plain = asked.strip_suffix(":443").unwrap_or(asked);
     let sni = peer.server_name.as_deref();
     let by_host = [Some(plain), Some(route::host(asked)), sni].into_iter().flatten();
-    if let Some(service) = by_host.filter_map(|host| view.service_of(host)).next() {
-        return Ok(service.clone());
-    }
-    audience(view, fields).ok_or_else(|| unknown(view, asked))
+    let named = by_host.filter_map(|host| view.service_of(host)).next();
+    let named = named.and_then(|service| view.cluster(service.as_str()));
+    // Nobody has shown who they are yet, so nobody is told what other names there are.
+    let unknown =
+        || Rejection::UnknownService { authority: asked.to_owned(), nearest: Vec::new() };
+    named.or_else(|| audience(view, fields)).ok_or_else(unknown)
 }
 
 /// The claims, as far as they say for whom the token is.
@@ -129,7 +99,7 @@ enum OneOrMany {
 
 /// The audience that an unverified token names, if it is a service. It only says which checks to run: the gate then
 /// verifies the token for exactly this service.
-fn audience(view: &View, fields: &Fields) -> Option<ServiceName> {
+fn audience<'a>(view: &'a View, fields: &Fields) -> Option<&'a Rc<Cluster>> {
     let value = fields.get(&header::AUTHORIZATION)?.as_bytes();
     let payload = value.split(|b| *b == b'.').nth(1).filter(|part| part.len() <= 8192)?;
     let json = URL_SAFE_NO_PAD.decode(payload).ok()?;
@@ -138,5 +108,5 @@ fn audience(view: &View, fields: &Fields) -> Option<ServiceName> {
         OneOrMany::One(name) => vec![name],
         OneOrMany::Many(names) => names,
     };
-    names.iter().find_map(|name| view.cluster(name)).map(|cluster| cluster.service.clone())
+    names.iter().find_map(|name| view.cluster(name))
 }

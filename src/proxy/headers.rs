@@ -127,16 +127,21 @@ pub(super) fn strip_hop_by_hop(fields: &mut Fields) {
         .all(&header::CONNECTION)
         .flat_map(|value| value.as_bytes().split(|b| *b == b','))
         .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
-        // A client must not make us drop what we rely on (RFC 9110 §7.6.1, last paragraph).
-        .filter(|name| {
-            name != header::HOST && name != header::CONTENT_LENGTH && name != header::AUTHORIZATION
-        })
+        .filter(|name| !is_relied_on(name))
         .collect();
     let trailers = lists(fields, &header::TE, "trailers");
     fields.retain(|name| !is_hop_by_hop(name) && !listed.contains(name));
     if trailers {
         fields.append(header::TE, HeaderValue::from_static("trailers"));
     }
+}
+
+/// Whether we rely on a header: a client must not make us drop it by `connection` (RFC 9110 §7.6.1, last paragraph).
+fn is_relied_on(name: &HeaderName) -> bool {
+    [&header::HOST, &header::CONTENT_LENGTH, &header::AUTHORIZATION, &header::VIA]
+        .into_iter()
+        .chain([&header::FORWARDED, &TRACEPARENT, &TRACESTATE, &REQUEST_ID])
+        .any(|relied_on| relied_on == name)
 }
 
 /// Whether a header may end at this hop. Names of another length are told apart without a comparison.
@@ -215,12 +220,19 @@ impl Forwarded {
             text.push_str(&node);
         }
         let token = host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~".contains(&b));
-        let quotes = if token { "" } else { "\"" };
-        for part in
-            ["host=", quotes, host, quotes, ";proto=", if self.tls { "https" } else { "http" }]
-        {
-            text.push_str(part);
+        text.push_str("host=");
+        if token && !host.is_empty() {
+            text.push_str(host);
+        } else {
+            // A client must not end the string and go on in our name.
+            text.push('"');
+            for letter in host.chars() {
+                text.extend(matches!(letter, '"' | '\\').then_some('\\'));
+                text.push(letter);
+            }
+            text.push('"');
         }
+        text.push_str(if self.tls { ";proto=https" } else { ";proto=http" });
         text
     }
 }
@@ -262,7 +274,10 @@ mod tests {
     #[test]
     fn what_ends_at_a_hop_is_removed_and_the_rest_is_not() {
         let mut map = headers(&[
-            ("connection", "close, X-Private, authorization"),
+            ("connection", "close, X-Private, authorization, via, traceparent, x-request-id"),
+            ("via", "1.1 a"),
+            ("traceparent", "t"),
+            ("x-request-id", "7"),
             ("x-private", "1"),
             ("keep-alive", "timeout=5"),
             ("transfer-encoding", "chunked"),
@@ -273,7 +288,14 @@ mod tests {
         strip_hop_by_hop(&mut map);
         assert_eq!(
             map,
-            headers(&[("authorization", "Bearer x"), ("x-other", "2"), ("te", "trailers")])
+            headers(&[
+                ("via", "1.1 a"),
+                ("traceparent", "t"),
+                ("x-request-id", "7"),
+                ("authorization", "Bearer x"),
+                ("x-other", "2"),
+                ("te", "trailers"),
+            ])
         );
     }
 
@@ -300,12 +322,14 @@ mod tests {
         let mut map = Fields::new();
         Forwarded::new(Some("192.0.2.1:999".parse().unwrap()), false).add(&mut map, "data");
         Forwarded::new(Some("[2001:db8::1]:999".parse().unwrap()), true).add(&mut map, "data:8443");
+        Forwarded::new(None, false).add(&mut map, "a\";for=\"b");
         let all: Vec<_> = map.all("forwarded").map(|v| v.to_str().unwrap()).collect();
         assert_eq!(
             all,
             [
                 "for=192.0.2.1;host=data;proto=http",
                 "for=\"[2001:db8::1]\";host=\"data:8443\";proto=https",
+                "host=\"a\\\";for=\\\"b\";proto=http",
             ]
         );
     }

@@ -5,19 +5,20 @@
 
 use std::{cell::RefCell, rc::Rc};
 
-use http::{HeaderValue, Uri, header};
+use http::{HeaderValue, header};
 
 use crate::{
     identity::{Action, Claims, Grant, Refused, TokenCache, TokenFault, admit},
     model::ServiceName,
     proxy::{
-        forward::{Dispatch, Forward},
+        forward::Forward,
         headers,
         record::Record,
         reject::Rejection,
         settings::InboundSettings,
         view::{Cluster, View},
-        worker::{Answer, Call, Peer, Worker, refused, relayed},
+        walk::Walk,
+        worker::{Answer, Call, Worker},
     },
     runtime::Clock,
     upstream::Received,
@@ -122,7 +123,6 @@ impl Gate {
 
     /// Puts on what the application may rely on.
     pub(super) fn undress(&self, fields: &mut Fields, admitted: &Admitted) {
-        headers::strip_identity(fields);
         if let Some(claims) = &admitted.claims {
             fields.set(headers::CALLER.clone(), claims.caller_header().clone());
             fields.set(headers::CLAIMS.clone(), claims.claims_header().clone());
@@ -190,64 +190,30 @@ impl Inbound {
 
     /// Answers one request from outside; a refusal is an answer too.
     pub(super) async fn answer(&self, mut call: Call<'_>) -> Answer {
-        let mut record = self.worker.inbound_desk.open(&call.request.method, &call.request.uri);
-        let grpc = headers::is_grpc(&call.request.fields);
-        let id = headers::identify(&mut call.request.fields);
-        match self.carry(call, &id, grpc, &mut record).await {
-            Ok(received) => relayed(received, record),
-            Err(rejection) => refused(&rejection, Some(&id), grpc, record),
-        }
+        let mut walk = Walk::begin(&self.worker.inbound_desk, &mut call.request);
+        let outcome = self.carry(call, &mut walk).await;
+        walk.end(outcome)
     }
 
-    async fn carry(
-        &self,
-        call: Call<'_>,
-        id: &HeaderValue,
-        grpc: bool,
-        record: &mut Record,
-    ) -> Result<Received, Rejection> {
-        let mut request = call.request;
-        // Known before anything can refuse it: its line in the log says which request that was.
-        record.identified(id, headers::continue_trace(&mut request.fields));
+    async fn carry(&self, mut call: Call<'_>, walk: &mut Walk) -> Result<Received, Rejection> {
         // Has it been here before?
-        self.worker.via_in.pass(request.version, &mut request.fields)?;
+        let host = Walk::enter(&self.worker.via_in, &mut call.request)?;
         // Who is it, and may it?
-        let view = self.worker.view().ok();
-        let admitted = self.gate.admit(&request, &self.callee, view.as_deref(), record).await?;
+        let (view, record) = (self.worker.view().ok(), &mut walk.record);
+        let admitted = self.gate.admit(&call.request, &self.callee, view.as_deref(), record).await?;
         // What does the application see?
-        let upgrade = headers::upgrade(&request.method, request.version, &request.fields);
-        headers::strip_hop_by_hop(&mut request.fields);
-        self.gate.undress(&mut request.fields, &admitted);
-        arrived(&request.uri, &mut request.fields, call.peer, upgrade.as_ref());
-        let dispatch = Dispatch {
-            method: request.method,
-            uri: request.uri,
-            fields: request.fields,
-            body: request.body,
-            bearer: None,
-            upgrade: upgrade.is_some(),
-            grpc,
-            interim: call.interim,
-            alarm: call.alarm,
-        };
+        self.gate.undress(&mut call.request.fields, &admitted);
+        keep_host(&mut call.request, &host);
+        let dispatch = walk.dispatch(call, &host, None);
+        let (ward, record, grant) = (&self.worker.ward, &mut walk.record, &admitted.grant);
         let begun = record.started();
-        let grant = &admitted.grant;
-        Forward::new(&self.app, &self.worker.ward, dispatch, record, begun, grant).send().await
+        Forward::new(&self.app, ward, dispatch, record, begun, grant).send().await
     }
 }
 
-/// Says where a request came from, and gives it the `host` that HTTP/2 says as `:authority`.
-pub(super) fn arrived(uri: &Uri, fields: &mut Fields, peer: &Peer, upgrade: Option<&HeaderValue>) {
-    if let Some(authority) = uri.authority()
-        && let Ok(host) = HeaderValue::from_str(authority.as_str())
-    {
-        fields.set(header::HOST, host);
-    }
-    let host = fields.get(&header::HOST).cloned();
-    let host = host.as_ref().and_then(|host| host.to_str().ok()).unwrap_or_default();
-    peer.forwarded.add(fields, host);
-    if let Some(protocol) = upgrade {
-        fields.set(header::CONNECTION, HeaderValue::from_static("upgrade"));
-        fields.set(header::UPGRADE, protocol.clone());
+/// Gives a request the `host` that HTTP/2, or an absolute target, said elsewhere.
+pub(super) fn keep_host(request: &mut Request, host: &HeaderValue) {
+    if request.uri.authority().is_some() {
+        request.fields.set(header::HOST, host.clone());
     }
 }

@@ -20,6 +20,7 @@ mod settings;
 mod story;
 mod tunnel;
 mod view;
+mod walk;
 mod worker;
 
 use std::{net::SocketAddr, num::NonZeroUsize, rc::Rc, sync::Arc, time::Duration};

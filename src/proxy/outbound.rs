@@ -12,17 +12,17 @@ use crate::{
     identity::{Grant, Slot, TokenUnavailable},
     model::ServiceName,
     proxy::{
-        forward::{Dispatch, Forward},
-        headers,
+        forward::Forward,
         record::Record,
         reject::Rejection,
         route,
         settings::{OutboundSettings, UnknownHosts},
         view::{Cluster, View},
-        worker::{Answer, Call, Worker, origin_of, refused, relayed},
+        walk::Walk,
+        worker::{Answer, Call, Worker, origin_of},
     },
     upstream::Received,
-    wire::{Body, Fields, Request, Response},
+    wire::{Body, Fields, Response},
 };
 
 /// Answers calls of the local application.
@@ -46,72 +46,43 @@ impl Outbound {
 
     /// Answers one request of the local application; a refusal is an answer too.
     pub(super) async fn answer(&self, mut call: Call<'_>) -> Answer {
-        let mut record = self.worker.outbound_desk.open(&call.request.method, &call.request.uri);
-        let grpc = headers::is_grpc(&call.request.fields);
-        let id = headers::identify(&mut call.request.fields);
-        let walk = if call.request.method == Method::CONNECT {
-            Box::pin(self.tunnel(&call, &mut record)).await
+        let mut walk = Walk::begin(&self.worker.outbound_desk, &mut call.request);
+        let outcome = if call.request.method == Method::CONNECT {
+            Box::pin(self.tunnel(&call, &mut walk)).await
         } else {
-            self.carry(call, &id, grpc, &mut record).await
+            self.carry(call, &mut walk).await
         };
-        match walk {
-            Ok(received) => relayed(received, record),
-            Err(rejection) => refused(&rejection, Some(&id), grpc, record),
-        }
+        walk.end(outcome)
     }
 
     /// The walk itself. Each stage needs what the one before it found, so none can be skipped.
-    async fn carry(
-        &self,
-        call: Call<'_>,
-        id: &HeaderValue,
-        grpc: bool,
-        record: &mut Record,
-    ) -> Result<Received, Rejection> {
-        let Request { method, uri, version, mut fields, body } = call.request;
-        // Known before anything can refuse it: its line in the log says which request that was.
-        record.identified(id, headers::continue_trace(&mut fields));
+    async fn carry(&self, mut call: Call<'_>, walk: &mut Walk) -> Result<Received, Rejection> {
         // Has it been here before?
-        self.worker.via_out.pass(version, &mut fields)?;
+        let host = Walk::enter(&self.worker.via_out, &mut call.request)?;
         // Which service is meant, where does it live now, and may we speak to it?
-        let asked = authority(&uri, &fields)?;
-        let cluster = self.route(&uri, &asked, record)?;
+        let cluster = self.route(&call.request.uri, asked(&host)?, &mut walk.record)?;
         let grant = granted(&cluster)?;
-        // What does the far side see?
-        let upgrade = headers::upgrade(&method, version, &fields);
-        headers::strip_hop_by_hop(&mut fields);
-        headers::strip_identity(&mut fields);
-        call.peer.forwarded.add(&mut fields, &asked);
-        if let Some(protocol) = &upgrade {
-            fields.set(header::CONNECTION, HeaderValue::from_static("upgrade"));
-            fields.set(header::UPGRADE, protocol.clone());
-        }
-        let mut begun = record.started();
-        let bearer = self.bearer(&cluster, &fields, &mut begun).await?;
+        // With which token, and what does the far side see?
+        let mut begun = walk.record.started();
+        let bearer = self.bearer(&cluster, &call.request.fields, &mut begun).await?;
+        let dispatch = walk.dispatch(call, &host, bearer);
         // Try, retry, fail over.
-        let dispatch = Dispatch {
-            method,
-            uri,
-            fields,
-            body,
-            bearer,
-            upgrade: upgrade.is_some(),
-            grpc,
-            interim: call.interim,
-            alarm: call.alarm,
-        };
-        Forward::new(&cluster, &self.worker.ward, dispatch, record, begun, grant).send().await
+        let (ward, record) = (&self.worker.ward, &mut walk.record);
+        Forward::new(&cluster, ward, dispatch, record, begun, grant).send().await
     }
 
     /// `CONNECT name:port`: resolved and balanced, but the client speaks TLS with the endpoint itself and brings its
     /// own token.
-    async fn tunnel(&self, call: &Call<'_>, record: &mut Record) -> Result<Received, Rejection> {
+    async fn tunnel(&self, call: &Call<'_>, walk: &mut Walk) -> Result<Received, Rejection> {
         let uri = &call.request.uri;
-        let asked =
-            uri.authority().ok_or(Rejection::BadRequest("CONNECT names host:port"))?.as_str();
-        let cluster = self.route(uri, asked, record)?;
+        if uri.authority().is_none() {
+            return Err(Rejection::BadRequest("CONNECT names host:port"));
+        }
+        let host = route::authority(uri, &call.request.fields)?;
+        let cluster = self.route(uri, asked(&host)?, &mut walk.record)?;
         let grant = granted(&cluster)?;
-        let stream = Forward::tunnel(&cluster, &self.worker.ward, record, grant).await?;
+        let stream =
+            Forward::tunnel(&cluster, &self.worker.ward, &mut walk.record, grant).await?;
         let response =
             Response { status: StatusCode::OK, fields: Fields::new(), body: Body::Empty };
         Ok(Received::Upgraded(response, stream))
@@ -212,14 +183,8 @@ fn why(_error: &TokenUnavailable) -> &'static str {
     "the issuer cannot be reached or refused; the proxy's log says more"
 }
 
-/// The host that the request is for: that of an absolute target, else of `host`.
-fn authority(uri: &http::Uri, fields: &Fields) -> Result<String, Rejection> {
-    if let Some(authority) = uri.authority() {
-        return Ok(authority.as_str().to_owned());
-    }
-    let host = fields.get(&header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
-    if host.is_empty() {
-        return Err(Rejection::BadRequest("the request names no host"));
-    }
-    Ok(host.to_owned())
+/// The host that a request asks for; the way out needs one.
+fn asked(host: &HeaderValue) -> Result<&str, Rejection> {
+    let text = host.to_str().unwrap_or_default();
+    if text.is_empty() { Err(Rejection::BadRequest("the request names no host")) } else { Ok(text) }
 }

@@ -152,12 +152,21 @@ impl Desk {
     /// Opens the record of a request.
     #[must_use]
     pub(super) fn open(&self, method: &Method, uri: &Uri) -> Record {
+        self.record(|| Some((method.clone(), uri.clone())))
+    }
+
+    /// Opens the record of bytes that never became a request.
+    #[must_use]
+    pub(super) fn open_unread(&self) -> Record {
+        self.record(|| None)
+    }
+
+    fn record(&self, asked: impl FnOnce() -> Option<(Method, Uri)>) -> Record {
         let notes = self.access.as_ref().map(|log| {
             Box::new(Notes {
                 log: log.clone(),
                 wall: Clock::system().now(),
-                method: method.clone(),
-                uri: uri.clone(),
+                asked: asked(),
                 endpoint: None,
                 request_id: None,
                 trace: None,
@@ -206,8 +215,8 @@ impl Desk {
 struct Notes {
     log: AccessLog,
     wall: jiff::Timestamp,
-    method: Method,
-    uri: Uri,
+    /// What was asked for, if that could be read.
+    asked: Option<(Method, Uri)>,
     endpoint: Option<(EndpointId, NetworkMode)>,
     request_id: Option<HeaderValue>,
     trace: Option<TraceContext>,
@@ -306,8 +315,8 @@ impl Record {
             callee: &self.series.callee,
             endpoint: notes.endpoint.as_ref().map_or("", |(id, _)| id.as_str()),
             mode: notes.endpoint.as_ref().map_or("", |(_, mode)| mode.as_str()),
-            method: notes.method.as_str(),
-            path: notes.uri.path(),
+            method: notes.asked.as_ref().map_or("", |(method, _)| method.as_str()),
+            path: notes.asked.as_ref().map_or("", |(method, uri)| target(method, uri)),
             status: self.status,
             code: self.error,
             attempts: notes.attempts,
@@ -319,6 +328,12 @@ impl Record {
             request_id: &text(&notes.request_id),
         });
     }
+}
+
+/// What was asked for: a path, or the host that a tunnel leads to.
+fn target<'a>(method: &Method, uri: &'a Uri) -> &'a str {
+    let host = uri.authority().filter(|_| *method == Method::CONNECT);
+    host.map_or_else(|| uri.path(), http::uri::Authority::as_str)
 }
 
 impl Drop for Record {

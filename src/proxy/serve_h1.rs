@@ -289,14 +289,15 @@ impl Connection {
         loop {
             let request = match self.head().await {
                 Head::Request(request) => request,
-                Head::Refused(rejection) => return self.turn_down(&rejection).await,
+                Head::Refused(rejection) => return self.turn_down(rejection, None).await,
                 Head::Idle => return Pause::Idle,
                 Head::Over => return Pause::Over,
             };
-            let (request, asked) = match self.request(request) {
-                Ok(ready) => ready,
-                Err(rejection) => return self.turn_down(&rejection).await,
+            let framing = match self.framing(&request) {
+                Ok(framing) => framing,
+                Err(rejection) => return self.turn_down(rejection, Some(request)).await,
             };
+            let (request, asked) = self.request(request, framing);
             match self.answer(request).await {
                 None => return Pause::Over,
                 Some(Answer::Tunnel(response, far, record)) => {
@@ -311,10 +312,16 @@ impl Connection {
         }
     }
 
-    /// Answers bytes that are no request, and closes.
-    async fn turn_down(&mut self, rejection: &Rejection) -> Pause {
-        let asked = Asked { method: Method::GET, version: Version::HTTP_11, keep_alive: false };
-        if let Answer::Response(response, record) = self.story.refuse(rejection) {
+    /// Answers what is refused before its story begins, and closes.
+    async fn turn_down(&mut self, rejection: Rejection, head: Option<ParsedRequest>) -> Pause {
+        let (mut method, mut version) = (Method::GET, Version::HTTP_11);
+        let request = head.map(|head| {
+            (method, version) = (head.method.clone(), head.version);
+            let (uri, fields) = (head.uri, head.fields);
+            Request { method: head.method, uri, version, fields, body: Body::Empty }
+        });
+        let asked = Asked { method, version, keep_alive: false };
+        if let Answer::Response(response, record) = self.story.refuse(rejection, request) {
             self.finish(response, record, &asked).await;
         }
         Pause::Over
@@ -362,8 +369,8 @@ impl Connection {
         self.wire.guard.poll_expired(cx).map(|()| None)
     }
 
-    /// Makes a request of a head, with the body that follows it.
-    fn request(&self, head: ParsedRequest) -> Result<(Request, Asked), Rejection> {
+    /// How the body of a request is framed, if it can be carried at all.
+    fn framing(&self, head: &ParsedRequest) -> Result<Framing, Rejection> {
         let limits = self.story.worker().limits();
         if head.method == Method::CONNECT && !self.story.takes_connect() {
             return Err(Rejection::BadRequest("CONNECT is for the outbound port"));
@@ -374,6 +381,12 @@ impl Connection {
         {
             return Err(Rejection::BodyTooLarge { limit });
         }
+        Ok(framing)
+    }
+
+    /// Makes a request of a head, with the body that follows it.
+    fn request(&self, head: ParsedRequest, framing: Framing) -> (Request, Asked) {
+        let limits = self.story.worker().limits();
         let wire = &self.wire;
         wire.received.set(0);
         wire.broken.set(false);
@@ -409,7 +422,7 @@ impl Connection {
             fields: head.fields,
             body,
         };
-        Ok((request, asked))
+        (request, asked)
     }
 
     /// Lets the story answer; `None` when the client went away or stalled meanwhile.

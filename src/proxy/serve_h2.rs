@@ -16,10 +16,11 @@ use h2::{
     Reason, RecvStream, SendStream,
     server::{Builder, Connection, SendResponse},
 };
-use http::{HeaderMap, Method, StatusCode, Version, header};
+use http::{HeaderMap, Method, StatusCode, Version, header, request::Parts};
 use http_body::{Body as _, Frame, SizeHint};
 
 use crate::{
+    http1::HeadLimits,
     net::Stream,
     proxy::{
         headers,
@@ -160,24 +161,24 @@ async fn answer(
 ) {
     let received = Rc::new(Cell::new(0));
     let method = request.method().clone();
-    if method == Method::CONNECT {
-        let refusal =
-            story.refuse(&Rejection::BadRequest("CONNECT is for HTTP/1.1 on the outbound port"));
-        return finish(refusal, &mut respond, &method, 0).await;
-    }
-    let limit = story.worker().limits().body_bytes;
+    let limits = story.worker().limits();
     let (mut parts, stream) = request.into_parts();
+    let length = match check(&parts, limits) {
+        Ok(length) => length,
+        Err(rejection) => {
+            let refused = Request {
+                method: parts.method,
+                uri: parts.uri,
+                version: Version::HTTP_2,
+                fields: parts.headers.into(),
+                body: Body::Empty,
+            };
+            let refusal = story.refuse(rejection, Some(refused));
+            return finish(refusal, &mut respond, &method, 0).await;
+        }
+    };
     join_cookies(&mut parts.headers);
-    let length = parts
-        .headers
-        .get(header::CONTENT_LENGTH)
-        .and_then(|value| value.to_str().ok()?.parse().ok());
-    if let (Some(length), Some(limit)) = (length, limit)
-        && length > limit
-    {
-        return finish(story.refuse(&Rejection::BodyTooLarge { limit }), &mut respond, &method, 0)
-            .await;
-    }
+    let limit = limits.body_bytes;
     let fields = Fields::from(parts.headers);
     let expects = headers::lists(&fields, &header::EXPECT, "100-continue");
     let welcome = Rc::new(Cell::new(if expects { Welcome::Awaited } else { Welcome::Said }));
@@ -220,6 +221,45 @@ async fn answer(
     .await;
     if let Some(answer) = walked {
         finish(answer, &mut respond, &method, received.get()).await;
+    }
+}
+
+/// What is left to us of RFC 9113 §8: one path, one host, one length, and a head within the limits. The length, if it
+/// is said.
+fn check(parts: &Parts, limits: &Limits) -> Result<Option<u64>, Rejection> {
+    let Parts { method, uri, headers, .. } = parts;
+    if *method == Method::CONNECT {
+        return Err(Rejection::BadRequest("CONNECT is for HTTP/1.1 on the outbound port"));
+    }
+    let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
+    if bytes > limits.head.bytes || headers.len() > limits.head.headers {
+        let HeadLimits { bytes, headers } = limits.head;
+        return Err(Rejection::HeadersTooLarge { bytes, headers });
+    }
+    let path = uri.path();
+    let whole_server = path == "*" && *method == Method::OPTIONS;
+    if !path.starts_with('/') && !whole_server {
+        return Err(Rejection::BadRequest("the path does not begin with a slash"));
+    }
+    let mut hosts = headers.get_all(header::HOST).iter();
+    let agree = match (uri.authority(), hosts.next()) {
+        (Some(_), None) => true,
+        (Some(authority), Some(host)) => {
+            authority.as_str().as_bytes().eq_ignore_ascii_case(host.as_bytes())
+        }
+        (None, host) => host.is_some(),
+    };
+    if !agree || hosts.next().is_some() {
+        return Err(Rejection::BadRequest("a request has exactly one host"));
+    }
+    let mut lengths = headers.get_all(header::CONTENT_LENGTH).iter();
+    let length = lengths.next().and_then(|value| value.to_str().ok()?.parse().ok());
+    if lengths.next().is_some() {
+        return Err(Rejection::BadRequest("the length of the body is ambiguous"));
+    }
+    match (length, limits.body_bytes) {
+        (Some(length), Some(limit)) if length > limit => Err(Rejection::BodyTooLarge { limit }),
+        (length, _) => Ok(length),
     }
 }
 

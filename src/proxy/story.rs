@@ -2,17 +2,17 @@
 
 use std::rc::Rc;
 
-use http::Method;
-
 use crate::{
     proxy::{
         edge::Edge,
         inbound::Inbound,
         outbound::Outbound,
         reject::Rejection,
-        worker::{Answer, Call, Worker, refused},
+        walk::Walk,
+        worker::{Answer, Call, Worker},
     },
     runtime::Shutdown,
+    wire::Request,
 };
 
 /// What a listener does with requests.
@@ -51,15 +51,18 @@ impl Story {
         }
     }
 
-    /// The answer to bytes that never became a request.
-    pub(super) fn refuse(&self, rejection: &Rejection) -> Answer {
+    /// The answer to what is refused before the story begins; `None`: to bytes that never became a request.
+    pub(super) fn refuse(&self, rejection: Rejection, request: Option<Request>) -> Answer {
         let worker = self.worker();
         let desk = match self {
             Self::Outbound(..) => &worker.outbound_desk,
             Self::Inbound(..) | Self::Edge(..) => &worker.inbound_desk,
         };
-        let record = desk.open(&Method::GET, &http::Uri::default());
-        refused(rejection, None, false, record)
+        let walk = match request {
+            Some(mut request) => Walk::begin(desk, &mut request),
+            None => Walk::unread(desk),
+        };
+        walk.end(Err(rejection))
     }
 
     /// Whether `CONNECT` means something here.

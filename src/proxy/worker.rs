@@ -12,7 +12,7 @@ use crate::{
     net::Stream,
     proxy::{
         Ends,
-        headers::{self, Forwarded, Via},
+        headers::{Forwarded, Via},
         record::{Desk, Record},
         reject::Rejection,
         settings::{Limits, Settings},
@@ -178,32 +178,6 @@ pub(super) struct Call<'a> {
     pub interim: &'a Interim,
     /// Bounds the attempts in time.
     pub alarm: &'a RefCell<Alarm>,
-}
-
-/// The answer to a request that was refused.
-pub(super) fn refused(
-    rejection: &Rejection,
-    request_id: Option<&http::HeaderValue>,
-    grpc: bool,
-    mut record: Record,
-) -> Answer {
-    record.answered(rejection.status(), rejection.code());
-    Answer::Response(rejection.answer(request_id, grpc), record)
-}
-
-/// The answer of an endpoint: its hop-by-hop headers end here.
-pub(super) fn relayed(received: crate::upstream::Received, mut record: Record) -> Answer {
-    match received {
-        crate::upstream::Received::Response(mut response) => {
-            record.answered(response.status, "");
-            headers::strip_hop_by_hop(&mut response.fields);
-            Answer::Response(response, record)
-        }
-        crate::upstream::Received::Upgraded(response, stream) => {
-            record.answered(response.status, "");
-            Answer::Tunnel(response, stream, record)
-        }
-    }
 }
 
 /// The origin of an absolute or authority-form target; plain HTTP unless it says otherwise.

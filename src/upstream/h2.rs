@@ -9,7 +9,7 @@ use std::{
 
 use bytes::Bytes;
 use h2::{RecvStream, SendStream, client::ResponseFuture, client::SendRequest};
-use http::{Request, Uri, Version};
+use http::{Request, Uri, Version, uri::Authority};
 use http_body::{Body as _, Frame, SizeHint};
 use tokio::time::Instant;
 
@@ -238,11 +238,19 @@ fn head(outgoing: &mut Outgoing<'_>) -> Option<Request<()>> {
     *request.version_mut() = Version::HTTP_2;
     let mut target = http::uri::Parts::default();
     target.scheme = Some(outgoing.scheme.clone());
-    target.authority = Some(outgoing.authority.clone());
+    target.authority = Some(authority(outgoing));
     target.path_and_query = Some(outgoing.target.clone());
     *request.uri_mut() = Uri::from_parts(target).ok()?;
     *request.headers_mut() = outgoing.fields.to_map(&http::header::HOST);
     Some(request)
+}
+
+/// The host that the headers ask for; where they leave it to the endpoint, that is the endpoint's own.
+fn authority(outgoing: &Outgoing<'_>) -> Authority {
+    let host = outgoing.fields.get(&http::header::HOST).map(http::HeaderValue::as_bytes);
+    let other = host.filter(|host| *host != outgoing.authority.as_str().as_bytes());
+    let other = other.and_then(|host| Authority::try_from(host).ok());
+    other.unwrap_or_else(|| outgoing.authority.clone())
 }
 
 /// A small answer is usually here in full when its head is: then no stream is needed.
@@ -318,5 +326,35 @@ impl http_body::Body for Incoming {
 
     fn size_hint(&self) -> SizeHint {
         SizeHint::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::{HeaderValue, header, uri::Scheme};
+
+    use super::*;
+    use crate::wire::Fields;
+
+    #[test]
+    fn the_host_that_was_asked_for_is_the_authority() {
+        let (endpoint, path) = ("127.0.0.1:80".parse().unwrap(), "/".parse().unwrap());
+        let asked = |host: &'static str| {
+            let mut fields = Fields::new();
+            fields.append(header::HOST, HeaderValue::from_static(host));
+            let outgoing = Outgoing {
+                method: &http::Method::GET,
+                scheme: &Scheme::HTTP,
+                authority: &endpoint,
+                target: &path,
+                fields: &fields,
+                body: Body::Empty,
+                upgrade: false,
+            };
+            authority(&outgoing).to_string()
+        };
+        assert_eq!(asked("data.example:8443"), "data.example:8443");
+        assert_eq!(asked("127.0.0.1:80"), "127.0.0.1:80");
+        assert_eq!(asked("no host at all"), "127.0.0.1:80");
     }
 }

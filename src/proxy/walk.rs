@@ -1,0 +1,105 @@
+//! How every walk begins and ends; what lies between is told by `outbound`, `inbound` and `edge`.
+
+use http::{HeaderValue, header};
+
+use crate::{
+    proxy::{
+        forward::Dispatch,
+        headers::{self, Via},
+        record::{Desk, Record},
+        reject::Rejection,
+        route,
+        worker::{Answer, Call},
+    },
+    upstream::Received,
+    wire::{Request, TraceContext, request_id},
+};
+
+/// One request on its way, and what must be known to answer it, whatever comes of it.
+pub(super) struct Walk {
+    /// What it has shown so far.
+    pub record: Record,
+    id: HeaderValue,
+    grpc: bool,
+    /// The protocol that the client asks to switch to.
+    upgrade: Option<HeaderValue>,
+}
+
+impl Walk {
+    /// Opens the record. What ends at this hop and what only infrar may say is taken off first, so that nobody can talk
+    /// away what is put on then: an id and a trace. Both are known before anything can refuse the request.
+    pub(super) fn begin(desk: &Desk, request: &mut Request) -> Self {
+        let mut record = desk.open(&request.method, &request.uri);
+        let fields = &mut request.fields;
+        let grpc = headers::is_grpc(fields);
+        let upgrade = headers::upgrade(&request.method, request.version, fields);
+        headers::strip_hop_by_hop(fields);
+        headers::strip_identity(fields);
+        let id = headers::identify(fields);
+        record.identified(&id, headers::continue_trace(fields));
+        Self { record, id, grpc, upgrade }
+    }
+
+    /// The walk of bytes that never became a request.
+    pub(super) fn unread(desk: &Desk) -> Self {
+        let mut record = desk.open_unread();
+        let id = request_id();
+        record.identified(&id, TraceContext::begin());
+        Self { record, id, grpc: false, upgrade: None }
+    }
+
+    /// Has it been here before, and which host does it ask for? Empty where it names none, as HTTP/1.0 may.
+    ///
+    /// # Errors
+    /// [`Rejection::Loop`], and [`Rejection::BadRequest`] for what is no host.
+    pub(super) fn enter(via: &Via, request: &mut Request) -> Result<HeaderValue, Rejection> {
+        via.pass(request.version, &mut request.fields)?;
+        route::authority(&request.uri, &request.fields)
+    }
+
+    /// The request as it goes on: it says where it came from and which `host` it asked for. `bearer` is for endpoints that
+    /// take one.
+    pub(super) fn dispatch<'a>(
+        &self,
+        call: Call<'a>,
+        host: &HeaderValue,
+        bearer: Option<HeaderValue>,
+    ) -> Dispatch<'a> {
+        let Request { method, uri, mut fields, body, .. } = call.request;
+        call.peer.forwarded.add(&mut fields, host.to_str().unwrap_or_default());
+        if let Some(protocol) = &self.upgrade {
+            fields.set(header::CONNECTION, HeaderValue::from_static("upgrade"));
+            fields.set(header::UPGRADE, protocol.clone());
+        }
+        Dispatch {
+            method,
+            uri,
+            fields,
+            body,
+            bearer,
+            upgrade: self.upgrade.is_some(),
+            grpc: self.grpc,
+            interim: call.interim,
+            alarm: call.alarm,
+        }
+    }
+
+    /// The answer: that of an endpoint, whose hop-by-hop headers end here, or the refusal.
+    pub(super) fn end(mut self, outcome: Result<Received, Rejection>) -> Answer {
+        match outcome {
+            Ok(Received::Response(mut response)) => {
+                self.record.answered(response.status, "");
+                headers::strip_hop_by_hop(&mut response.fields);
+                Answer::Response(response, self.record)
+            }
+            Ok(Received::Upgraded(response, stream)) => {
+                self.record.answered(response.status, "");
+                Answer::Tunnel(response, stream, self.record)
+            }
+            Err(rejection) => {
+                self.record.answered(rejection.status(), rejection.code());
+                Answer::Response(rejection.answer(Some(&self.id), self.grpc), self.record)
+            }
+        }
+    }
+}
