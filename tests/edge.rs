@@ -10,14 +10,18 @@
 
 mod support;
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+};
 
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use rustls::{
     ClientConfig, RootCertStore,
     pki_types::{CertificateDer, ServerName, pem::PemObject},
 };
-use support::{Folder, Infrar, Line, Origin, Pair, free_ports, get, header, talk};
+use support::{Folder, Infrar, Line, Origin, Pair, free_ports, get, header, talk, until};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
@@ -33,6 +37,10 @@ struct Clouds {
     edge: SocketAddr,
     app: Origin,
     processes: Vec<Infrar>,
+    /// The admin APIs of the proxies, by name.
+    admins: HashMap<&'static str, SocketAddr>,
+    /// What stands behind a plaintext address of the edge's network; `None` on a machine without a network.
+    plain: Option<Plain>,
 }
 
 impl Clouds {
@@ -44,6 +52,10 @@ impl Clouds {
             folder.write(&format!("secrets/{name}"), &format!("the secret of {name}\n"));
         }
         let app = Origin::plain("reached").await;
+        let plain = Plain::open().await;
+        let plain_url = plain
+            .as_ref()
+            .map_or("http://192.0.2.1".to_owned(), |plain| format!("http://{}", plain.at));
         let identities: String = ["web", "data", "azure-edge", "aws-edge"]
             .map(|name| format!("  {name}: {{ client_secret_file: secrets/{name} }}\n"))
             .concat();
@@ -53,7 +65,8 @@ impl Clouds {
                 "project: shop\nservices:\n  data:\n    scopes: [use]\n    endpoints: [{{ url: 'https://localhost:{}', \
                  private_url: 'https://{inbound}', provider: azure, region: eastus }}]\n  other:\n    scopes: [use]\n    \
                  endpoints: [{{ url: 'https://other.example', provider: azure, region: eastus }}]\n\
-                 permissions: {{ web: {{ data: [use], other: [use] }} }}\nidentities:\n{identities}",
+                 \x20 bare:\n    scopes: [use]\n    endpoints: [{{ url: 'https://bare.example', private_url: '{plain_url}', provider: azure, region: eastus, auth_method: none }}]\n\
+                 permissions: {{ web: {{ data: [use], other: [use], bare: [use] }} }}\nidentities:\n{identities}",
                 edge.port()
             ),
         );
@@ -100,6 +113,7 @@ impl Clouds {
                 ),
             ),
         ];
+        let mut admins = HashMap::new();
         for (name, role, service, place, keys) in settings {
             let [admin] = free_ports();
             folder.write(
@@ -113,8 +127,9 @@ impl Clouds {
             let mut proxy = Pair::start_proxy(&folder, name);
             proxy.ready(admin).await;
             processes.push(proxy);
+            admins.insert(name, admin);
         }
-        Self { folder, control, direct, via, edge, app, processes }
+        Self { folder, control, direct, via, edge, app, processes, admins, plain }
     }
 
     fn logs(&self) -> String {
@@ -140,16 +155,43 @@ impl Clouds {
         token.unwrap_or_else(|| panic!("no token: {said:?}")).to_owned()
     }
 
+    /// The bytes that a proxy has counted on a path.
+    async fn bytes(&self, proxy: &str, from: &str, to: &str, kind: &str) -> f64 {
+        let admin = self.admins[proxy];
+        let said = get(admin, &admin.to_string(), "/metrics").await;
+        let labels = [
+            format!("from=\"{from}\""),
+            format!("to=\"{to}\""),
+            format!("kind=\"{kind}\""),
+            "callee=\"data\"".to_owned(),
+        ];
+        let rows = said.body.lines().filter(|line| {
+            line.starts_with("infrar_egress_bytes_total{")
+                && labels.iter().all(|it| line.contains(it))
+        });
+        rows.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+    }
+
     /// Asks the public edge as anybody on the internet could; the answer's status.
     async fn asks_edge(&self, host: &str, sni: &str, further: &str) -> u16 {
-        let mut line = Line::over(self.handshake(sni).await);
-        line.say(format!("GET /x HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n{further}\r\n"))
-            .await;
-        let said = line.rest().await;
+        let said = self.hears_edge(host, sni, further).await;
         said.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or_default()
     }
 
+    /// The same, and the whole answer.
+    async fn hears_edge(&self, host: &str, sni: &str, further: &str) -> String {
+        let mut line = Line::over(self.handshake(sni).await);
+        line.say(format!("GET /x HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n{further}\r\n"))
+            .await;
+        line.rest().await
+    }
+
     async fn handshake(&self, sni: &str) -> TlsStream<TcpStream> {
+        let stream = TcpStream::connect(self.edge).await.expect("the edge listens");
+        self.handshake_over(stream, sni).await
+    }
+
+    async fn handshake_over(&self, stream: TcpStream, sni: &str) -> TlsStream<TcpStream> {
         let mut roots = RootCertStore::empty();
         let ca = CertificateDer::from_pem_slice(self.folder.read("ca.pem").as_bytes());
         roots.add(ca.expect("a certificate")).expect("a CA");
@@ -159,9 +201,37 @@ impl Clouds {
             .expect("versions of this provider")
             .with_root_certificates(roots)
             .with_no_client_auth();
-        let stream = TcpStream::connect(self.edge).await.expect("the edge listens");
         let name = ServerName::try_from(sni.to_owned()).expect("a name");
         TlsConnector::from(Arc::new(config)).connect(name, stream).await.expect("TLS")
+    }
+}
+
+/// An application that speaks plaintext on an address that is not loopback, and notes what it hears.
+struct Plain {
+    at: SocketAddr,
+    heard: Arc<Mutex<Vec<String>>>,
+}
+
+impl Plain {
+    async fn open() -> Option<Self> {
+        // No packet is sent: this only asks which address a way out would have.
+        let probe = std::net::UdpSocket::bind("0.0.0.0:0").ok()?;
+        probe.connect("192.0.2.1:9").ok()?;
+        let here = probe.local_addr().ok()?.ip();
+        let listener = tokio::net::TcpListener::bind((here, 0)).await.ok()?;
+        let at = listener.local_addr().ok()?;
+        let heard: Arc<Mutex<Vec<String>>> = Arc::default();
+        let noted = Arc::clone(&heard);
+        tokio::spawn(async move {
+            while let Ok((stream, _peer)) = listener.accept().await {
+                let mut line = Line::over(stream);
+                let head = line.hear("\r\n\r\n").await;
+                noted.lock().expect("nobody panics").push(head);
+                line.say("HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok")
+                    .await;
+            }
+        });
+        Some(Self { at, heard })
     }
 }
 
@@ -230,4 +300,59 @@ async fn an_edge_knows_the_service_by_host_by_handshake_or_by_audience_and_check
     assert_eq!(clouds.asks_edge(&host, "localhost", "authorization: Bearer x.y.z\r\n").await, 401);
     assert_eq!(clouds.asks_edge("edge.example", "edge.example", "").await, 404);
     assert_eq!(clouds.app.heads().len(), seen);
+}
+
+#[tokio::test]
+async fn each_proxy_meters_the_leg_that_it_sends_and_a_tunnel_goes_past_the_edge() {
+    let clouds = Clouds::open().await;
+    let (aws, azure) = ("aws_us_east_1", "azure_eastus");
+    let said = get(clouds.via, "data", "/").await;
+    assert_eq!(said.status(), 200, "{said:?}\n{}", clouds.logs());
+    until("both legs are counted", async || {
+        clouds.bytes("via", aws, aws, "http").await > 0.0
+            && clouds.bytes("aws-edge", aws, azure, "http").await > 0.0
+    })
+    .await;
+    let sent = |kind| clouds.bytes("via", aws, azure, kind);
+    assert_eq!((sent("http").await, sent("tunnel").await), (0.0, 0.0));
+
+    let token = clouds.token("data").await;
+    let mut line = Line::to(clouds.via).await;
+    line.say("CONNECT data:443 HTTP/1.1\r\nhost: data:443\r\n\r\n").await;
+    assert!(line.hear("\r\n\r\n").await.starts_with("HTTP/1.1 200 "));
+    let mut line = Line::over(clouds.handshake_over(line.stream, "localhost").await);
+    let host = format!("localhost:{}", clouds.edge.port());
+    line.say(format!("GET / HTTP/1.1\r\nhost: {host}\r\nauthorization: Bearer {token}\r\nconnection: close\r\n\r\n")).await;
+    let said = line.rest().await;
+    assert!(said.starts_with("HTTP/1.1 200 "), "{said}\n{}", clouds.logs());
+    let head = clouds.app.heads().pop().expect("a request");
+    // The edge of the callee and the callee: nobody else has seen it.
+    assert_eq!(head.matches("infrar-").count() - head.matches("\r\ninfrar-").count(), 2, "{head}");
+    drop(line);
+    assert!(sent("tunnel").await > 0.0);
+    assert_eq!(sent("http").await, 0.0);
+}
+
+#[tokio::test]
+async fn an_edge_tells_strangers_no_names_and_sends_no_token_in_plaintext() {
+    let clouds = Clouds::open().await;
+    let said = clouds.hears_edge("dat", "edge.example", "").await;
+    assert!(said.starts_with("HTTP/1.1 404 ") && said.contains("\"nearest\":[]"), "{said}");
+    let long = "data".repeat(1000);
+    assert_eq!(clouds.asks_edge(&long, "edge.example", "").await, 400);
+
+    let Some(plain) = &clouds.plain else {
+        println!("skipped: this machine has no address but loopback");
+        return;
+    };
+    let good = format!("authorization: Bearer {}\r\n", clouds.token("bare").await);
+    assert_eq!(
+        clouds.asks_edge("bare.example", "edge.example", &good).await,
+        200,
+        "{}",
+        clouds.logs()
+    );
+    let head = plain.heard.lock().expect("nobody panics").pop().expect("a request");
+    assert_eq!(header(&head, "authorization"), None, "{head}");
+    assert_eq!(header(&head, "host"), Some("bare.example"), "{head}");
 }

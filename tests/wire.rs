@@ -272,7 +272,9 @@ async fn a_host_is_the_same_in_either_case_and_what_is_none_is_refused() {
         ("/", &*long),
         (&*format!("http://{long}/"), "data"),
     ] {
-        let said = sidecar.says(&format!("GET {target} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n")).await;
+        let said = sidecar
+            .says(&format!("GET {target} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n"))
+            .await;
         assert_refused(&said, 400, "bad-request", "http_request_error");
     }
     assert_eq!(service.heads().len(), 1, "{:?}", service.heads());
@@ -285,7 +287,8 @@ async fn every_answer_has_an_id_and_its_line_in_the_log_says_what_was_asked() {
         visit.say("pong").await;
     })
     .await;
-    let sidecar = Sidecar::with(&[("data", &[service.at], "")], "limits: { body_bytes: 1KiB }\n").await;
+    let sidecar =
+        Sidecar::with(&[("data", &[service.at], "")], "limits: { body_bytes: 1KiB }\n").await;
     let trace = "0af7651916cd43dd8448eb211c80319c";
     let mut line = Line::to(sidecar.out).await;
     line.say(format!("CONNECT data:443 HTTP/1.1\r\nhost: data:443\r\nx-request-id: tunnel-1\r\ntraceparent: 00-{trace}-b7ad6b7169203331-01\r\n\r\nping")).await;

@@ -79,8 +79,7 @@ fn callee<'a>(
     let named = by_host.filter_map(|host| view.service_of(host)).next();
     let named = named.and_then(|service| view.cluster(service.as_str()));
     // Nobody has shown who they are yet, so nobody is told what other names there are.
-    let unknown =
-        || Rejection::UnknownService { authority: asked.to_owned(), nearest: Vec::new() };
+    let unknown = || Rejection::UnknownService { authority: asked.to_owned(), nearest: Vec::new() };
     named.or_else(|| audience(view, fields)).ok_or_else(unknown)
 }
 

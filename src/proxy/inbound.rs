@@ -200,7 +200,8 @@ impl Inbound {
         let host = Walk::enter(&self.worker.via_in, &mut call.request)?;
         // Who is it, and may it?
         let (view, record) = (self.worker.view().ok(), &mut walk.record);
-        let admitted = self.gate.admit(&call.request, &self.callee, view.as_deref(), record).await?;
+        let admitted =
+            self.gate.admit(&call.request, &self.callee, view.as_deref(), record).await?;
         // What does the application see?
         self.gate.undress(&mut call.request.fields, &admitted);
         keep_host(&mut call.request, &host);

@@ -81,8 +81,7 @@ impl Outbound {
         let host = route::authority(uri, &call.request.fields)?;
         let cluster = self.route(uri, asked(&host)?, &mut walk.record)?;
         let grant = granted(&cluster)?;
-        let stream =
-            Forward::tunnel(&cluster, &self.worker.ward, &mut walk.record, grant).await?;
+        let stream = Forward::tunnel(&cluster, &self.worker.ward, &mut walk.record, grant).await?;
         let response =
             Response { status: StatusCode::OK, fields: Fields::new(), body: Body::Empty };
         Ok(Received::Upgraded(response, stream))

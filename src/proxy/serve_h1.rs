@@ -243,13 +243,7 @@ impl Connection {
             limit: limits.body_bytes,
             stall: limits.stall_timeout,
         });
-        Self {
-            wire,
-            story,
-            peer,
-            alarm: RefCell::default(),
-            write: BytesMut::new(),
-        }
+        Self { wire, story, peer, alarm: RefCell::default(), write: BytesMut::new() }
     }
 
     /// Serves requests until either side has had enough.

@@ -192,13 +192,8 @@ async fn answer(
     };
     let body = gather(incoming).await;
     let interim = Interim::default();
-    let request = Request {
-        method: parts.method,
-        uri: parts.uri,
-        version: Version::HTTP_2,
-        fields,
-        body,
-    };
+    let request =
+        Request { method: parts.method, uri: parts.uri, version: Version::HTTP_2, fields, body };
     let alarm = RefCell::default();
     let call = Call { request, peer, interim: &interim, alarm: &alarm };
     let mut walk = pin!(story.answer(call));

@@ -98,13 +98,14 @@ impl Ward {
         self.sweep();
         let now = self.tick(Instant::now());
         let known = self.vitals.lock().unwrap_or_else(PoisonError::into_inner);
-        let each = known.iter().map(|((service, endpoint, _, mode), (vitals, circuit))| Condition {
-            service: service.clone(),
-            endpoint: endpoint.clone(),
-            mode: *mode,
-            circuit: vitals.breaker.view(circuit, now).state,
-            latency: vitals.latency.measured(),
-        });
+        let each =
+            known.iter().map(|((service, endpoint, _, mode), (vitals, circuit))| Condition {
+                service: service.clone(),
+                endpoint: endpoint.clone(),
+                mode: *mode,
+                circuit: vitals.breaker.view(circuit, now).state,
+                latency: vitals.latency.measured(),
+            });
         each.collect()
     }
 
