@@ -7,9 +7,11 @@
 )]
 #![allow(dead_code, reason = "each story file uses a part of the stage")]
 
+pub(crate) mod frames;
+
 use std::{
     fs,
-    net::{Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     os::unix::fs::PermissionsExt,
     path::PathBuf,
     process::{ExitStatus, Stdio},
@@ -123,6 +125,11 @@ impl Infrar {
     /// Ends it as the kernel does: at once.
     pub(crate) async fn kill(&mut self) {
         self.child.kill().await.expect("our own child");
+    }
+
+    /// Whether it has not ended.
+    pub(crate) fn runs(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
     }
 
     /// Sends a signal by the shell's name of it.
@@ -345,6 +352,15 @@ impl Visit {
     pub(crate) async fn say(&mut self, text: impl AsRef<[u8]>) {
         self.line.say(text).await;
     }
+
+    /// Answers every request with 200 and `name`.
+    pub(crate) async fn plainly(mut self, name: &str) {
+        while let Some(head) = self.head().await {
+            self.body(&head).await;
+            let length = name.len();
+            self.say(format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n{name}")).await;
+        }
+    }
 }
 
 impl Origin {
@@ -353,7 +369,15 @@ impl Origin {
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a free port");
+        Self::on(Ipv4Addr::LOCALHOST.into(), script).await
+    }
+
+    /// The same on another address of this machine.
+    pub(crate) async fn on<F>(address: IpAddr, script: impl Fn(Visit) -> F + Send + 'static) -> Self
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let listener = TcpListener::bind((address, 0)).await.expect("a free port");
         let at = listener.local_addr().expect("bound");
         let heads: Arc<Mutex<Vec<String>>> = Arc::default();
         let noted = Arc::clone(&heads);
@@ -371,16 +395,7 @@ impl Origin {
 
     /// Answers every request with 200 and `name`.
     pub(crate) async fn plain(name: &'static str) -> Self {
-        Self::scripted(move |mut visit| async move {
-            while let Some(head) = visit.head().await {
-                visit.body(&head).await;
-                let length = name.len();
-                visit
-                    .say(format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n{name}"))
-                    .await;
-            }
-        })
-        .await
+        Self::scripted(move |visit| visit.plainly(name)).await
     }
 
     /// The heads of all requests it has seen.
