@@ -300,7 +300,7 @@ impl Connection {
     /// Answers bytes that are no request, and closes.
     async fn turn_down(&mut self, rejection: &Rejection) -> Pause {
         let asked = Asked { method: Method::GET, version: Version::HTTP_11, keep_alive: false };
-        if let Answer::Response(response, record) = self.story.refuse(rejection) {
+        if let Answer::Response(response, record) = self.story.refuse(rejection, false) {
             self.finish(response, record, &asked).await;
         }
         Pause::Over

@@ -1,7 +1,8 @@
 //! HTTP/2 with a client: one task drives the connection, one per stream answers its request.
 //!
 //! Floods are bounded by what RFC 9113 §10.5 leaves to us: streams, header bytes, and how many streams a client may
-//! reset before they were answered (rapid reset, CVE-2023-44487).
+//! reset before they were answered (rapid reset, CVE-2023-44487). What the `h2` crate lets through and HTTP/1.1 would
+//! read in another way is refused here.
 
 use std::{
     cell::Cell,
@@ -16,12 +17,15 @@ use h2::{
     Reason, RecvStream, SendStream,
     server::{Builder, Connection, SendResponse},
 };
-use http::{HeaderMap, Method, Request, Response, Version, header};
+use http::{HeaderMap, Method, Request, Response, Version, header, request::Parts};
 use http_body::{Body as _, Frame, SizeHint};
+use tokio::time::{Duration, Instant};
 
 use crate::{
+    http1::HeadLimits,
     net::Stream,
     proxy::{
+        headers,
         reject::Rejection,
         settings::Limits,
         story::Story,
@@ -38,15 +42,21 @@ const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
 /// What may wait to be written per stream.
 const SEND_BUFFER: usize = 512 * 1024;
 /// Streams that a client may reset before we have seen them, and streams that we reset for its errors, before the
-/// connection is ended; Envoy's bound is 500 premature resets.
+/// connection is ended.
 const RESETS: usize = 100;
+/// A stream that its client resets within this time and without an answer was given up (Envoy's
+/// `premature_reset_min_stream_lifetime_seconds`).
+const GIVEN_UP_WITHIN: Duration = Duration::from_secs(1);
+/// The connection is ended when half of its streams were given up, of so many at least (Envoy's
+/// `premature_reset_total_stream_count`).
+const STREAMS_JUDGED: u32 = 500;
 
 /// Serves a connection until either side has had enough.
 pub(super) async fn serve(stream: Stream, guard: Guard, story: Rc<Story>, peer: Peer) {
     let limits = *story.worker().limits();
     let Some(mut connection) = shake(stream, &guard, &limits).await else { return };
     let peer = Rc::new(peer);
-    let open = Rc::new(Cell::new(0usize));
+    let streams = Rc::<Streams>::default();
     let mut leaving = false;
     guard.arm(limits.idle_timeout);
     loop {
@@ -54,11 +64,14 @@ pub(super) async fn serve(stream: Stream, guard: Guard, story: Rc<Story>, peer: 
             if let Poll::Ready(accepted) = connection.poll_accept(cx) {
                 return Poll::Ready(Next::Stream(Box::new(accepted)));
             }
+            if !leaving && streams.is_flood() {
+                return Poll::Ready(Next::Flood);
+            }
             if !leaving && story.end().reached(Phase::Drain) {
                 return Poll::Ready(Next::Leave);
             }
             match guard.poll_expired(cx) {
-                Poll::Ready(()) if open.get() > 0 => Poll::Ready(Next::Busy),
+                Poll::Ready(()) if streams.open.get() > 0 => Poll::Ready(Next::Busy),
                 Poll::Ready(()) => Poll::Ready(Next::Leave),
                 Poll::Pending => Poll::Pending,
             }
@@ -68,13 +81,13 @@ pub(super) async fn serve(stream: Stream, guard: Guard, story: Rc<Story>, peer: 
             Next::Stream(accepted) => match *accepted {
                 Some(Ok((request, respond))) => {
                     guard.arm(limits.idle_timeout);
-                    let seat = Seat::take(&open);
+                    let seat = Seat::take(&streams, story.worker().watchdog.coarse_now());
                     let (story, peer) = (Rc::clone(&story), Rc::clone(&peer));
                     // Boxed here: what is moved on is then a pointer and not the room for a whole request.
                     runtime::spawn_local(
                         "h2-stream",
                         Box::pin(async move {
-                            answer(request, respond, &story, &peer).await;
+                            answer(request, respond, &story, &peer, &seat).await;
                             drop(seat);
                         }),
                     );
@@ -83,6 +96,12 @@ pub(super) async fn serve(stream: Stream, guard: Guard, story: Rc<Story>, peer: 
                 None => return,
             },
             Next::Busy => guard.arm(limits.idle_timeout),
+            Next::Flood => {
+                tracing::warn!("a client that gives up most of what it asks for was shown out");
+                leaving = true;
+                connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
+                guard.arm(limits.header_timeout);
+            }
             Next::Leave if leaving => return,
             Next::Leave => {
                 leaving = true;
@@ -99,7 +118,8 @@ async fn shake(
     guard: &Guard,
     limits: &Limits,
 ) -> Option<Connection<Stream, Bytes>> {
-    let header_bytes = u32::try_from(limits.head.bytes).unwrap_or(u32::MAX);
+    // Twice what is allowed: what lies between is refused with a reason, which `h2` itself would not give.
+    let header_bytes = u32::try_from(limits.head.bytes.saturating_mul(2)).unwrap_or(u32::MAX);
     guard.arm(limits.header_timeout);
     let shake = Builder::new()
         .initial_window_size(STREAM_WINDOW)
@@ -132,21 +152,50 @@ enum Next {
     Busy,
     /// Idle for too long, or we are draining.
     Leave,
+    /// The client opens streams to give them up.
+    Flood,
 }
 
-/// Counts an open stream.
-struct Seat(Rc<Cell<usize>>);
+/// The streams of a connection, counted.
+#[derive(Default)]
+struct Streams {
+    open: Cell<usize>,
+    ended: Cell<u32>,
+    /// Those among them that the client reset at once.
+    given_up: Cell<u32>,
+}
+
+impl Streams {
+    fn is_flood(&self) -> bool {
+        self.given_up.get() >= self.ended.get().max(STREAMS_JUDGED) / 2
+    }
+}
+
+/// Counts one stream.
+struct Seat {
+    streams: Rc<Streams>,
+    taken: Instant,
+}
 
 impl Seat {
-    fn take(open: &Rc<Cell<usize>>) -> Self {
-        open.set(open.get() + 1);
-        Self(Rc::clone(open))
+    fn take(streams: &Rc<Streams>, now: Instant) -> Self {
+        streams.open.set(streams.open.get() + 1);
+        Self { streams: Rc::clone(streams), taken: now }
+    }
+
+    /// The client does not wait for the answer.
+    fn given_up(&self, now: Instant) {
+        if now.duration_since(self.taken) < GIVEN_UP_WITHIN {
+            self.streams.given_up.set(self.streams.given_up.get().saturating_add(1));
+        }
     }
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        self.0.set(self.0.get().saturating_sub(1));
+        let Streams { open, ended, .. } = &*self.streams;
+        open.set(open.get().saturating_sub(1));
+        ended.set(ended.get().saturating_add(1));
     }
 }
 
@@ -156,28 +205,26 @@ async fn answer(
     mut respond: SendResponse<Bytes>,
     story: &Rc<Story>,
     peer: &Peer,
+    seat: &Seat,
 ) {
+    // Whoever has reset the stream already costs the service nothing.
+    if poll_fn(|cx| Poll::Ready(respond.poll_reset(cx))).await.is_ready() {
+        return seat.given_up(story.worker().watchdog.coarse_now());
+    }
     let received = Rc::new(Cell::new(0));
     let method = request.method().clone();
-    if method == Method::CONNECT {
-        let refusal =
-            story.refuse(&Rejection::BadRequest("CONNECT is for HTTP/1.1 on the outbound port"));
-        return finish(refusal, &mut respond, &method, 0).await;
-    }
-    let limit = story.worker().limits().body_bytes;
+    let limits = story.worker().limits();
     let (mut parts, stream) = request.into_parts();
     parts.version = Version::HTTP_2;
+    let length = match check(&parts, limits) {
+        Ok(length) => length,
+        Err(rejection) => {
+            let refusal = story.refuse(&rejection, headers::is_grpc(&parts.headers));
+            return finish(refusal, &mut respond, &method, 0).await;
+        }
+    };
     join_cookies(&mut parts.headers);
-    let length = parts
-        .headers
-        .get(header::CONTENT_LENGTH)
-        .and_then(|value| value.to_str().ok()?.parse().ok());
-    if let (Some(length), Some(limit)) = (length, limit)
-        && length > limit
-    {
-        return finish(story.refuse(&Rejection::BodyTooLarge { limit }), &mut respond, &method, 0)
-            .await;
-    }
+    let limit = limits.body_bytes;
     let incoming =
         Incoming { stream, received: Rc::clone(&received), limit, length, trailers: false };
     let body = gather(incoming).await;
@@ -201,8 +248,48 @@ async fn answer(
         }
     })
     .await;
-    if let Some(answer) = walked {
-        finish(answer, &mut respond, &method, received.get()).await;
+    match walked {
+        Some(answer) => finish(answer, &mut respond, &method, received.get()).await,
+        None => seat.given_up(story.worker().watchdog.coarse_now()),
+    }
+}
+
+/// What is left to us of RFC 9113 §8: one path, one host, one length, and a head within the limits. The length, if it
+/// is said.
+fn check(parts: &Parts, limits: &Limits) -> Result<Option<u64>, Rejection> {
+    let Parts { method, uri, headers, .. } = parts;
+    if *method == Method::CONNECT {
+        return Err(Rejection::BadRequest("CONNECT is for HTTP/1.1 on the outbound port"));
+    }
+    let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
+    if bytes > limits.head.bytes || headers.len() > limits.head.headers {
+        let HeadLimits { bytes, headers } = limits.head;
+        return Err(Rejection::HeadersTooLarge { bytes, headers });
+    }
+    let path = uri.path();
+    let whole_server = path == "*" && *method == Method::OPTIONS;
+    if !path.starts_with('/') && !whole_server {
+        return Err(Rejection::BadRequest("the path does not begin with a slash"));
+    }
+    let mut hosts = headers.get_all(header::HOST).iter();
+    let agree = match (uri.authority(), hosts.next()) {
+        (Some(_), None) => true,
+        (Some(authority), Some(host)) => {
+            authority.as_str().as_bytes().eq_ignore_ascii_case(host.as_bytes())
+        }
+        (None, host) => host.is_some(),
+    };
+    if !agree || hosts.next().is_some() {
+        return Err(Rejection::BadRequest("a request has exactly one host"));
+    }
+    let mut lengths = headers.get_all(header::CONTENT_LENGTH).iter();
+    let length = lengths.next().and_then(|value| value.to_str().ok()?.parse().ok());
+    if lengths.next().is_some() {
+        return Err(Rejection::BadRequest("the length of the body is ambiguous"));
+    }
+    match (length, limits.body_bytes) {
+        (Some(length), Some(limit)) if length > limit => Err(Rejection::BodyTooLarge { limit }),
+        (length, _) => Ok(length),
     }
 }
 

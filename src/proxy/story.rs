@@ -51,15 +51,15 @@ impl Story {
         }
     }
 
-    /// The answer to bytes that never became a request.
-    pub(super) fn refuse(&self, rejection: &Rejection) -> Answer {
+    /// The answer to what never became a request; `grpc`: in the words of gRPC.
+    pub(super) fn refuse(&self, rejection: &Rejection, grpc: bool) -> Answer {
         let worker = self.worker();
         let desk = match self {
             Self::Outbound(..) => &worker.outbound_desk,
             Self::Inbound(..) | Self::Edge(..) => &worker.inbound_desk,
         };
         let record = desk.open(&Method::GET, &http::Uri::default());
-        refused(rejection, None, false, record)
+        refused(rejection, None, grpc, record)
     }
 
     /// Whether `CONNECT` means something here.
