@@ -168,7 +168,9 @@ pub(crate) struct Frames<S = TcpStream> {
 impl Frames {
     /// With prior knowledge (RFC 9113 §3.3).
     pub(crate) async fn to(at: std::net::SocketAddr) -> Self {
-        Self::over(TcpStream::connect(at).await.expect("somebody listens")).await
+        let stream = TcpStream::connect(at).await.expect("somebody listens");
+        stream.set_nodelay(true).expect("our own socket");
+        Self::over(stream).await
     }
 }
 

@@ -341,12 +341,32 @@ impl Visit {
         if header(head, "transfer-encoding").is_some() {
             return self.line.hear("0\r\n\r\n").await;
         }
+        self.announced(head).await.0
+    }
+
+    /// The same; `None` when it breaks off.
+    pub(crate) async fn whole_body(&mut self, head: &str) -> Option<String> {
+        if header(head, "transfer-encoding").is_none() {
+            let (body, whole) = self.announced(head).await;
+            return whole.then_some(body);
+        }
+        while find(&self.line.read, b"0\r\n\r\n").is_none() {
+            if !self.line.more().await {
+                return None;
+            }
+        }
+        Some(self.line.hear("0\r\n\r\n").await)
+    }
+
+    /// A body whose length is said, and whether all of it came.
+    async fn announced(&mut self, head: &str) -> (String, bool) {
         let length: usize =
             header(head, "content-length").and_then(|length| length.parse().ok()).unwrap_or(0);
         while self.line.read.len() < length && self.line.more().await {}
+        let whole = self.line.read.len() >= length;
         let rest = self.line.read.split_off(length.min(self.line.read.len()));
         let body = std::mem::replace(&mut self.line.read, rest);
-        String::from_utf8_lossy(&body).into_owned()
+        (String::from_utf8_lossy(&body).into_owned(), whole)
     }
 
     pub(crate) async fn say(&mut self, text: impl AsRef<[u8]>) {
