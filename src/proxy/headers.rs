@@ -234,8 +234,10 @@ impl Forwarded {
         }
         let token = host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~".contains(&b));
         let quotes = if token { "" } else { "\"" };
+        // What ends a quoted text, in a host that is none, is written so that it does not (RFC 9110 §5.6.4).
+        let host = host.replace('\\', "\\\\").replace('"', "\\\"");
         for part in
-            ["host=", quotes, host, quotes, ";proto=", if self.tls { "https" } else { "http" }]
+            ["host=", quotes, &host, quotes, ";proto=", if self.tls { "https" } else { "http" }]
         {
             text.push_str(part);
         }
@@ -251,6 +253,16 @@ pub(super) fn strip_identity(headers: &mut HeaderMap) {
     }
     for name in [&CALLER, &SCOPES, &CLAIMS] {
         headers.remove(name);
+    }
+}
+
+/// Removes from a request's trailers what frames, routes or proves something (RFC 9110 §6.5.1): whoever merges them into
+/// the head must not be fooled.
+pub(super) fn strip_trailers(trailers: &mut HeaderMap) {
+    strip_hop_by_hop(trailers);
+    strip_identity(trailers);
+    for name in [header::CONTENT_LENGTH, header::HOST, header::AUTHORIZATION, header::TE] {
+        trailers.remove(name);
     }
 }
 
@@ -315,12 +327,15 @@ mod tests {
         let mut map = HeaderMap::new();
         Forwarded::new(Some("192.0.2.1:999".parse().unwrap()), false).add(&mut map, "data");
         Forwarded::new(Some("[2001:db8::1]:999".parse().unwrap()), true).add(&mut map, "data:8443");
+        // A host that is none does not end its quotes to speak for the peer.
+        Forwarded::new(None, true).add(&mut map, "a\";for=10.0.0.1;x=\"\\b");
         let all: Vec<_> = map.get_all("forwarded").iter().map(|v| v.to_str().unwrap()).collect();
         assert_eq!(
             all,
             [
                 "for=192.0.2.1;host=data;proto=http",
                 "for=\"[2001:db8::1]\";host=\"data:8443\";proto=https",
+                "host=\"a\\\";for=10.0.0.1;x=\\\"\\\\b\";proto=https",
             ]
         );
     }

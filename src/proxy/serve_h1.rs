@@ -132,7 +132,8 @@ impl http_body::Body for Incoming {
                     }
                     return Poll::Ready(Some(Ok(Frame::data(data))));
                 }
-                Ok(Piece::Trailers(trailers)) => {
+                Ok(Piece::Trailers(mut trailers)) => {
+                    headers::strip_trailers(&mut trailers);
                     return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
                 }
                 Ok(Piece::End) => return Poll::Ready(None),

@@ -440,7 +440,10 @@ impl http_body::Body for Incoming {
             }
         }
         match ready!(this.stream.poll_trailers(cx)) {
-            Ok(Some(trailers)) => Poll::Ready(Some(Ok(Frame::trailers(trailers)))),
+            Ok(Some(mut trailers)) => {
+                headers::strip_trailers(&mut trailers);
+                Poll::Ready(Some(Ok(Frame::trailers(trailers))))
+            }
             Ok(None) => Poll::Ready(None),
             Err(_) => Poll::Ready(Some(Err(BodyError::Incomplete))),
         }
