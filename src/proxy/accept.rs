@@ -4,7 +4,10 @@ use std::{net::SocketAddr, pin::Pin, rc::Rc, sync::Arc, task::Poll};
 
 use bytes::BytesMut;
 use ipnet::IpNet;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::Semaphore,
+};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::io::poll_read_buf;
 
@@ -12,6 +15,7 @@ use crate::{
     net::{self, Handover, Open, Placement, ServerTls, Spread, Stream, Tallied},
     proxy::{
         headers::Forwarded,
+        reject::Rejection,
         serve_h1, serve_h2,
         story::Story,
         worker::{Peer, Worker},
@@ -22,10 +26,9 @@ use crate::{
 /// What an HTTP/2 client says first (RFC 9113 §3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// Said to a client that is one too many, on plaintext listeners.
-const FULL: &[u8] =
-    b"HTTP/1.1 503 Service Unavailable\r\nproxy-status: infrar; error=connection_limit_reached\r\n\
-    retry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
+/// Clients that are told at the same time, on one listener of a worker, why they are turned away. Beyond that the door
+/// is shut without a word: a crowd at the door must not cost what the limit was to save.
+pub(super) const TOLD_AT_ONCE: usize = 64;
 
 /// One listener on one worker.
 pub(super) struct Door {
@@ -37,6 +40,8 @@ pub(super) struct Door {
     pub tls: Option<Arc<ServerTls>>,
     /// Where connections may come from; empty: from anywhere.
     pub allow_from: Vec<IpNet>,
+    /// Seats for clients that are told why they are turned away.
+    pub telling: Arc<Semaphore>,
 }
 
 impl Door {
@@ -62,10 +67,16 @@ pub(super) async fn listen(
         };
         if !door.allows(peer) {
             tracing::debug!(%peer, "a connection from an address that is not allowed was closed");
+            turn_away(
+                &door,
+                tcp,
+                Rejection::AddressNotAllowed("the client's address is not allowed"),
+            );
             continue;
         }
         if spread.total() >= worker.limits().connections {
-            turn_away(&door, &tcp);
+            tracing::warn!("a connection was turned away: `limits.connections` is reached");
+            turn_away(&door, tcp, Rejection::Overloaded("connections (`limits.connections`)"));
             continue;
         }
         match spread.claim(me) {
@@ -96,13 +107,18 @@ pub(super) async fn take_over(
     }
 }
 
-fn turn_away(door: &Door, tcp: &TcpStream) {
-    tracing::warn!("a connection was turned away: `limits.connections` is reached");
-    if door.tls.is_none()
-        && let Err(error) = tcp.try_write(FULL)
-    {
-        tracing::trace!(%error, "the client that was turned away had gone");
-    }
+/// Says why, where that needs no handshake.
+fn turn_away(door: &Rc<Door>, tcp: TcpStream, why: Rejection) {
+    let seat = Arc::clone(&door.telling).try_acquire_owned();
+    let (None, Ok(seat)) = (&door.tls, seat) else { return };
+    let story = Rc::clone(&door.story);
+    let guard = story.worker().watchdog.register();
+    let peer = Peer { server_name: None, forwarded: Forwarded::new(None, false) };
+    let stream = Stream::plain(Tallied::new(tcp, None));
+    runtime::spawn_local("turned-away", async move {
+        serve_h1::Connection::new(stream, BytesMut::new(), guard, story, peer).refuse(&why).await;
+        drop(seat);
+    });
 }
 
 fn admit(door: &Rc<Door>, tcp: TcpStream, peer: SocketAddr, open: Open, worker: &Rc<Worker>) {

@@ -25,7 +25,10 @@ mod worker;
 use std::{net::SocketAddr, num::NonZeroUsize, rc::Rc, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
-use tokio::{net::TcpListener, sync::mpsc};
+use tokio::{
+    net::TcpListener,
+    sync::{Semaphore, mpsc},
+};
 
 use self::{
     accept::Door, edge::Edge, headers::Via, inbound::Inbound, outbound::Outbound, record::Desk,
@@ -333,7 +336,8 @@ fn door(worker: &Rc<Worker>, index: usize, kind: &Listener) -> Result<Door, Star
             }
         }
     };
-    Ok(Door { index, story: Rc::new(story), tls, allow_from })
+    let telling = Arc::new(Semaphore::new(accept::TOLD_AT_ONCE));
+    Ok(Door { index, story: Rc::new(story), tls, allow_from, telling })
 }
 
 /// Closes pooled connections that are too old or unused for too long.

@@ -13,6 +13,7 @@ use crate::{
         worker::{Answer, Call, Worker, refused},
     },
     runtime::Shutdown,
+    wire::{TraceContext, request_id},
 };
 
 /// What a listener does with requests.
@@ -58,8 +59,10 @@ impl Story {
             Self::Outbound(..) => &worker.outbound_desk,
             Self::Inbound(..) | Self::Edge(..) => &worker.inbound_desk,
         };
-        let record = desk.open(&Method::GET, &http::Uri::default());
-        refused(rejection, None, grpc, record)
+        let mut record = desk.open(&Method::GET, &http::Uri::default());
+        let id = request_id();
+        record.identified(&id, TraceContext::begin());
+        refused(rejection, Some(&id), grpc, record)
     }
 
     /// Whether `CONNECT` means something here.
