@@ -69,7 +69,10 @@ impl Edge {
             view.cluster(callee.as_str()).ok_or_else(|| unknown(&view, callee.as_str()))?;
         // Who is it, and may it?
         let admitted = self.gate.admit(&parts, &callee, Some(&view), record).await?;
-        // What does the far side see? The token, and the host where the service is ours.
+        // What does the far side see? The token, where the way there is fit for one, and the host where the service is
+        // ours.
+        let token =
+            admitted.claims.as_ref().and_then(|_| parts.headers.remove(header::AUTHORIZATION));
         let upgrade = headers::upgrade(&parts.method, parts.version, &parts.headers);
         headers::strip_hop_by_hop(&mut parts.headers);
         headers::strip_identity(&mut parts.headers);
@@ -80,7 +83,7 @@ impl Edge {
             uri: parts.uri,
             headers: parts.headers,
             body,
-            bearer: None,
+            bearer: token,
             upgrade: upgrade.is_some(),
             grpc,
             interim: call.interim,
@@ -106,10 +109,11 @@ fn callee(
     let named = uri.authority().map(http::uri::Authority::as_str);
     let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
     let asked = named.or(host).unwrap_or_default();
+    let lower = route::lower(asked);
     // An endpoint's authority leaves out the port of its scheme; a client may write it.
-    let plain = asked.strip_suffix(":443").unwrap_or(asked);
+    let plain = lower.strip_suffix(":443").unwrap_or(&lower);
     let sni = peer.server_name.as_deref();
-    let by_host = [Some(plain), Some(route::host(asked)), sni].into_iter().flatten();
+    let by_host = [Some(plain), Some(route::host(&lower)), sni].into_iter().flatten();
     if let Some(service) = by_host.filter_map(|host| view.service_of(host)).next() {
         return Ok(service.clone());
     }
