@@ -551,3 +551,48 @@ async fn certificates_that_change_are_taken_up_by_themselves_while_connections_s
     old.say(call).await;
     assert_eq!(old.answer().await.body, "reached");
 }
+
+#[tokio::test]
+async fn an_edge_passes_a_token_on_over_loopback_and_not_in_plaintext_over_a_network() {
+    let Some(outer) = outer_address() else {
+        return eprintln!("skipped: this machine has no address but loopback");
+    };
+    let folder = Folder::new();
+    let [inbound, admin] = free_ports();
+    let issuer = KeyPair::generate().expect("a key");
+    let near = Origin::plain("near").await;
+    let far = Origin::on(outer, |visit| visit.plainly("far")).await;
+    folder.write("jwks.json", &json!({"keys": [jwk(&issuer, "k1")]}).to_string());
+    folder.write(
+        "project.yaml",
+        &format!(
+            "project: shop\nservices:\n  near:\n    scopes: [use]\n    endpoints: [{{ url: 'https://near.example', \
+             private_url: 'http://{}', provider: aws, region: us-east-1 }}]\n  far:\n    scopes: [use]\n    endpoints: \
+             [{{ url: 'https://far.example', private_url: 'http://{}', provider: aws, region: us-east-1, auth_method: none }}]\n\
+             issuers:\n  - {{ issuer: '{ISSUER}', jwks_file: jwks.json, audiences: [] }}\n",
+            near.at, far.at
+        ),
+    );
+    folder.write(
+        "proxy.yaml",
+        &format!(
+            "role: edge\nservice: edge\nplace: aws_us_east_1\nproject: project.yaml\nadmin: {{ listen: '{admin}' }}\n\
+             inbound: {{ listen: '{inbound}', tls: off }}\n"
+        ),
+    );
+    let mut infrar = Infrar::start(&folder, "proxy", &["proxy", "--config", "proxy.yaml"]);
+    infrar.ready(admin).await;
+    for (name, origin) in [("near", &near), ("far", &far)] {
+        let claims = with(&json!({"aud": name, "scope": "use"}));
+        let token = bearer(&encode(&es256(), &claims, &signer(&issuer)).expect("a token"));
+        let said = talk(
+            inbound,
+            format!("GET / HTTP/1.1\r\nhost: {name}.example\r\nconnection: close\r\n{token}\r\n"),
+        )
+        .await;
+        assert_eq!((said.status(), &*said.body), (200, name), "{said:?}\n{}", infrar.log());
+        let head = origin.heads().pop().expect("a request");
+        assert_eq!(head.contains(&token), name == "near", "{head}");
+        assert_eq!(header(&head, "authorization").is_some(), name == "near", "{head}");
+    }
+}
