@@ -19,7 +19,7 @@ use h2::{
 };
 use http::{HeaderMap, Method, StatusCode, Version, header, request::Parts};
 use http_body::{Body as _, Frame, SizeHint};
-use tokio::time::{Duration, Instant};
+use tokio::time::{Duration, Instant, timeout};
 
 use crate::{
     http1::HeadLimits,
@@ -31,7 +31,7 @@ use crate::{
         story::Story,
         worker::{Answer, Call, Peer},
     },
-    runtime::{self, Guard, Phase},
+    runtime::{self, Alarm, Guard, Phase},
     wire::{Body, BodyError, Fields, Interim, Prepended, Request, Response},
 };
 
@@ -219,13 +219,21 @@ async fn answer(
         Ok(length) => length,
         Err(rejection) => {
             let refusal = story.refuse(&rejection, headers::is_grpc(&parts.headers.into()));
-            return finish(refusal, &mut respond, &method, 0).await;
+            return finish(refusal, &mut respond, &method, 0, limits.stall_timeout).await;
         }
     };
     join_cookies(&mut parts.headers);
     let limit = limits.body_bytes;
-    let incoming =
-        Incoming { stream, received: Rc::clone(&received), limit, length, trailers: false };
+    let incoming = Incoming {
+        stream,
+        received: Rc::clone(&received),
+        limit,
+        length,
+        trailers: false,
+        patience: limits.stall_timeout,
+        given_up_at: None,
+        alarm: Alarm::default(),
+    };
     let body = gather(incoming).await;
     let interim = Interim::default();
     let request = Request {
@@ -254,7 +262,9 @@ async fn answer(
     })
     .await;
     match walked {
-        Some(answer) => finish(answer, &mut respond, &method, received.get()).await,
+        Some(answer) => {
+            finish(answer, &mut respond, &method, received.get(), limits.stall_timeout).await;
+        }
         None => seat.given_up(story.worker().watchdog.coarse_now()),
     }
 }
@@ -299,7 +309,13 @@ fn check(parts: &Parts, limits: &Limits) -> Result<Option<u64>, Rejection> {
 }
 
 /// Sends an answer and settles its record.
-async fn finish(answer: Answer, respond: &mut SendResponse<Bytes>, method: &Method, received: u64) {
+async fn finish(
+    answer: Answer,
+    respond: &mut SendResponse<Bytes>,
+    method: &Method,
+    received: u64,
+    stall: Duration,
+) {
     let Answer::Response(response, record) = answer else {
         // Upgrades are asked for in HTTP/1.1 only, so no tunnel comes back here.
         return respond.send_reset(Reason::INTERNAL_ERROR);
@@ -315,7 +331,7 @@ async fn finish(answer: Answer, respond: &mut SendResponse<Bytes>, method: &Meth
         Ok(stream) => stream,
         Err(error) => return tracing::debug!(%error, "an answer could not be sent"),
     };
-    let sent = if ends { Some(0) } else { send_body(stream, body).await };
+    let sent = if ends { Some(0) } else { send_body(stream, body, stall).await };
     if let Some(sent) = sent {
         record.settle(received, sent);
     }
@@ -330,8 +346,8 @@ fn head(status: StatusCode, fields: Fields) -> http::Response<()> {
     response
 }
 
-/// Sends a body; `None` when it or the client broke off.
-async fn send_body(mut stream: SendStream<Bytes>, mut body: Body) -> Option<u64> {
+/// Sends a body; `None` when it or the client broke off, or when the client took nothing of it for `stall`.
+async fn send_body(mut stream: SendStream<Bytes>, mut body: Body, stall: Duration) -> Option<u64> {
     let mut sent = 0;
     loop {
         let next = poll_fn(|cx| {
@@ -347,7 +363,7 @@ async fn send_body(mut stream: SendStream<Bytes>, mut body: Body) -> Option<u64>
                 Ok(data) => {
                     sent += data.len() as u64;
                     let last = body.is_empty();
-                    send_data(&mut stream, data, last).await?;
+                    send_data(&mut stream, data, last, stall).await?;
                     if last {
                         return Some(sent);
                     }
@@ -367,14 +383,25 @@ async fn send_body(mut stream: SendStream<Bytes>, mut body: Body) -> Option<u64>
 }
 
 /// Sends one piece as the window allows.
-async fn send_data(stream: &mut SendStream<Bytes>, mut data: Bytes, last: bool) -> Option<()> {
+async fn send_data(
+    stream: &mut SendStream<Bytes>,
+    mut data: Bytes,
+    last: bool,
+    stall: Duration,
+) -> Option<()> {
     // What fits is sent at once: small answers never wait.
     while !data.is_empty() {
         stream.reserve_capacity(data.len());
         let room = if stream.capacity() >= data.len() {
             data.len()
         } else {
-            poll_fn(|cx| stream.poll_capacity(cx)).await?.ok()?
+            match timeout(stall, poll_fn(|cx| stream.poll_capacity(cx))).await {
+                Ok(room) => room?.ok()?,
+                Err(_elapsed) => {
+                    stream.send_reset(Reason::CANCEL);
+                    return None;
+                }
+            }
         };
         let piece = data.split_to(room.min(data.len()));
         let ends = last && data.is_empty();
@@ -402,6 +429,11 @@ struct Incoming {
     limit: Option<u64>,
     length: Option<u64>,
     trailers: bool,
+    /// How long a body whose length was said may stall. One without may be a stream that is silent for hours.
+    patience: Duration,
+    /// When the present stall has lasted too long.
+    given_up_at: Option<Instant>,
+    alarm: Alarm,
 }
 
 impl Incoming {
@@ -413,6 +445,14 @@ impl Incoming {
         }
         let released = self.stream.flow_control().release_capacity(data.len());
         released.map_err(|_source| BodyError::Incomplete)
+    }
+
+    fn poll_stalled(&mut self, cx: &mut Context<'_>) -> Poll<BodyError> {
+        if self.length.is_none() {
+            return Poll::Pending;
+        }
+        let deadline = *self.given_up_at.get_or_insert_with(|| Instant::now() + self.patience);
+        self.alarm.poll(deadline, cx).map(|()| BodyError::Stalled)
     }
 }
 
@@ -442,7 +482,11 @@ impl http_body::Body for Incoming {
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = &mut *self;
         if !this.trailers {
-            match ready!(this.stream.poll_data(cx)) {
+            let Poll::Ready(next) = this.stream.poll_data(cx) else {
+                return this.poll_stalled(cx).map(|error| Some(Err(error)));
+            };
+            this.given_up_at = None;
+            match next {
                 Some(Ok(data)) => {
                     let taken = this.took(&data);
                     return Poll::Ready(Some(taken.map(|()| Frame::data(data))));
@@ -470,5 +514,83 @@ impl http_body::Body for Incoming {
         self.length.map_or_else(SizeHint::default, |length| {
             SizeHint::with_exact(length.saturating_sub(self.received.get()))
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::duplex;
+
+    use super::*;
+
+    const STALL: Duration = Duration::from_secs(300);
+
+    type Ends = (
+        h2::client::ResponseFuture,
+        SendStream<Bytes>,
+        http::Request<RecvStream>,
+        SendResponse<Bytes>,
+    );
+
+    /// A request whose body does not end here, as both sides hold it.
+    async fn open(request: http::request::Builder) -> Ends {
+        let (near, far) = duplex(1024 * 1024);
+        let shaken = tokio::join!(h2::client::handshake(near), h2::server::handshake(far));
+        let ((mut send, connection), mut server) = (shaken.0.unwrap(), shaken.1.unwrap());
+        runtime::spawn_local("client", async { connection.await.unwrap() });
+        let (answer, body) = send.send_request(request.body(()).unwrap(), false).unwrap();
+        let (request, respond) = server.accept().await.unwrap().unwrap();
+        runtime::spawn_local("server", async move {
+            while let Some(Ok(_more)) = server.accept().await {}
+        });
+        (answer, body, request, respond)
+    }
+
+    #[tokio::test(flavor = "local", start_paused = true)]
+    async fn a_client_that_takes_nothing_does_not_hold_an_answer_for_ever() {
+        let (answer, _body, _request, mut respond) = open(http::Request::get("http://data/")).await;
+        let stream = respond.send_response(http::Response::new(()), false).unwrap();
+        let mut held = answer.await.unwrap().into_body();
+        let begun = Instant::now();
+        // More than the window that every stream begins with.
+        let sent = send_body(stream, Body::Full(vec![0; 200_000].into()), STALL).await;
+        assert_eq!((sent, begun.elapsed()), (None, STALL));
+        let end = loop {
+            match held.data().await.unwrap() {
+                Ok(_data) => {}
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(end.reason(), Some(Reason::CANCEL));
+    }
+
+    #[tokio::test(flavor = "local", start_paused = true)]
+    async fn a_body_that_stalls_is_given_up_where_its_length_was_said() {
+        let post = || http::Request::post("http://data/");
+        for (request, length) in [(post().header("content-length", 10), Some(10)), (post(), None)] {
+            let (_answer, mut body, request, _respond) = open(request).await;
+            body.send_data(Bytes::from_static(b"hello"), false).unwrap();
+            let mut incoming = Incoming {
+                stream: request.into_body(),
+                received: Rc::default(),
+                limit: None,
+                length,
+                trailers: false,
+                patience: STALL,
+                given_up_at: None,
+                alarm: Alarm::default(),
+            };
+            let mut next = async || poll_fn(|cx| Pin::new(&mut incoming).poll_frame(cx)).await;
+            assert_eq!(next().await.unwrap().unwrap().into_data().unwrap(), "hello");
+            let begun = Instant::now();
+            let stalled = timeout(10 * STALL, next()).await.ok();
+            match length {
+                Some(_) => {
+                    assert!(matches!(stalled, Some(Some(Err(BodyError::Stalled)))));
+                    assert_eq!(begun.elapsed(), STALL);
+                }
+                None => assert!(stalled.is_none()),
+            }
+        }
     }
 }
