@@ -4,10 +4,7 @@ use std::{net::SocketAddr, pin::Pin, rc::Rc, sync::Arc, task::Poll};
 
 use bytes::BytesMut;
 use ipnet::IpNet;
-use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::Semaphore,
-};
+use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::io::poll_read_buf;
 
@@ -26,8 +23,8 @@ use crate::{
 /// What an HTTP/2 client says first (RFC 9113 §3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// Clients that are told at the same time, on one listener of a worker, why they are turned away. Beyond that the door
-/// is shut without a word: a crowd at the door must not cost what the limit was to save.
+/// Clients that one worker tells at the same time why they are turned away. Beyond that the door is shut without a word:
+/// a crowd at the door must not cost what the limit was to save.
 pub(super) const TOLD_AT_ONCE: usize = 64;
 
 /// One listener on one worker.
@@ -40,8 +37,6 @@ pub(super) struct Door {
     pub tls: Option<Arc<ServerTls>>,
     /// Where connections may come from; empty: from anywhere.
     pub allow_from: Vec<IpNet>,
-    /// Seats for clients that are told why they are turned away.
-    pub telling: Arc<Semaphore>,
 }
 
 impl Door {
@@ -109,9 +104,9 @@ pub(super) async fn take_over(
 
 /// Says why, where that needs no handshake.
 fn turn_away(door: &Rc<Door>, tcp: TcpStream, why: Rejection) {
-    let seat = Arc::clone(&door.telling).try_acquire_owned();
-    let (None, Ok(seat)) = (&door.tls, seat) else { return };
     let story = Rc::clone(&door.story);
+    let seat = Arc::clone(&story.worker().telling).try_acquire_owned();
+    let (None, Ok(seat)) = (&door.tls, seat) else { return };
     let guard = story.worker().watchdog.register();
     let peer = Peer { server_name: None, forwarded: Forwarded::new(None, false) };
     let stream = Stream::plain(Tallied::new(tcp, None));

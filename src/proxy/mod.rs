@@ -25,10 +25,7 @@ mod worker;
 use std::{net::SocketAddr, num::NonZeroUsize, rc::Rc, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
-use tokio::{
-    net::TcpListener,
-    sync::{Semaphore, mpsc},
-};
+use tokio::{net::TcpListener, sync::mpsc};
 
 use self::{
     accept::Door, edge::Edge, headers::Via, inbound::Inbound, outbound::Outbound, record::Desk,
@@ -304,6 +301,7 @@ fn worker(parts: Parts, site: Site) -> Worker {
         ends: parts.ends,
         directory: parts.directory,
         outsiders: Default::default(),
+        telling: Arc::new(tokio::sync::Semaphore::new(accept::TOLD_AT_ONCE)),
     }
 }
 
@@ -336,8 +334,7 @@ fn door(worker: &Rc<Worker>, index: usize, kind: &Listener) -> Result<Door, Star
             }
         }
     };
-    let telling = Arc::new(Semaphore::new(accept::TOLD_AT_ONCE));
-    Ok(Door { index, story: Rc::new(story), tls, allow_from, telling })
+    Ok(Door { index, story: Rc::new(story), tls, allow_from })
 }
 
 /// Closes pooled connections that are too old or unused for too long.
