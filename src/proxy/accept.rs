@@ -1,6 +1,6 @@
 //! Socket → TLS → HTTP connection; the connection limit; draining.
 
-use std::{net::SocketAddr, pin::Pin, rc::Rc, sync::Arc, task::Poll};
+use std::{net::SocketAddr, pin::Pin, rc::Rc, sync::Arc, task::Poll, time::Duration};
 
 use bytes::BytesMut;
 use ipnet::IpNet;
@@ -12,6 +12,7 @@ use crate::{
     net::{self, Handover, Open, Placement, ServerTls, Spread, Stream, Tallied},
     proxy::{
         headers::Forwarded,
+        reject::Rejection,
         serve_h1, serve_h2,
         story::Story,
         worker::{Peer, Worker},
@@ -22,10 +23,12 @@ use crate::{
 /// What an HTTP/2 client says first (RFC 9113 §3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// Said to a client that is one too many, on plaintext listeners.
-const FULL: &[u8] =
-    b"HTTP/1.1 503 Service Unavailable\r\nproxy-status: infrar; error=connection_limit_reached\r\n\
-    retry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
+/// Clients that one worker tells at the same time why they are turned away. Beyond that the door is shut without a word:
+/// a crowd at the door must not cost what the limit was to save.
+pub(super) const TOLD_AT_ONCE: usize = 64;
+
+/// Of those who are turned away the log tells no more often.
+const WARN_EVERY: Duration = Duration::from_secs(1);
 
 /// One listener on one worker.
 pub(super) struct Door {
@@ -61,11 +64,14 @@ pub(super) async fn listen(
             () = door.story.end().wait(Phase::StopAccepting) => return,
         };
         if !door.allows(peer) {
-            tracing::debug!(%peer, "a connection from an address that is not allowed was closed");
+            let why = Rejection::AddressNotAllowed("the client's address is not allowed");
+            turn_away(&door, tcp, peer, why);
             continue;
         }
-        if spread.total() >= worker.limits().connections {
-            turn_away(&door, &tcp);
+        // Each way has its own count: whoever crowds the way in must not keep the application from calling out.
+        if door.story.end().in_flight() >= worker.limits().connections {
+            let why = Rejection::Overloaded("connections (`limits.connections`)");
+            turn_away(&door, tcp, peer, why);
             continue;
         }
         match spread.claim(me) {
@@ -96,13 +102,28 @@ pub(super) async fn take_over(
     }
 }
 
-fn turn_away(door: &Door, tcp: &TcpStream) {
-    tracing::warn!("a connection was turned away: `limits.connections` is reached");
-    if door.tls.is_none()
-        && let Err(error) = tcp.try_write(FULL)
-    {
-        tracing::trace!(%error, "the client that was turned away had gone");
+/// Says why, where that needs no handshake and not too many are told already; counts it in any case.
+fn turn_away(door: &Rc<Door>, tcp: TcpStream, peer: SocketAddr, why: Rejection) {
+    let story = Rc::clone(&door.story);
+    let worker = story.worker();
+    let now = worker.watchdog.coarse_now();
+    if worker.warned.get().is_none_or(|last| now.duration_since(last) >= WARN_EVERY) {
+        worker.warned.set(Some(now));
+        tracing::warn!(%peer, %why, "a connection was turned away");
     }
+    let seat = Arc::clone(&worker.telling).try_acquire_owned();
+    let (None, Ok(seat)) = (&door.tls, seat) else {
+        // Dropped, and thereby settled.
+        let _unsaid = story.refuse(why, None);
+        return;
+    };
+    let guard = story.worker().watchdog.register();
+    let peer = Peer { server_name: None, forwarded: Forwarded::new(None, false) };
+    let stream = Stream::plain(Tallied::new(tcp, None));
+    runtime::spawn_local("turned-away", async move {
+        serve_h1::Connection::new(stream, BytesMut::new(), guard, story, peer).refuse(why).await;
+        drop(seat);
+    });
 }
 
 fn admit(door: &Rc<Door>, tcp: TcpStream, peer: SocketAddr, open: Open, worker: &Rc<Worker>) {

@@ -301,7 +301,9 @@ fn worker(parts: Parts, site: Site) -> Worker {
         watchdog: Watchdog::new(),
         ends: parts.ends,
         directory: parts.directory,
+        warned: Default::default(),
         outsiders: Default::default(),
+        telling: Arc::new(tokio::sync::Semaphore::new(accept::TOLD_AT_ONCE)),
     }
 }
 

@@ -262,6 +262,11 @@ impl Connection {
         }
     }
 
+    /// Tells a client that it is not served, and closes.
+    pub(super) async fn refuse(mut self, rejection: Rejection) {
+        self.turn_down(rejection, None).await;
+    }
+
     /// Waits, without holding anything, until the client says something; `false` when it will not.
     async fn park(&mut self) -> bool {
         let wire = &self.wire;

@@ -1,9 +1,15 @@
 //! What one worker has: its view, its caches, its counters. Nothing of it leaves its thread.
 
-use std::{cell::RefCell, collections::HashMap, rc::Rc, sync::Arc};
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    rc::Rc,
+    sync::Arc,
+};
 
 use arc_swap::ArcSwap;
 use http::Uri;
+use tokio::time::Instant;
 
 use crate::{
     discovery::Directory,
@@ -69,6 +75,10 @@ pub(super) struct Worker {
     pub directory: Arc<Directory>,
     /// Hosts outside the project.
     pub outsiders: RefCell<Outsiders>,
+    /// Seats for clients that are told why they are turned away.
+    pub telling: Arc<tokio::sync::Semaphore>,
+    /// When the log was last told that somebody was turned away.
+    pub warned: Cell<Option<Instant>>,
 }
 
 /// Hosts outside the project that a worker calls; when there are too many, the one not called for longest is forgotten.
