@@ -352,6 +352,54 @@ async fn tls_1_2_is_refused_and_a_new_certificate_is_used_without_a_restart() {
 }
 
 #[tokio::test]
+async fn the_oldest_tls_and_the_ca_that_is_believed_change_while_it_runs() {
+    let callee = Callee::open("{ cert_file: leaf.pem, key_file: leaf.key }", "").await;
+    let mut kept = Line::over(handshake(&callee, &[&rustls::version::TLS13]).await.expect("1.3"));
+    assert!(handshake(&callee, &[&rustls::version::TLS12]).await.is_err());
+    let file = callee.folder.read("proxy.yaml");
+    let older = "key_file: leaf.key, min_version: \"1.2\" }";
+    callee.folder.write("proxy.yaml", &file.replace("key_file: leaf.key }", older));
+    until("TLS 1.2 is spoken", async || {
+        handshake(&callee, &[&rustls::version::TLS12]).await.is_ok()
+    })
+    .await;
+    kept.say("GET /healthz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").await;
+    assert!(kept.rest().await.ends_with("reached"));
+
+    // A caller that believes somebody else's CA, until the file it names says otherwise.
+    let [out, admin] = free_ports();
+    let folder = Folder::new();
+    let project =
+        callee.folder.read("project.yaml").replace("us-east-1 }", "us-east-1, auth_method: none }");
+    // However often it fails until then.
+    let project = project.replace(
+        "    scopes:",
+        "    circuit: { failure_threshold: 1000, recovery_timeout: 1s }\n    scopes:",
+    );
+    let project = project.split("issuers:").next().expect("a beginning");
+    folder.write(
+        "project.yaml",
+        &format!("{project}permissions: {{ web: {{ data: [read:data] }} }}\n"),
+    );
+    folder.write("ca.pem", &Certificates::new().ca.pem());
+    folder.write(
+        "proxy.yaml",
+        &format!(
+            "service: web\nplace: aws_us_east_1\nproject: project.yaml\nadmin: {{ listen: '{admin}' }}\n\
+             outbound: {{ listen: '{out}' }}\ntrust: {{ ca_file: ca.pem }}\n"
+        ),
+    );
+    let mut caller = Infrar::start(&folder, "caller", &["proxy", "--config", "proxy.yaml"]);
+    caller.ready(admin).await;
+    let said = get(out, "data", "/healthz").await;
+    assert_eq!((said.status(), said.code()), (502, "tls-failed"), "{said:?}");
+    folder.write("ca.pem", &callee.folder.read("ca.pem"));
+    caller.signal("HUP");
+    until("the CA is believed", async || get(out, "data", "/healthz").await.body == "reached")
+        .await;
+}
+
+#[tokio::test]
 async fn a_token_goes_to_no_plaintext_address_and_to_no_stranger() {
     let folder = Folder::new();
     let [out, admin] = free_ports();

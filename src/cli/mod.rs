@@ -10,6 +10,7 @@ mod health;
 mod metrics;
 mod proxy;
 mod reach;
+mod reload;
 mod sample;
 mod scene;
 pub mod services;

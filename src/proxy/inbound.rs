@@ -15,7 +15,7 @@ use crate::{
         headers,
         record::Record,
         reject::Rejection,
-        settings::InboundSettings,
+        settings::{App, InboundSettings},
         view::{Cluster, View},
         worker::{Answer, Call, Peer, Worker, refused, relayed},
     },
@@ -27,7 +27,7 @@ use crate::{
 pub(super) struct Gate {
     worker: Rc<Worker>,
     settings: InboundSettings,
-    cache: RefCell<TokenCache>,
+    cache: Rc<RefCell<TokenCache>>,
 }
 
 /// Who was let in.
@@ -42,8 +42,17 @@ impl Gate {
     /// The gate of one listener on one worker.
     #[must_use]
     pub(super) fn new(worker: Rc<Worker>, settings: InboundSettings) -> Self {
-        let cache = RefCell::new(TokenCache::new(settings.token_cache));
+        let cache = Rc::new(RefCell::new(TokenCache::new(settings.token_cache)));
         Self { worker, settings, cache }
+    }
+
+    /// The gate with other settings. What was verified stays verified: rules are asked for each request.
+    #[must_use]
+    pub(super) fn with(&self, settings: InboundSettings) -> Self {
+        if settings.token_cache != self.settings.token_cache {
+            return Self::new(Rc::clone(&self.worker), settings);
+        }
+        Self { worker: Rc::clone(&self.worker), settings, cache: Rc::clone(&self.cache) }
     }
 
     /// Lets a request for `callee` in, or says why not.
@@ -80,8 +89,7 @@ impl Gate {
             let name: &str = caller.as_str();
             view.catalog.project.permissions.get(name)?.get(callee)
         });
-        let strictness =
-            view.map_or(crate::identity::Strictness::Enforce, |view| view.strictness.get());
+        let strictness = view.map_or(crate::identity::Strictness::Enforce, |view| view.strictness);
         admit(claims, action, granted, strictness).map_err(|refused| match refused {
             Refused::NotPermitted { caller } => {
                 Rejection::NotPermitted { caller, callee: callee.clone() }
@@ -186,9 +194,22 @@ impl Inbound {
     /// The way in to `app`.
     #[must_use]
     pub(super) fn new(worker: Rc<Worker>, settings: InboundSettings, app: Rc<Cluster>) -> Self {
-        let callee = worker.settings.service.clone();
+        let callee = worker.me.clone();
         let gate = Gate::new(Rc::clone(&worker), settings);
         Self { worker, gate, callee, app }
+    }
+
+    /// The way in with other settings, to `app`.
+    #[must_use]
+    pub(super) fn with(&self, settings: InboundSettings, app: Rc<Cluster>) -> Self {
+        let (worker, callee) = (Rc::clone(&self.worker), self.callee.clone());
+        Self { worker, gate: self.gate.with(settings), callee, app }
+    }
+
+    /// Where it leads, if that is still `app`.
+    #[must_use]
+    pub(super) fn leads_to(&self, app: &App) -> Option<Rc<Cluster>> {
+        (self.gate.settings.app.as_ref() == Some(app)).then(|| Rc::clone(&self.app))
     }
 
     /// Answers one request from outside; a refusal is an answer too.
