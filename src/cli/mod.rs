@@ -31,7 +31,7 @@ use crate::{
     control::ControlError,
     net,
     proxy::StartError,
-    runtime::{Side, Supervisor},
+    runtime::{Side, Supervisor, report_panics},
     telemetry::{self, Format},
 };
 
@@ -85,6 +85,7 @@ pub fn main() -> ExitCode {
         Ok(log) => log,
         Err(error) => return fail(&error.into()),
     };
+    report_panics();
     let side = match Side::start() {
         Ok(side) => side,
         Err(error) => return fail(&error.into()),

@@ -7,6 +7,7 @@
 
 mod clock;
 mod files;
+mod panics;
 mod shutdown;
 mod side;
 mod signals;
@@ -16,9 +17,10 @@ mod worker;
 
 pub use clock::Clock;
 pub use files::write_private;
+pub use panics::{panics, report_panics};
 pub use shutdown::{InFlight, Phase, Shutdown};
 pub use side::Side;
 pub use signals::{Signal, Signals};
 pub use supervisor::{Supervisor, SupervisorError};
 pub use watchdog::{Expired, Guard, TICK, Watchdog};
-pub use worker::{RuntimeError, WorkerId, Workers, cpus, panics, spawn_local};
+pub use worker::{RuntimeError, WorkerId, Workers, cpus, spawn_local};

@@ -124,7 +124,7 @@ pub const SETTINGS_CURRENT: Name = gauge(
 pub const BUILD_INFO: Name = gauge("infrar_build_info", "1, with the version as a label.");
 /// Bugs.
 pub const TASK_PANICS: Name =
-    counter("infrar_task_panics_total", "Tasks that panicked: each is a bug to report.");
+    counter("infrar_task_panics_total", "Panics: each is a bug to report, and ended a task.");
 /// Log lines lost.
 pub const LOG_DROPPED: Name = counter(
     "infrar_log_lines_dropped_total",
