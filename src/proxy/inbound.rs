@@ -3,13 +3,13 @@
 //! Who is it, may it, and only then: pass. A request without a grant never reaches the application, and identity
 //! headers that it brings itself are removed before anything is decided.
 
-use std::{cell::RefCell, rc::Rc};
+use std::{cell::RefCell, collections::HashSet, rc::Rc};
 
 use http::{HeaderMap, HeaderValue, header, request::Parts};
 
 use crate::{
-    identity::{Action, Claims, Grant, Refused, TokenCache, TokenFault, admit},
-    model::ServiceName,
+    identity::{Action, Claims, Grant, Refused, Strictness, TokenCache, TokenFault, admit},
+    model::{ScopeSet, ServiceName},
     proxy::{
         forward::{Dispatch, Forward},
         headers,
@@ -28,7 +28,12 @@ pub(super) struct Gate {
     worker: Rc<Worker>,
     settings: InboundSettings,
     cache: Rc<RefCell<TokenCache>>,
+    /// Callers of which the log knows what they would be refused, were the project not learning.
+    told: RefCell<HashSet<(Box<str>, ServiceName)>>,
 }
+
+/// So many callers are told of; the log is for people.
+const MOST_TOLD: usize = 1000;
 
 /// Who was let in.
 pub(super) struct Admitted {
@@ -43,7 +48,7 @@ impl Gate {
     #[must_use]
     pub(super) fn new(worker: Rc<Worker>, settings: InboundSettings) -> Self {
         let cache = Rc::new(RefCell::new(TokenCache::new(settings.token_cache)));
-        Self { worker, settings, cache }
+        Self { worker, settings, cache, told: RefCell::default() }
     }
 
     /// The gate with other settings. What was verified stays verified: rules are asked for each request.
@@ -52,7 +57,8 @@ impl Gate {
         if settings.token_cache != self.settings.token_cache {
             return Self::new(Rc::clone(&self.worker), settings);
         }
-        Self { worker: Rc::clone(&self.worker), settings, cache: Rc::clone(&self.cache) }
+        let (worker, cache) = (Rc::clone(&self.worker), Rc::clone(&self.cache));
+        Self { worker, settings, cache, told: RefCell::new(self.told.borrow().clone()) }
     }
 
     /// Lets a request for `callee` in, or says why not.
@@ -74,11 +80,12 @@ impl Gate {
         let claims = self.claims(&parts.headers, callee).await?;
         let caller = claims.caller().as_str();
         record.belongs_to(self.worker.inbound_desk.of_caller(caller, callee));
-        let grant = Self::grant(&claims, action, callee, view)?;
+        let grant = self.grant(&claims, action, callee, view)?;
         Ok(Admitted { grant, claims: Some(claims) })
     }
 
     fn grant(
+        &self,
         claims: &Claims,
         action: Action<'_>,
         callee: &ServiceName,
@@ -89,8 +96,12 @@ impl Gate {
             let name: &str = caller.as_str();
             view.catalog.project.permissions.get(name)?.get(callee)
         });
-        let strictness = view.map_or(crate::identity::Strictness::Enforce, |view| view.strictness);
-        admit(claims, action, granted, strictness).map_err(|refused| match refused {
+        let strictness = view.map_or(Strictness::Enforce, |view| view.strictness);
+        let grant = admit(claims, action, granted, strictness);
+        if grant.as_ref().is_ok_and(Grant::is_learned) {
+            self.learned(claims, action, callee, granted);
+        }
+        grant.map_err(|refused| match refused {
             Refused::NotPermitted { caller } => {
                 Rejection::NotPermitted { caller, callee: callee.clone() }
             }
@@ -102,6 +113,24 @@ impl Gate {
                 Rejection::BadRequest("the path can be read in more than one way; write it plainly")
             }
         })
+    }
+
+    /// Says once of each caller what would be refused if the project did not learn.
+    fn learned(
+        &self,
+        claims: &Claims,
+        action: Action<'_>,
+        callee: &ServiceName,
+        granted: Option<&ScopeSet>,
+    ) {
+        let mut told = self.told.borrow_mut();
+        let key = (claims.caller().as_str().into(), callee.clone());
+        if told.len() >= MOST_TOLD || !told.insert(key) {
+            return;
+        }
+        if let Err(refused) = admit(claims, action, granted, Strictness::Enforce) {
+            tracing::info!(%callee, would_be_refused = %refused, "a call that enforcing permissions would refuse");
+        }
     }
 
     /// Who is it? The token is verified, or remembered as verified.
