@@ -31,6 +31,7 @@ const ISSUER: &str = "https://issuer.example";
 struct Callee {
     infrar: Infrar,
     inbound: SocketAddr,
+    admin: SocketAddr,
     app: Origin,
     issuer: KeyPair,
     folder: Folder,
@@ -47,7 +48,8 @@ impl Callee {
             &format!(
                 "project: shop\nservices:\n  data:\n    scopes: [read:data, write:query]\n    endpoints:\n      \
                  - {{ url: 'https://localhost:{}', provider: aws, region: us-east-1 }}\n\
-                 issuers:\n  - {{ issuer: '{ISSUER}', jwks_file: jwks.json, audiences: [data] }}\n",
+                 issuers:\n  - {{ issuer: '{ISSUER}', jwks_file: jwks.json, audiences: [data] }}\n\
+                 permissions: {{ web: {{ data: [read:data, write:query] }} }}\n",
                 inbound.port()
             ),
         );
@@ -67,7 +69,7 @@ impl Callee {
         );
         let mut infrar = Infrar::start(&folder, "proxy", &["proxy", "--config", "proxy.yaml"]);
         infrar.ready(admin).await;
-        Self { infrar, inbound, app, issuer, folder }
+        Self { infrar, inbound, admin, app, issuer, folder }
     }
 
     async fn asks(&self, method: &str, path: &str, further: &str) -> Said {
@@ -300,12 +302,29 @@ async fn rules_decide_and_the_app_learns_who_calls_from_the_proxy_alone() {
     );
     assert_eq!(status("POST", "/query", &forged).await.0, 200);
     let head = callee.app.heads().pop().expect("a request");
-    assert_eq!(header(&head, "infrar-caller"), Some("web"), "{head}");
+    // Not `web`, which is a service of ours: the token is another issuer's.
+    assert_eq!(header(&head, "infrar-caller"), Some("https://issuer.example#web"), "{head}");
     assert!(!head.contains("root") && header(&head, "infrar-scopes") != Some("all"), "{head}");
     assert_eq!(header(&head, "authorization"), None, "{head}");
     assert_eq!(status("GET", "/healthz", "infrar-caller: root\r\n").await.0, 200);
     let head = callee.app.heads().pop().expect("a request");
     assert_eq!(header(&head, "infrar-caller"), None, "{head}");
+}
+
+#[tokio::test]
+async fn a_subject_of_another_issuer_is_never_taken_for_the_service_of_that_name() {
+    let callee = Callee::open("off", "").await;
+    // `permissions` grant the service `web` what this token does not carry.
+    let stranger = bearer(&callee.token(&es256(), &with(&json!({"scope": "", "scopes": []}))));
+    let said = callee.asks("POST", "/query", &stranger).await;
+    assert_eq!((said.status(), said.code()), (403, "scope-missing"), "{said:?}");
+    assert!(said.body.contains("https://issuer.example#web lacks"), "{said:?}");
+    assert_eq!(callee.asks("GET", "/any", &stranger).await.status(), 200);
+    let head = callee.app.heads().pop().expect("a request");
+    assert_eq!(header(&head, "infrar-caller"), Some("https://issuer.example#web"), "{head}");
+    let metrics = get(callee.admin, &callee.admin.to_string(), "/metrics").await.body;
+    assert!(metrics.contains("caller=\"https://issuer.example#web\""), "{metrics}");
+    assert!(!metrics.contains("caller=\"web\""), "{metrics}");
 }
 
 /// A handshake with the callee, with these versions of TLS alone.
