@@ -5,9 +5,11 @@
 mod body;
 mod interim;
 mod problem;
+mod replay;
 mod trace;
 
 pub use body::{Body, BodyError, Prepended, StreamBody};
 pub use interim::Interim;
 pub use problem::{PROBLEM_JSON, Problem};
+pub use replay::Replay;
 pub use trace::{TraceContext, request_id};
