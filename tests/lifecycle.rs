@@ -83,6 +83,23 @@ async fn a_project_that_is_edited_is_followed_and_a_broken_edit_is_not() {
 }
 
 #[tokio::test]
+async fn a_new_grant_is_in_force_without_waiting_for_a_token_to_age() {
+    let app = Origin::plain("ok").await;
+    let pair = Pair::open(app.at, "", "").await;
+    let callee = pair.folder.read("callee.yaml");
+    let rule = "tls: off, rules: [{ path: /*, scopes: [write] }] }";
+    pair.folder.write("callee.yaml", &callee.replace("tls: off }", rule));
+    // The caller has a token from here on, without the scope.
+    until("the rule is in force", async || {
+        get(pair.out, "data", "/").await.code() == "scope-missing"
+    })
+    .await;
+    let project = Pair::project(pair.inbound, "").replace("[use]", "[use, write]");
+    pair.folder.write("project.yaml", &project);
+    until("the grant is in force", async || get(pair.out, "data", "/").await.body == "ok").await;
+}
+
+#[tokio::test]
 async fn a_project_that_learns_lets_a_call_through_and_tells_which_grant_it_would_need() {
     let app = Origin::plain("ok").await;
     let pair = Pair::open(app.at, "", "").await;

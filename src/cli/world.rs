@@ -29,6 +29,7 @@ use crate::{
 
 /// What a proxy knows of the world beyond its listeners: the project, tokens, keys, and the folder that keeps them.
 pub(super) struct World {
+    me: ServiceName,
     directory: Arc<Directory>,
     pub(super) tokens: Arc<Tokens>,
     pub(super) trust: Arc<Mutex<Trust>>,
@@ -124,6 +125,7 @@ impl World {
             Clock::system(),
         );
         Ok(Self {
+            me: file.service.clone(),
             directory: Arc::clone(directory),
             tokens: Arc::new(tokens),
             trust: Arc::new(Mutex::new(trust)),
@@ -187,6 +189,7 @@ impl World {
         });
         let source = Source::new(client, bearer, Arc::clone(directory));
         Ok(Self {
+            me: file.service.clone(),
             directory: Arc::clone(directory),
             tokens,
             trust: Arc::new(Mutex::new(trust)),
@@ -228,7 +231,7 @@ impl World {
 
     /// Starts everything that keeps it current.
     pub(super) fn live(self, supervisor: &Arc<Supervisor>) {
-        let Self { directory, tokens, trust, state, source, file, again } = self;
+        let Self { me, directory, tokens, trust, state, source, file, again } = self;
         if let Some(source) = source {
             supervisor.spawn_until_end("registry", source.follow());
         }
@@ -237,7 +240,7 @@ impl World {
             supervisor.spawn_until_end("project-file", following);
         }
         if let Some(state) = &state {
-            let secrets = keep_secrets(state.clone(), Arc::clone(&trust), tokens);
+            let secrets = keep_secrets(state.clone(), Arc::clone(&trust), Arc::clone(&tokens));
             supervisor.spawn_until_end("kept-secrets", secrets);
         }
         let keeper = Arc::clone(supervisor);
@@ -247,6 +250,7 @@ impl World {
             while changes.changed().await.is_ok() {
                 let Some(catalog) = directory.load() else { continue };
                 lock(&trust).follow(&catalog, &keeper);
+                tokens.reconcile(&catalog.project, &me);
                 if let Some(state) = &state {
                     keep(state, SNAPSHOT, (*catalog).clone()).await;
                 }

@@ -371,13 +371,13 @@ impl Tokens {
         slot
     }
 
-    /// Renews at once every token whose scopes are not what `permissions` grants `me` now, so that a new grant
-    /// does not wait for half a token's life.
+    /// Renews at once every token that lacks a scope that `permissions` grants `me` now, so that a new grant does not
+    /// wait for half a token's life. One that is taken away needs no renewal: it no longer counts at the callee.
     pub fn reconcile(&self, project: &Project, me: &ServiceName) {
         for slot in self.lock().slots.values() {
             let Some(bearer) = slot.bearer.load_full() else { continue };
             let granted = project.granted(me, &slot.callee);
-            if !slot.from_file && granted.is_some_and(|granted| *granted != bearer.scope) {
+            if !slot.from_file && granted.is_some_and(|granted| !bearer.scope.covers(granted)) {
                 slot.ask();
             }
         }
