@@ -10,7 +10,13 @@
 
 mod support;
 
-use std::net::SocketAddr;
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+};
 
 use support::{Folder, Infrar, Line, Origin, Visit, free_ports, get, header, talk, until};
 use tokio::net::TcpStream;
@@ -319,6 +325,59 @@ async fn nothing_in_flight_notices() {
     for line in [&mut out, &mut inward] {
         line.say("1\r\nx\r\n0\r\n\r\n").await;
         line.hear("1\r\n3\r\n0\r\n\r\n").await;
+    }
+}
+
+#[tokio::test]
+async fn under_load_no_call_fails_while_settings_come_and_go() {
+    let app = Origin::plain("app").await;
+    let proxy = Proxy::open(
+        &app,
+        &[("data", app.at)],
+        Said { outbound: "token_files: { data: tokens/one }", ..OPEN },
+    )
+    .await;
+    let (stop, served) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+    let callers: Vec<_> = [(proxy.out, "data"), (proxy.inbound, "web")]
+        .into_iter()
+        .flat_map(|way| [(way, true), (way, false)])
+        .map(|((at, host), kept)| {
+            let (stop, served) = (Arc::clone(&stop), Arc::clone(&served));
+            tokio::spawn(async move {
+                let mut line = Line::to(at).await;
+                while !stop.load(Ordering::Relaxed) {
+                    line.say(format!("GET / HTTP/1.1\r\nhost: {host}\r\n\r\n")).await;
+                    let said = line.answer().await;
+                    assert_eq!((said.status(), &*said.body), (200, "app"), "{said:?}");
+                    served.fetch_add(1, Ordering::Relaxed);
+                    if !kept {
+                        line = Line::to(at).await;
+                    }
+                }
+            })
+        })
+        .collect();
+    let zones = ["use1-az1", "use1-az2", "use1-az3"];
+    for n in 1..=9 {
+        let mark = served.load(Ordering::Relaxed);
+        let [port] = free_ports();
+        let outbound = format!(
+            "token_files: {{ data: tokens/{} }}, ports: {{ data: '{port}' }}",
+            ["one", "two"][n % 2]
+        );
+        let more = format!(
+            "zone: {}\nlimits: {{ headers: {} }}\nlog: {{ access: {} }}\n",
+            zones[n % 3],
+            50 + n,
+            n % 2 == 0
+        );
+        let times = u32::try_from(n).expect("a few");
+        proxy.follows(Said { outbound: &outbound, more: &more, ..OPEN }, times).await;
+        until("load goes on", async || served.load(Ordering::Relaxed) > mark + 40).await;
+    }
+    stop.store(true, Ordering::Relaxed);
+    for caller in callers {
+        assert!(caller.await.is_ok(), "{}", proxy.infrar.log());
     }
 }
 

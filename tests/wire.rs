@@ -528,6 +528,38 @@ async fn a_small_body_that_streams_is_sent_again_and_a_large_one_is_not() {
 }
 
 #[tokio::test]
+async fn a_streamed_post_that_the_peer_says_it_has_not_seen_is_sent_again() {
+    // Over HTTP/2 the first stream is refused once some of its body is there; others are answered with what they sent.
+    let service = Origin::scripted(|visit: Visit| async move {
+        let Ok(mut connection) = h2::server::handshake(visit.line.stream).await else { return };
+        let mut refused = visit.number > 0;
+        while let Some(Ok((request, mut respond))) = connection.accept().await {
+            let refuse = !std::mem::replace(&mut refused, true);
+            tokio::spawn(async move {
+                let mut body = request.into_body();
+                let mut length = 0;
+                while let Some(Ok(data)) = body.data().await {
+                    length += data.len();
+                    body.flow_control().release_capacity(data.len()).expect("an open stream");
+                    if refuse {
+                        return respond.send_reset(h2::Reason::REFUSED_STREAM);
+                    }
+                }
+                let mut answer =
+                    respond.send_response(http::Response::new(()), false).expect("open");
+                answer.send_data(length.to_string().into(), true).expect("open");
+            });
+        }
+    })
+    .await;
+    let sidecar = Sidecar::open(&[("data", &[service.at], "    protocol: h2\n")]).await;
+    let said = sidecar.says(&put(10).replace("PUT", "POST")).await;
+    assert_eq!((said.status(), &*said.body), (200, "10240"), "{said:?}\n{}", sidecar.infrar.log());
+    let log = || sidecar.infrar.log();
+    until("the log tells of both attempts", async || log().contains("\"attempts\":2")).await;
+}
+
+#[tokio::test]
 async fn an_endpoint_that_refuses_connections_is_passed_over() {
     let [nobody] = free_ports();
     let service = Origin::plain("second").await;
