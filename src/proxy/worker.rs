@@ -3,7 +3,7 @@
 use std::{cell::RefCell, collections::HashMap, rc::Rc, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
-use http::{Request, Response, Uri};
+use http::Uri;
 
 use crate::{
     api::Catalog,
@@ -20,8 +20,8 @@ use crate::{
         settings::{App, Limits},
         view::{Cluster, Surveyor, View, Ward},
     },
-    runtime::{Clock, Watchdog},
-    wire::{Body, Interim},
+    runtime::{Alarm, Clock, Watchdog},
+    wire::{Interim, Request, Response},
 };
 
 /// Who speaks to us on a connection.
@@ -35,9 +35,9 @@ pub(super) struct Peer {
 /// What a story made of a request.
 pub(super) enum Answer {
     /// A response to write.
-    Response(Response<Body>, Record),
+    Response(Response, Record),
     /// A response to write, after which both sides speak to each other directly.
-    Tunnel(Response<()>, Stream, Record),
+    Tunnel(Response, Stream, Record),
 }
 
 /// How often a project that learns is looked at, in case the wall clock was set.
@@ -177,11 +177,13 @@ impl Worker {
 /// What a handler of requests needs of each: the request, who sent it, and where interim responses go.
 pub(super) struct Call<'a> {
     /// The request.
-    pub request: Request<Body>,
+    pub request: Request,
     /// Who sent it.
     pub peer: &'a Peer,
     /// Where interim responses go.
     pub interim: &'a Interim,
+    /// Bounds the attempts in time.
+    pub alarm: &'a RefCell<Alarm>,
 }
 
 /// The answer to a request that was refused.
@@ -199,12 +201,12 @@ pub(super) fn refused(
 pub(super) fn relayed(received: crate::upstream::Received, mut record: Record) -> Answer {
     match received {
         crate::upstream::Received::Response(mut response) => {
-            record.answered(response.status(), "");
-            headers::strip_hop_by_hop(response.headers_mut());
+            record.answered(response.status, "");
+            headers::strip_hop_by_hop(&mut response.fields);
             Answer::Response(response, record)
         }
         crate::upstream::Received::Upgraded(response, stream) => {
-            record.answered(response.status(), "");
+            record.answered(response.status, "");
             Answer::Tunnel(response, stream, record)
         }
     }
