@@ -19,7 +19,7 @@ use crate::{
         inbound::Inbound,
         live::Live,
         outbound::Outbound,
-        owner_of,
+        running::owner_of,
         settings::{App, InboundSettings, Settings},
         story::{Story, Tale},
         view::Cluster,
