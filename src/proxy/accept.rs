@@ -46,8 +46,7 @@ impl Door {
     }
 }
 
-/// Accepts connections of one listener until the proxy stops accepting; hands those above this worker's even share to
-/// the worker with fewest.
+/// Accepts connections of one listener until the proxy stops accepting.
 pub(super) async fn listen(
     door: Rc<Door>,
     listener: TcpListener,
@@ -58,31 +57,42 @@ pub(super) async fn listen(
     loop {
         let (tcp, peer) = tokio::select! {
             accepted = net::accept(&listener) => accepted,
-            () = door.story.end().wait(Phase::StopAccepting) => return,
+            () = door.story.end().wait(Phase::StopAccepting) => break,
         };
-        if !door.allows(peer) {
-            tracing::debug!(%peer, "a connection from an address that is not allowed was closed");
-            turn_away(
-                &door,
-                tcp,
-                Rejection::AddressNotAllowed("the client's address is not allowed"),
-            );
-            continue;
-        }
-        if spread.total() >= worker.limits().connections {
-            tracing::warn!("a connection was turned away: `limits.connections` is reached");
-            turn_away(&door, tcp, Rejection::Overloaded("connections (`limits.connections`)"));
-            continue;
-        }
-        match spread.claim(me) {
-            Placement::Keep(open) => admit(&door, tcp, peer, open, &worker),
-            Placement::HandTo(open) => {
-                let Ok(std) = tcp.into_std() else { continue };
-                if let Err(back) = spread.hand(std, peer, door.index, open) {
-                    let Handover { stream, peer, .. } = *back;
-                    if let Ok(tcp) = TcpStream::from_std(stream) {
-                        admit(&door, tcp, peer, spread.count(me), &worker);
-                    }
+        welcome(&door, tcp, peer, &worker, me, &spread);
+    }
+    // Whoever is in the doorway believes to be connected: the kernel would reset them when the door is shut.
+    for (tcp, peer) in net::accept_rest(listener) {
+        welcome(&door, tcp, peer, &worker, me, &spread);
+    }
+}
+
+/// Lets a connection in, or turns it away; one above this worker's even share goes to the worker with fewest.
+fn welcome(
+    door: &Rc<Door>,
+    tcp: TcpStream,
+    peer: SocketAddr,
+    worker: &Rc<Worker>,
+    me: WorkerId,
+    spread: &Spread<usize>,
+) {
+    if !door.allows(peer) {
+        tracing::debug!(%peer, "a connection from an address that is not allowed was closed");
+        let why = Rejection::AddressNotAllowed("the client's address is not allowed");
+        return turn_away(door, tcp, why);
+    }
+    if spread.total() >= worker.limits().connections {
+        tracing::warn!("a connection was turned away: `limits.connections` is reached");
+        return turn_away(door, tcp, Rejection::Overloaded("connections (`limits.connections`)"));
+    }
+    match spread.claim(me) {
+        Placement::Keep(open) => admit(door, tcp, peer, open, worker),
+        Placement::HandTo(open) => {
+            let Ok(std) = tcp.into_std() else { return };
+            if let Err(back) = spread.hand(std, peer, door.index, open) {
+                let Handover { stream, peer, .. } = *back;
+                if let Ok(tcp) = TcpStream::from_std(stream) {
+                    admit(door, tcp, peer, spread.count(me), worker);
                 }
             }
         }

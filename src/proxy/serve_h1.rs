@@ -455,7 +455,7 @@ impl Connection {
     async fn finish(&mut self, response: Response, record: Record, asked: &Asked) -> Afterwards {
         let Response { status, fields, body } = response;
         let unread = !self.wire.decoder.borrow().is_done() || self.wire.broken.get();
-        let draining = self.story.end().reached(Phase::Drain);
+        let draining = self.story.end().reached(Phase::StopAccepting);
         let mut keep_alive = asked.keep_alive
             && !draining
             && !(unread && (self.wire.expects.get() || body_is_short(&body)));
