@@ -31,11 +31,12 @@ use tokio::{
 /// Long enough for a debug build on a busy machine; nothing waits for it when all is well.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Loopback addresses that are free at the moment of asking, all different.
+/// Loopback addresses that are free at the moment of asking, all different. They lie below the ports that the kernel gives
+/// to clients, so that no outgoing connection of a busy machine takes one meanwhile.
 pub(crate) fn free_ports<const N: usize>() -> [SocketAddr; N] {
-    let held: [std::net::TcpListener; N] = std::array::from_fn(|_| {
-        std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port")
-    });
+    let bind = || std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, fastrand::u16(10_000..32_000)));
+    let free = || (0..1000).find_map(|_| bind().ok()).expect("a free port");
+    let held: [std::net::TcpListener; N] = std::array::from_fn(|_| free());
     held.map(|listener| listener.local_addr().expect("bound"))
 }
 
