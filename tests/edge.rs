@@ -17,7 +17,7 @@ use rustls::{
     ClientConfig, RootCertStore,
     pki_types::{CertificateDer, ServerName, pem::PemObject},
 };
-use support::{Folder, Infrar, Line, Origin, Pair, free_ports, get, header, talk};
+use support::{Folder, Infrar, Line, Origin, Pair, Said, free_ports, get, header, talk};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
@@ -142,11 +142,17 @@ impl Clouds {
 
     /// Asks the public edge as anybody on the internet could; the answer's status.
     async fn asks_edge(&self, host: &str, sni: &str, further: &str) -> u16 {
+        let request =
+            format!("GET /x HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n{further}\r\n");
+        self.says_to_edge(sni, &request).await.status()
+    }
+
+    async fn says_to_edge(&self, sni: &str, request: &str) -> Said {
         let mut line = Line::over(self.handshake(sni).await);
-        line.say(format!("GET /x HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n{further}\r\n"))
-            .await;
+        line.say(request).await;
         let said = line.rest().await;
-        said.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or_default()
+        let (head, body) = said.split_once("\r\n\r\n").unwrap_or((&said, ""));
+        Said { head: head.to_owned(), body: body.to_owned(), closed: true }
     }
 
     async fn handshake(&self, sni: &str) -> TlsStream<TcpStream> {
@@ -230,4 +236,75 @@ async fn an_edge_knows_the_service_by_host_by_handshake_or_by_audience_and_check
     assert_eq!(clouds.asks_edge(&host, "localhost", "authorization: Bearer x.y.z\r\n").await, 401);
     assert_eq!(clouds.asks_edge("edge.example", "edge.example", "").await, 404);
     assert_eq!(clouds.app.heads().len(), seen);
+}
+
+#[tokio::test]
+async fn the_handshake_names_the_service_where_the_host_says_nothing() {
+    let clouds = Clouds::open().await;
+    let data = clouds.token("data").await;
+    let good = format!("authorization: Bearer {data}\r\n");
+    let other = format!("authorization: Bearer {}\r\n", clouds.token("other").await);
+    // A name that is no endpoint's: the handshake's is.
+    assert_eq!(
+        clouds.asks_edge("front.example", "localhost", &good).await,
+        200,
+        "{}",
+        clouds.logs()
+    );
+    let head = clouds.app.heads().pop().expect("a request");
+    assert_eq!(header(&head, "host"), Some("front.example"), "{head}");
+    assert_eq!(header(&head, "authorization"), Some(&*format!("Bearer {data}")), "{head}");
+    assert_eq!(header(&head, "infrar-caller"), Some("web"), "{head}");
+    // No host at all, as HTTP/1.0 allows.
+    let said = clouds.says_to_edge("localhost", &format!("GET /old HTTP/1.0\r\n{good}\r\n")).await;
+    assert_eq!((said.status(), &*said.body), (200, "reached"), "{said:?}\n{}", clouds.logs());
+    let seen = clouds.app.heads().len();
+    // Then the token must be for that service, whatever else it is good for.
+    assert_eq!(clouds.asks_edge("front.example", "localhost", &other).await, 401);
+    assert_eq!(clouds.asks_edge("front.example", "localhost", "").await, 401);
+    // The host comes before the handshake: `other` has an endpoint of that name, but none this edge may dial.
+    let said = clouds
+        .says_to_edge(
+            "localhost",
+            &format!("GET / HTTP/1.1\r\nhost: other.example\r\nconnection: close\r\n{other}\r\n"),
+        )
+        .await;
+    assert_eq!((said.status(), said.code()), (503, "no-healthy-endpoint"), "{said:?}");
+    assert_eq!(clouds.asks_edge("other.example", "localhost", &good).await, 401);
+    // Neither host nor handshake: the audience, and only as far as the token is good.
+    let said = clouds
+        .says_to_edge(
+            "edge.example",
+            &format!("GET / HTTP/1.1\r\nhost: front.example\r\nconnection: close\r\n{other}\r\n"),
+        )
+        .await;
+    assert_eq!((said.status(), said.code()), (503, "no-healthy-endpoint"), "{said:?}");
+    let (head, rest) = data.split_once('.').expect("three parts");
+    let forged = format!("authorization: Bearer {head}.{rest}x\r\n");
+    assert_eq!(clouds.asks_edge("front.example", "edge.example", &forged).await, 401);
+    assert_eq!(clouds.app.heads().len(), seen);
+}
+
+#[tokio::test]
+async fn hosts_are_told_apart_without_regard_to_case_port_or_final_dot() {
+    let clouds = Clouds::open().await;
+    let good = format!("authorization: Bearer {}\r\n", clouds.token("data").await);
+    let other = format!("authorization: Bearer {}\r\n", clouds.token("other").await);
+    let port = clouds.edge.port();
+    for host in [
+        format!("localhost:{port}"),
+        format!("LocalHost:{port}"),
+        "localhost".to_owned(),
+        "localhost.".to_owned(),
+        "localhost:443".to_owned(),
+    ] {
+        assert_eq!(clouds.asks_edge(&host, "edge.example", &good).await, 200, "{host}");
+        let head = clouds.app.heads().pop().expect("a request");
+        assert_eq!(header(&head, "host"), Some(&*host), "{head}");
+        assert_eq!(clouds.asks_edge(&host, "edge.example", &other).await, 401, "{host}");
+    }
+    for host in ["other.example", "OTHER.example", "other.example:443", "other.example.:443"] {
+        assert_eq!(clouds.asks_edge(host, "edge.example", &other).await, 503, "{host}");
+        assert_eq!(clouds.asks_edge(host, "edge.example", &good).await, 401, "{host}");
+    }
 }

@@ -523,10 +523,12 @@ async fn is_ready(address: SocketAddr) -> bool {
     asked.await.is_ok_and(|answer| answer.ends_with(b" 200"))
 }
 
-/// Loopback addresses that are free at the moment of asking, all different.
+/// Loopback addresses that are free at the moment of asking, all different. They lie below the ports that the kernel gives
+/// to clients, so that no outgoing connection of a busy machine takes one meanwhile.
 fn free_ports<const N: usize>() -> [SocketAddr; N] {
-    let held: [TcpListener; N] =
-        std::array::from_fn(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port"));
+    let bind = || TcpListener::bind((Ipv4Addr::LOCALHOST, fastrand::u16(10_000..32_000)));
+    let free = || (0..1000).find_map(|_| bind().ok()).expect("a free port");
+    let held: [TcpListener; N] = std::array::from_fn(|_| free());
     held.map(|listener| listener.local_addr().expect("bound"))
 }
 

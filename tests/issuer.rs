@@ -14,7 +14,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -41,9 +41,13 @@ struct Stage {
 impl Stage {
     /// `lifetime`: what the relay says about how long tokens are valid, in seconds.
     async fn open(lifetime: Option<u32>) -> Self {
+        Self::with(lifetime, Origin::plain("ok").await).await
+    }
+
+    /// With a callee of the story's own.
+    async fn with(lifetime: Option<u32>, callee: Origin) -> Self {
         let folder = Folder::new();
         let [control_at, out, admin] = free_ports();
-        let callee = Origin::plain("ok").await;
         let down = Arc::new(AtomicBool::new(false));
         let is_down = Arc::clone(&down);
         let relay =
@@ -181,4 +185,39 @@ async fn a_token_serves_while_the_issuer_is_down_and_never_after_its_end() {
         get(stage.out, "data", "/").await.status() == 200
     })
     .await;
+}
+
+#[tokio::test]
+async fn a_token_that_ends_while_a_call_is_tried_again_is_not_sent() {
+    // The first attempt takes longer than the token may be used: two seconds.
+    let tried = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&tried);
+    let callee = Origin::scripted(move |mut visit: Visit| {
+        let count = Arc::clone(&count);
+        async move {
+            while visit.head().await.is_some() {
+                if count.fetch_add(1, Ordering::Relaxed).is_multiple_of(2) {
+                    return tokio::time::sleep(Duration::from_millis(2500)).await;
+                }
+                visit.say("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await;
+            }
+        }
+    })
+    .await;
+    let stage = Stage::with(Some(7), callee).await;
+    let said = get(stage.out, "data", "/").await;
+    assert_eq!(said.status(), 200, "{said:?}\n{}", stage.caller.log());
+    let heads = stage.callee.heads();
+    let tokens: Vec<_> = heads.iter().map(|head| header(head, "authorization")).collect();
+    assert!(tokens.len() == 2 && tokens.iter().all(Option::is_some), "{heads:?}");
+    assert_ne!(tokens[0], tokens[1]);
+
+    // When no other can be had, the call fails as it would have without any.
+    let out = stage.out;
+    let call = tokio::spawn(async move { get(out, "data", "/").await });
+    support::until("the call is on its way", async || tried.load(Ordering::Relaxed) == 3).await;
+    stage.down.store(true, Ordering::Relaxed);
+    let said = call.await.expect("an answer");
+    assert_eq!((said.status(), said.code()), (503, "token-unavailable"), "{said:?}");
+    assert_eq!(stage.callee.heads().len(), 3);
 }

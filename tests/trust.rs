@@ -453,3 +453,213 @@ async fn a_token_goes_to_no_plaintext_address_and_to_no_stranger() {
     let metrics = get(admin, &admin.to_string(), "/metrics").await;
     assert!(!metrics.body.contains("the-secret-token"));
 }
+
+/// An address of this machine that is not loopback, where there is one; nothing is sent to find it.
+fn outer_address() -> Option<std::net::IpAddr> {
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0").ok()?;
+    socket.connect("192.0.2.1:9").ok()?;
+    let address = socket.local_addr().ok()?.ip();
+    (!address.is_loopback() && !address.is_unspecified()).then_some(address)
+}
+
+#[tokio::test]
+async fn a_token_is_taken_off_again_when_the_next_attempt_goes_where_it_may_not() {
+    let Some(outer) = outer_address() else {
+        return eprintln!("skipped: this machine has no address but loopback");
+    };
+    let folder = Folder::new();
+    let [out, admin] = free_ports();
+    // The first endpoint takes tokens and fails; the second is reached in plaintext over a network.
+    let near = Origin::scripted(|mut visit| async move {
+        while visit.head().await.is_some() {
+            visit.say("HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n").await;
+        }
+    })
+    .await;
+    let far = Origin::on(outer, |visit| visit.plainly("far")).await;
+    folder.write("token", "the-secret-token\n");
+    let project = |far_keys: &str| {
+        format!(
+            "project: shop\nservices:\n  data:\n    scopes: [use]\n    endpoints:\n      \
+             - {{ url: 'http://{}', provider: aws, region: us-east-1 }}\n      \
+             - {{ url: 'http://{}', provider: aws, region: us-east-1{far_keys} }}\n\
+             permissions: {{ web: {{ data: [use] }} }}\n",
+            near.at, far.at
+        )
+    };
+    folder.write(
+        "proxy.yaml",
+        &format!(
+            "service: web\nplace: aws_us_east_1\nproject: project.yaml\nadmin: {{ listen: '{admin}' }}\n\
+             outbound: {{ listen: '{out}', token_files: {{ data: token }} }}\n"
+        ),
+    );
+    // An endpoint that would get a token there is a fault of the project.
+    folder.write("project.yaml", &project(""));
+    let mut refused = Infrar::start(&folder, "refused", &["proxy", "--config", "proxy.yaml"]);
+    assert_eq!(refused.ended().await.code(), Some(2), "{}", refused.log());
+    assert!(refused.log().contains("tokens travel over TLS only"), "{}", refused.log());
+
+    folder.write("project.yaml", &project(", auth_method: none"));
+    let mut infrar = Infrar::start(&folder, "proxy", &["proxy", "--config", "proxy.yaml"]);
+    infrar.ready(admin).await;
+    until("both endpoints were tried", async || {
+        let said = get(out, "data", "/").await;
+        assert_eq!((said.status(), &*said.body), (200, "far"), "{said:?}\n{}", infrar.log());
+        !near.heads().is_empty()
+    })
+    .await;
+    for head in near.heads() {
+        assert_eq!(header(&head, "authorization"), Some("Bearer the-secret-token"), "{head}");
+    }
+    for head in far.heads() {
+        assert_eq!(header(&head, "authorization"), None, "{head}");
+    }
+    // What the application says itself is its own.
+    let said = talk(
+        out,
+        "GET / HTTP/1.1\r\nhost: data\r\nauthorization: Basic eA==\r\nconnection: close\r\n\r\n",
+    )
+    .await;
+    assert_eq!(said.status(), 200, "{said:?}");
+    assert_eq!(header(&far.heads().pop().expect("a request"), "authorization"), Some("Basic eA=="));
+}
+
+#[tokio::test]
+async fn a_redirect_is_the_applications_to_follow() {
+    let folder = Folder::new();
+    let [out, admin] = free_ports();
+    let elsewhere = Origin::plain("elsewhere").await;
+    let target = elsewhere.at;
+    let service = Origin::scripted(move |mut visit| async move {
+        while let Some(head) = visit.head().await {
+            let status = head.split(['/', ' ']).nth(2).unwrap_or("302").to_owned();
+            visit
+                .say(format!(
+                    "HTTP/1.1 {status} Elsewhere\r\nlocation: http://{target}/there?x=1\r\ncontent-length: 4\r\n\r\nover"
+                ))
+                .await;
+        }
+    })
+    .await;
+    folder.write("token", "the-secret-token\n");
+    folder.write(
+        "project.yaml",
+        &format!(
+            "project: shop\nservices:\n  data:\n    scopes: [use]\n    endpoints: [{{ url: 'http://{}', provider: aws, region: us-east-1 }}]\n\
+             permissions: {{ web: {{ data: [use] }} }}\n",
+            service.at
+        ),
+    );
+    folder.write(
+        "proxy.yaml",
+        &format!(
+            "service: web\nplace: aws_us_east_1\nproject: project.yaml\nadmin: {{ listen: '{admin}' }}\n\
+             outbound: {{ listen: '{out}', unknown_hosts: allow, token_files: {{ data: token }} }}\n"
+        ),
+    );
+    let mut infrar = Infrar::start(&folder, "proxy", &["proxy", "--config", "proxy.yaml"]);
+    infrar.ready(admin).await;
+    for status in [301, 302, 303, 307, 308] {
+        let said = get(out, "data", &format!("/{status}")).await;
+        assert_eq!((said.status(), &*said.body), (status, "over"), "{said:?}");
+        let location = format!("http://{target}/there?x=1");
+        assert_eq!(said.header("location"), Some(&*location), "{said:?}");
+    }
+    assert_eq!(elsewhere.heads(), Vec::<String>::new());
+    assert_eq!(service.heads().len(), 5);
+    // The application follows, through the same port: a host outside the project gets no token.
+    let said = get(out, &target.to_string(), "/there?x=1").await;
+    assert_eq!(said.body, "elsewhere", "{said:?}");
+    assert_eq!(header(&elsewhere.heads()[0], "authorization"), None, "{:?}", elsewhere.heads());
+}
+
+#[tokio::test]
+async fn certificates_that_change_are_taken_up_by_themselves_while_connections_stand() {
+    let callee = Callee::open("{ cert_file: leaf.pem, key_file: leaf.key }", "").await;
+    let stream = handshake(&callee, &[&rustls::version::TLS13]).await.expect("TLS 1.3");
+    let before = stream.get_ref().1.peer_certificates().expect("a certificate")[0].to_vec();
+    let call = "GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n";
+    let mut old = Line::over(stream);
+    old.say(call).await;
+    assert_eq!(old.answer().await.body, "reached");
+
+    // A file that is none, and a certificate without its key: the old one stays, and the log says why.
+    let whole = callee.folder.read("leaf.pem");
+    callee.folder.write("leaf.pem", "-----BEGIN CERTIFICATE-----\nAAAA\n");
+    until("the fault is said", async || {
+        callee.infrar.log().contains("a new certificate cannot be used; the old one stays")
+    })
+    .await;
+    let shown = async || {
+        let stream = handshake(&callee, &[&rustls::version::TLS13]).await.expect("TLS 1.3");
+        stream.get_ref().1.peer_certificates().expect("a certificate")[0].to_vec()
+    };
+    assert_eq!(shown().await, before);
+    let key = KeyPair::generate().expect("a key");
+    callee.folder.write("leaf.pem", &whole);
+    callee.folder.write("leaf.key", &key.serialize_pem());
+    let faults = || callee.infrar.log().matches("the old one stays").count();
+    let said = faults();
+    until("the other fault is said", async || faults() > said).await;
+    assert_eq!(shown().await, before);
+
+    let certificates = Certificates::new();
+    callee.folder.write("ca.pem", &certificates.ca.pem());
+    let leaf = certificates.write(&callee.folder);
+    until("the new certificate is shown", async || {
+        handshake(&callee, &[&rustls::version::TLS13]).await.is_ok_and(|stream| {
+            stream.get_ref().1.peer_certificates().is_some_and(|shown| *shown[0] == *leaf)
+        })
+    })
+    .await;
+    assert!(callee.infrar.log().contains("a new certificate is in use"), "{}", callee.infrar.log());
+    // Whoever was connected all the time has noticed nothing.
+    old.say(call).await;
+    assert_eq!(old.answer().await.body, "reached");
+}
+
+#[tokio::test]
+async fn an_edge_passes_a_token_on_over_loopback_and_not_in_plaintext_over_a_network() {
+    let Some(outer) = outer_address() else {
+        return eprintln!("skipped: this machine has no address but loopback");
+    };
+    let folder = Folder::new();
+    let [inbound, admin] = free_ports();
+    let issuer = KeyPair::generate().expect("a key");
+    let near = Origin::plain("near").await;
+    let far = Origin::on(outer, |visit| visit.plainly("far")).await;
+    folder.write("jwks.json", &json!({"keys": [jwk(&issuer, "k1")]}).to_string());
+    folder.write(
+        "project.yaml",
+        &format!(
+            "project: shop\nservices:\n  near:\n    scopes: [use]\n    endpoints: [{{ url: 'https://near.example', \
+             private_url: 'http://{}', provider: aws, region: us-east-1 }}]\n  far:\n    scopes: [use]\n    endpoints: \
+             [{{ url: 'https://far.example', private_url: 'http://{}', provider: aws, region: us-east-1, auth_method: none }}]\n\
+             issuers:\n  - {{ issuer: '{ISSUER}', jwks_file: jwks.json, audiences: [] }}\n",
+            near.at, far.at
+        ),
+    );
+    folder.write(
+        "proxy.yaml",
+        &format!(
+            "role: edge\nservice: edge\nplace: aws_us_east_1\nproject: project.yaml\nadmin: {{ listen: '{admin}' }}\n\
+             inbound: {{ listen: '{inbound}', tls: off }}\n"
+        ),
+    );
+    let mut infrar = Infrar::start(&folder, "proxy", &["proxy", "--config", "proxy.yaml"]);
+    infrar.ready(admin).await;
+    for (name, origin) in [("near", &near), ("far", &far)] {
+        let claims = with(&json!({"aud": name, "scope": "use"}));
+        let token = bearer(&encode(&es256(), &claims, &signer(&issuer)).expect("a token"));
+        let said = talk(
+            inbound,
+            format!("GET / HTTP/1.1\r\nhost: {name}.example\r\nconnection: close\r\n{token}\r\n"),
+        )
+        .await;
+        assert_eq!((said.status(), &*said.body), (200, name), "{said:?}\n{}", infrar.log());
+        let head = origin.heads().pop().expect("a request");
+        assert_eq!(head.contains(&token), name == "near", "{head}");
+        assert_eq!(header(&head, "authorization").is_some(), name == "near", "{head}");
+    }
+}

@@ -33,6 +33,9 @@ use crate::{
 
 /// How often certificates and secrets are looked at.
 const LOOK: Duration = Duration::from_secs(5);
+/// Between the closing of the doors and that of idle connections: whoever came in last has yet to shake hands and to say
+/// what it wants, and the others are told with their answers to leave.
+const LAST_CALLS: Duration = Duration::from_secs(1);
 /// Without an inbound listener the application has ended when it holds no connection for so long.
 const QUIET: Duration = Duration::from_secs(5);
 
@@ -232,6 +235,8 @@ impl RunningProxy {
         inbound.advance(Phase::NotReady);
         let ended = async {
             tokio::time::sleep(grace).await;
+            inbound.advance(Phase::StopAccepting);
+            tokio::time::sleep(LAST_CALLS).await;
             inbound.advance(Phase::Drain);
             inbound.wait_idle().await;
             self.application_ended().await;

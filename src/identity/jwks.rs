@@ -129,6 +129,15 @@ pub enum Refreshed {
     NotNow,
 }
 
+/// Who began a fetch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Whose {
+    /// Whoever waits for it: its answer is newer than the question.
+    Ours,
+    /// Somebody before.
+    Others,
+}
+
 /// Numbers for `infrar_jwks_*`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct JwksStats {
@@ -291,19 +300,29 @@ impl Jwks {
         if found() {
             return Refreshed::Changed;
         }
-        let Some(mut ended) = self.ask(kid) else { return Refreshed::NotNow };
-        let told = timeout(WAIT_LIMIT, ended.changed()).await.is_ok();
+        let waited = timeout(WAIT_LIMIT, async {
+            // A fetch that was under way may have been answered before the key was there, and proves nothing.
+            while let Some((mut ended, whose)) = self.ask(kid) {
+                // The other end lives in this set, so it cannot be gone.
+                let _told = ended.changed().await;
+                if found() || whose == Whose::Ours {
+                    return whose;
+                }
+            }
+            Whose::Others
+        });
+        let waited = waited.await;
         if found() {
             return Refreshed::Changed;
         }
-        if told {
+        if waited == Ok(Whose::Ours) {
             self.lock().remember_unknown(kid, Instant::now());
         }
         Refreshed::NotNow
     }
 
     /// A fetch to wait for, unless it is too early for one or the key is known to be unknown.
-    fn ask(self: &Arc<Self>, kid: &str) -> Option<watch::Receiver<u64>> {
+    fn ask(self: &Arc<Self>, kid: &str) -> Option<(watch::Receiver<u64>, Whose)> {
         let (fetch, side) = self.source.as_ref()?;
         let now = Instant::now();
         let mut state = self.lock();
@@ -311,14 +330,15 @@ impl Jwks {
             return None;
         }
         let ended = self.ended.subscribe();
-        if !state.fetching {
-            if state.asked_at.is_some_and(|at| now.duration_since(at) < UNKNOWN_EVERY) {
-                return None;
-            }
-            state.asked_at = Some(now);
-            self.begin(&mut state, fetch, side);
+        if state.fetching {
+            return Some((ended, Whose::Others));
         }
-        Some(ended)
+        if state.asked_at.is_some_and(|at| now.duration_since(at) < UNKNOWN_EVERY) {
+            return None;
+        }
+        state.asked_at = Some(now);
+        self.begin(&mut state, fetch, side);
+        Some((ended, Whose::Ours))
     }
 
     fn begin(self: &Arc<Self>, state: &mut State, fetch: &Fetch, side: &Handle) {
@@ -435,12 +455,12 @@ mod tests {
                 let issuer = issuer.clone();
                 async move {
                     issuer.asked.fetch_add(1, Ordering::SeqCst);
+                    let answer = set(&issuer.keys.lock().unwrap().iter().collect::<Vec<_>>());
                     sleep(Duration::from_millis(20)).await;
                     if issuer.down.load(Ordering::SeqCst) {
                         return Err(FetchFault::source("down"));
                     }
-                    let keys = issuer.keys.lock().unwrap();
-                    Ok(set(&keys.iter().collect::<Vec<_>>()))
+                    Ok(answer)
                 }
                 .boxed()
             });
@@ -460,6 +480,21 @@ mod tests {
         let found = futures_util::future::join_all(requests).await;
         assert!(found.iter().all(|one| *one == Refreshed::Changed));
         assert_eq!((issuer.asked(), jwks.stats().keys), (1, 1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_key_that_appears_while_a_fetch_is_under_way_is_found_by_the_next() {
+        let issuer = Issuer::with(&["a"]);
+        let jwks = issuer.jwks();
+        let late = async {
+            sleep(Duration::from_millis(5)).await;
+            issuer.add("b");
+            let requests = (0..100).map(|_| jwks.refresh_for("b"));
+            futures_util::future::join_all(requests).await
+        };
+        let (_fetched, found) = tokio::join!(jwks.fetch(), late);
+        assert!(found.iter().all(|one| *one == Refreshed::Changed), "{found:?}");
+        assert_eq!((issuer.asked(), jwks.stats().keys), (2, 2));
     }
 
     #[tokio::test(start_paused = true)]

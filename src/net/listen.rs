@@ -178,6 +178,18 @@ pub async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     }
 }
 
+/// The connections that wait to be accepted at this moment; the socket is closed behind the last. The kernel is asked
+/// itself: what tokio knows of it is as old as its last look at all sockets.
+pub fn accept_rest(listener: TcpListener) -> impl Iterator<Item = (TcpStream, SocketAddr)> {
+    let listener = listener.into_std();
+    // No more than can wait at once, so that a crowd does not keep the door open.
+    (0..BACKLOG).map_while(move |_| {
+        let (stream, peer) = listener.as_ref().ok()?.accept().ok()?;
+        stream.set_nonblocking(true).ok()?;
+        Some((TcpStream::from_std(stream).ok()?, peer))
+    })
+}
+
 /// Errors that Linux reports on accept though they belong to the connection (accept(2), "Error handling").
 fn is_of_the_connection(error: &io::Error) -> bool {
     matches!(

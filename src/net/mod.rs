@@ -11,7 +11,7 @@ mod tcp_info;
 mod tls;
 
 pub use dial::{Addresses, ResolveError, Resolver, connect, connect_any};
-pub use listen::{BindError, accept, bind};
+pub use listen::{BindError, accept, accept_rest, bind};
 pub use spread::{Handover, Open, Placement, Spread};
 pub use stream::{LANDING_BYTES, Stream, Tallied, Tally};
 pub use tcp_info::{Family, Side, TcpInfo, wire_tx};

@@ -14,6 +14,7 @@ use crate::{
         Listener,
         headers::Forwarded,
         live::Live,
+        reject::Rejection,
         serve_h1, serve_h2,
         story::Story,
         worker::{Peer, Worker},
@@ -24,10 +25,9 @@ use crate::{
 /// What an HTTP/2 client says first (RFC 9113 §3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// Said to a client that is one too many, on plaintext listeners.
-const FULL: &[u8] =
-    b"HTTP/1.1 503 Service Unavailable\r\nproxy-status: infrar; error=connection_limit_reached\r\n\
-    retry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
+/// Clients that one worker tells at the same time why they are turned away. Beyond that the door is shut without a word:
+/// a crowd at the door must not cost what the limit was to save.
+pub(super) const TOLD_AT_ONCE: usize = 64;
 
 /// One listener on one worker.
 pub(super) struct Door {
@@ -90,8 +90,7 @@ impl Doors {
     }
 }
 
-/// Accepts connections of one listener until the proxy stops accepting; hands those above this worker's even share to
-/// the worker with fewest.
+/// Accepts connections of one listener until the proxy stops accepting.
 pub(super) async fn listen(
     door: Rc<Door>,
     listener: TcpListener,
@@ -102,25 +101,42 @@ pub(super) async fn listen(
     loop {
         let (tcp, peer) = tokio::select! {
             accepted = net::accept(&listener) => accepted,
-            () = door.story.end().wait(Phase::StopAccepting) => return,
+            () = door.story.end().wait(Phase::StopAccepting) => break,
         };
-        if !door.terms.now().allows(peer) {
-            tracing::debug!(%peer, "a connection from an address that is not allowed was closed");
-            continue;
-        }
-        if spread.total() >= worker.limits().connections {
-            turn_away(&door, &tcp);
-            continue;
-        }
-        match spread.claim(me) {
-            Placement::Keep(open) => admit(&door, tcp, peer, open, &worker),
-            Placement::HandTo(open) => {
-                let Ok(std) = tcp.into_std() else { continue };
-                if let Err(back) = spread.hand(std, peer, door.id, open) {
-                    let Handover { stream, peer, .. } = *back;
-                    if let Ok(tcp) = TcpStream::from_std(stream) {
-                        admit(&door, tcp, peer, spread.count(me), &worker);
-                    }
+        welcome(&door, tcp, peer, &worker, me, &spread);
+    }
+    // Whoever is in the doorway believes to be connected: the kernel would reset them when the door is shut.
+    for (tcp, peer) in net::accept_rest(listener) {
+        welcome(&door, tcp, peer, &worker, me, &spread);
+    }
+}
+
+/// Lets a connection in, or turns it away; one above this worker's even share goes to the worker with fewest.
+fn welcome(
+    door: &Rc<Door>,
+    tcp: TcpStream,
+    peer: SocketAddr,
+    worker: &Rc<Worker>,
+    me: WorkerId,
+    spread: &Spread<usize>,
+) {
+    if !door.terms.now().allows(peer) {
+        tracing::debug!(%peer, "a connection from an address that is not allowed was closed");
+        let why = Rejection::AddressNotAllowed("the client's address is not allowed");
+        return turn_away(door, tcp, why);
+    }
+    if spread.total() >= worker.limits().connections {
+        tracing::warn!("a connection was turned away: `limits.connections` is reached");
+        return turn_away(door, tcp, Rejection::Overloaded("connections (`limits.connections`)"));
+    }
+    match spread.claim(me) {
+        Placement::Keep(open) => admit(door, tcp, peer, open, worker),
+        Placement::HandTo(open) => {
+            let Ok(std) = tcp.into_std() else { return };
+            if let Err(back) = spread.hand(std, peer, door.id, open) {
+                let Handover { stream, peer, .. } = *back;
+                if let Ok(tcp) = TcpStream::from_std(stream) {
+                    admit(door, tcp, peer, spread.count(me), worker);
                 }
             }
         }
@@ -140,13 +156,18 @@ pub(super) async fn take_over(
     }
 }
 
-fn turn_away(door: &Door, tcp: &TcpStream) {
-    tracing::warn!("a connection was turned away: `limits.connections` is reached");
-    if door.terms.now().tls.is_none()
-        && let Err(error) = tcp.try_write(FULL)
-    {
-        tracing::trace!(%error, "the client that was turned away had gone");
-    }
+/// Says why, where that needs no handshake.
+fn turn_away(door: &Rc<Door>, tcp: TcpStream, why: Rejection) {
+    let story = Rc::clone(&door.story);
+    let seat = Arc::clone(&story.worker().telling).try_acquire_owned();
+    let (None, Ok(seat)) = (&door.terms.now().tls, seat) else { return };
+    let guard = story.worker().watchdog.register();
+    let peer = Peer { server_name: None, forwarded: Forwarded::new(None, false) };
+    let stream = Stream::plain(Tallied::new(tcp, None));
+    runtime::spawn_local("turned-away", async move {
+        serve_h1::Connection::new(stream, BytesMut::new(), guard, story, peer).refuse(&why).await;
+        drop(seat);
+    });
 }
 
 fn admit(door: &Rc<Door>, tcp: TcpStream, peer: SocketAddr, open: Open, worker: &Rc<Worker>) {

@@ -76,18 +76,20 @@ impl Edge {
             view.cluster(callee.as_str()).ok_or_else(|| unknown(&view, callee.as_str()))?;
         // Who is it, and may it?
         let admitted = self.gate.admit(&request, &callee, Some(&view), record).await?;
-        // What does the far side see? The token, and the host where the service is ours.
+        // What does the far side see? The token, where the way there is fit for one, and the host where the service is
+        // ours.
+        let token =
+            admitted.claims.and_then(|_| request.fields.get(&header::AUTHORIZATION).cloned());
         let upgrade = headers::upgrade(&request.method, request.version, &request.fields);
         headers::strip_hop_by_hop(&mut request.fields);
         headers::strip_identity(&mut request.fields);
-        drop(admitted);
         arrived(&request.uri, &mut request.fields, call.peer, upgrade.as_ref());
         let dispatch = Dispatch {
             method: request.method,
             uri: request.uri,
             fields: request.fields,
             body: request.body,
-            bearer: None,
+            bearer: token,
             upgrade: upgrade.is_some(),
             grpc,
             interim: call.interim,
@@ -110,10 +112,11 @@ fn callee(view: &View, uri: &Uri, fields: &Fields, peer: &Peer) -> Result<Servic
     let named = uri.authority().map(http::uri::Authority::as_str);
     let host = fields.get(&header::HOST).and_then(|host| host.to_str().ok());
     let asked = named.or(host).unwrap_or_default();
+    let lower = route::lower(asked);
     // An endpoint's authority leaves out the port of its scheme; a client may write it.
-    let plain = asked.strip_suffix(":443").unwrap_or(asked);
+    let plain = lower.strip_suffix(":443").unwrap_or(&lower);
     let sni = peer.server_name.as_deref();
-    let by_host = [Some(plain), Some(route::host(asked)), sni].into_iter().flatten();
+    let by_host = [Some(plain), Some(route::host(&lower)), sni].into_iter().flatten();
     if let Some(service) = by_host.filter_map(|host| view.service_of(host)).next() {
         return Ok(service.clone());
     }

@@ -280,7 +280,9 @@ impl<'a> Forward<'a> {
         loop {
             let left = deadline.saturating_duration_since(now);
             let limit = self.cluster.timeouts.connect.min(left);
-            let lease = match target.pool.kept(want, now) {
+            let found = target.pool.kept(want, now);
+            let kept = found.is_some();
+            let lease = match found {
                 Some(lease) => lease,
                 // Boxed, like everything that most requests never do: the room for it would be in every future.
                 None => Box::pin(target.pool.lease(want, limit)).await.map_err(|error| {
@@ -291,6 +293,9 @@ impl<'a> Forward<'a> {
                     (refuse_connect(self.cluster, &error), true)
                 })?,
             };
+            if !kept || self.attempts > 1 {
+                Box::pin(self.renew()).await.map_err(|rejection| (rejection, false))?;
+            }
             let stale = lease.may_be_stale();
             if matches!(self.dispatch.body, Body::Stream(_)) {
                 self.keep(&lease);
@@ -325,6 +330,20 @@ impl<'a> Forward<'a> {
         }
     }
 
+    /// Attempts and connecting take time, in which a token may have come to its end: an expired one is never sent.
+    async fn renew(&mut self) -> Result<(), Rejection> {
+        let (Some(bearer), Some(slot)) = (&mut self.dispatch.bearer, &self.cluster.token) else {
+            return Ok(());
+        };
+        if let Ok(Ok(fresh)) = tokio::time::timeout_at(self.deadline, slot.bearer()).await {
+            bearer.clone_from(fresh.header());
+            return Ok(());
+        }
+        let service = self.cluster.service.clone();
+        let why = "it came to its end while the call was on its way";
+        Err(Rejection::TokenUnavailable { service, why })
+    }
+
     /// Whether the body can still be sent from its beginning.
     fn is_whole(&self) -> bool {
         self.replay.as_ref().map_or(!self.spent, Replay::is_whole)
@@ -346,8 +365,15 @@ impl<'a> Forward<'a> {
     /// The request as this target gets it.
     fn outgoing<'b>(&'b mut self, target: &'b Target) -> Outgoing<'b> {
         let fields = &mut self.dispatch.fields;
-        if let Some(host) = &target.host {
-            fields.set(header::HOST, host.clone());
+        match &target.host {
+            Some(host) => fields.set(header::HOST, host.clone()),
+            None if fields.contains(&header::HOST) => {}
+            // HTTP/1.0 needs no host, HTTP/1.1 does.
+            None => {
+                if let Ok(host) = HeaderValue::from_str(target.authority.as_str()) {
+                    fields.append(header::HOST, host);
+                }
+            }
         }
         if let Some(bearer) = &self.dispatch.bearer {
             // A token goes only where it belongs, whatever an earlier attempt was given.

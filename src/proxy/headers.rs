@@ -5,7 +5,7 @@
 
 use std::{cell::RefCell, net::SocketAddr};
 
-use http::{HeaderName, HeaderValue, Method, Version, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Version, header};
 
 use crate::{
     proxy::reject::Rejection,
@@ -207,8 +207,10 @@ impl Forwarded {
         }
         let token = host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~".contains(&b));
         let quotes = if token { "" } else { "\"" };
+        // What ends a quoted text, in a host that is none, is written so that it does not (RFC 9110 §5.6.4).
+        let host = host.replace('\\', "\\\\").replace('"', "\\\"");
         for part in
-            ["host=", quotes, host, quotes, ";proto=", if self.tls { "https" } else { "http" }]
+            ["host=", quotes, &host, quotes, ";proto=", if self.tls { "https" } else { "http" }]
         {
             text.push_str(part);
         }
@@ -218,12 +220,24 @@ impl Forwarded {
 
 /// Removes the names that only infrar may say.
 pub(super) fn strip_identity(fields: &mut Fields) {
-    if !fields.names().any(|name| name.as_str().len() == 13 && name.as_str().starts_with("infrar-"))
-    {
-        return;
+    if fields.names().any(is_identity) {
+        fields.retain(|name| !is_identity(name));
     }
-    for name in [&CALLER, &SCOPES, &CLAIMS] {
-        fields.remove(name);
+}
+
+/// Whether only infrar may say it. Names of another length are told apart without a comparison.
+fn is_identity(name: &HeaderName) -> bool {
+    name.as_str().len() == 13 && (name == CALLER || name == SCOPES || name == CLAIMS)
+}
+
+/// Removes from a request's trailers what frames, routes or proves something (RFC 9110 §6.5.1): whoever merges them into
+/// the head must not be fooled.
+pub(super) fn strip_trailers(trailers: &mut HeaderMap) {
+    let own = [header::CONTENT_LENGTH, header::HOST, header::AUTHORIZATION];
+    let never = |name: &&HeaderName| is_hop_by_hop(name) || is_identity(name) || own.contains(name);
+    let never: Vec<HeaderName> = trailers.keys().filter(never).cloned().collect();
+    for name in never {
+        trailers.remove(name);
     }
 }
 
@@ -288,12 +302,15 @@ mod tests {
         let mut map = Fields::new();
         Forwarded::new(Some("192.0.2.1:999".parse().unwrap()), false).add(&mut map, "data");
         Forwarded::new(Some("[2001:db8::1]:999".parse().unwrap()), true).add(&mut map, "data:8443");
+        // A host that is none does not end its quotes to speak for the peer.
+        Forwarded::new(None, true).add(&mut map, "a\";for=10.0.0.1;x=\"\\b");
         let all: Vec<_> = map.all("forwarded").map(|v| v.to_str().unwrap()).collect();
         assert_eq!(
             all,
             [
                 "for=192.0.2.1;host=data;proto=http",
                 "for=\"[2001:db8::1]\";host=\"data:8443\";proto=https",
+                "host=\"a\\\";for=10.0.0.1;x=\\\"\\\\b\";proto=https",
             ]
         );
     }

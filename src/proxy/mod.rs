@@ -247,6 +247,7 @@ fn worker(parts: Parts, site: Site) -> Worker {
         ends: parts.ends,
         directory: parts.directory,
         outsiders: Default::default(),
+        telling: Arc::new(tokio::sync::Semaphore::new(accept::TOLD_AT_ONCE)),
     }
 }
 

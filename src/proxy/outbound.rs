@@ -130,8 +130,11 @@ impl Outbound {
 
     fn route(&self, uri: &http::Uri, asked: &str, record: &mut Record) -> Result<Route, Rejection> {
         let found = self.worker.view();
-        let host =
-            self.only.as_ref().map_or_else(|| route::name(route::host(asked)), ServiceName::as_str);
+        let lower = route::lower(asked);
+        let host = self
+            .only
+            .as_ref()
+            .map_or_else(|| route::name(route::host(&lower)), ServiceName::as_str);
         let known = found.as_ref().ok().and_then(|view| view.cluster(host));
         if let Some(cluster) = known {
             record.belongs_to(Rc::clone(&cluster.series));

@@ -1,12 +1,24 @@
 //! Authority → service. A name matches as `NAME`, `NAME.infrar`, `NAME.infrar.internal` or `NAME.localhost`; a port
 //! does not matter.
 
+use std::borrow::Cow;
+
 use crate::model::ServiceName;
 
 /// The suffixes under which a service's name is known, the longest first.
 const SUFFIXES: [&str; 3] = [".infrar.internal", ".infrar", ".localhost"];
 /// So many names are offered to whoever misspelt one.
 const OFFERED: usize = 3;
+
+/// An authority in lower case, as names are compared (RFC 9110 §4.2.3); mostly it is already.
+#[must_use]
+pub(super) fn lower(authority: &str) -> Cow<'_, str> {
+    if authority.bytes().any(|byte| byte.is_ascii_uppercase()) {
+        Cow::Owned(authority.to_ascii_lowercase())
+    } else {
+        Cow::Borrowed(authority)
+    }
+}
 
 /// The host part of an authority: without port, brackets kept off, and without the final dot of an absolute name.
 #[must_use]

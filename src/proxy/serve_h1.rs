@@ -139,7 +139,8 @@ impl http_body::Body for Incoming {
                     }
                     return Poll::Ready(Some(Ok(Frame::data(data))));
                 }
-                Ok(Piece::Trailers(trailers)) => {
+                Ok(Piece::Trailers(mut trailers)) => {
+                    headers::strip_trailers(&mut trailers);
                     return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
                 }
                 Ok(Piece::End) => return Poll::Ready(None),
@@ -270,6 +271,11 @@ impl Connection {
         }
     }
 
+    /// Tells a client that it is not served, and closes.
+    pub(super) async fn refuse(mut self, rejection: &Rejection) {
+        self.turn_down(rejection).await;
+    }
+
     /// Waits, without holding anything, until the client says something; `false` when it will not.
     async fn park(&mut self) -> bool {
         let wire = &self.wire;
@@ -316,7 +322,7 @@ impl Connection {
     /// Answers bytes that are no request, and closes.
     async fn turn_down(&mut self, rejection: &Rejection) -> Pause {
         let asked = Asked { method: Method::GET, version: Version::HTTP_11, keep_alive: false };
-        if let Answer::Response(response, record) = self.story.refuse(rejection) {
+        if let Answer::Response(response, record) = self.story.refuse(rejection, false) {
             self.finish(response, record, &asked).await;
         }
         Pause::Over
@@ -450,7 +456,7 @@ impl Connection {
     async fn finish(&mut self, response: Response, record: Record, asked: &Asked) -> Afterwards {
         let Response { status, fields, body } = response;
         let unread = !self.wire.decoder.borrow().is_done() || self.wire.broken.get();
-        let draining = self.story.end().reached(Phase::Drain);
+        let draining = self.story.end().reached(Phase::StopAccepting);
         let mut keep_alive = asked.keep_alive
             && !draining
             && !(unread && (self.wire.expects.get() || body_is_short(&body)));

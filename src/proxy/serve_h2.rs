@@ -1,7 +1,8 @@
 //! HTTP/2 with a client: one task drives the connection, one per stream answers its request.
 //!
 //! Floods are bounded by what RFC 9113 §10.5 leaves to us: streams, header bytes, and how many streams a client may
-//! reset before they were answered (rapid reset, CVE-2023-44487).
+//! reset before they were answered (rapid reset, CVE-2023-44487). What the `h2` crate lets through and HTTP/1.1 would
+//! read in another way is refused here.
 
 use std::{
     cell::{Cell, RefCell},
@@ -16,18 +17,21 @@ use h2::{
     Reason, RecvStream, SendStream,
     server::{Builder, Connection, SendResponse},
 };
-use http::{HeaderMap, Method, StatusCode, Version, header};
+use http::{HeaderMap, Method, StatusCode, Version, header, request::Parts};
 use http_body::{Body as _, Frame, SizeHint};
+use tokio::time::{Duration, Instant, timeout};
 
 use crate::{
+    http1::HeadLimits,
     net::Stream,
     proxy::{
+        headers,
         reject::Rejection,
         settings::Limits,
         story::Story,
         worker::{Answer, Call, Peer},
     },
-    runtime::{self, Guard, Phase},
+    runtime::{self, Alarm, Guard, Phase},
     wire::{Body, BodyError, Fields, Interim, Prepended, Request, Response},
 };
 
@@ -38,15 +42,21 @@ const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
 /// What may wait to be written per stream.
 const SEND_BUFFER: usize = 512 * 1024;
 /// Streams that a client may reset before we have seen them, and streams that we reset for its errors, before the
-/// connection is ended; Envoy's bound is 500 premature resets.
+/// connection is ended.
 const RESETS: usize = 100;
+/// A stream that its client resets within this time and without an answer was given up (Envoy's
+/// `premature_reset_min_stream_lifetime_seconds`).
+const GIVEN_UP_WITHIN: Duration = Duration::from_secs(1);
+/// The connection is ended when half of its streams were given up, of so many at least (Envoy's
+/// `premature_reset_total_stream_count`).
+const STREAMS_JUDGED: u32 = 500;
 
 /// Serves a connection until either side has had enough.
 pub(super) async fn serve(stream: Stream, guard: Guard, story: Rc<Story>, peer: Peer) {
     let limits = *story.worker().limits();
     let Some(mut connection) = shake(stream, &guard, &limits).await else { return };
     let peer = Rc::new(peer);
-    let open = Rc::new(Cell::new(0usize));
+    let streams = Rc::<Streams>::default();
     let mut leaving = false;
     guard.arm(limits.idle_timeout);
     loop {
@@ -54,11 +64,14 @@ pub(super) async fn serve(stream: Stream, guard: Guard, story: Rc<Story>, peer: 
             if let Poll::Ready(accepted) = connection.poll_accept(cx) {
                 return Poll::Ready(Next::Stream(Box::new(accepted)));
             }
+            if !leaving && streams.is_flood() {
+                return Poll::Ready(Next::Flood);
+            }
             if !leaving && story.end().reached(Phase::Drain) {
                 return Poll::Ready(Next::Leave);
             }
             match guard.poll_expired(cx) {
-                Poll::Ready(()) if open.get() > 0 => Poll::Ready(Next::Busy),
+                Poll::Ready(()) if streams.open.get() > 0 => Poll::Ready(Next::Busy),
                 Poll::Ready(()) => Poll::Ready(Next::Leave),
                 Poll::Pending => Poll::Pending,
             }
@@ -68,13 +81,13 @@ pub(super) async fn serve(stream: Stream, guard: Guard, story: Rc<Story>, peer: 
             Next::Stream(accepted) => match *accepted {
                 Some(Ok((request, respond))) => {
                     guard.arm(limits.idle_timeout);
-                    let seat = Seat::take(&open);
+                    let seat = Seat::take(&streams, story.worker().watchdog.coarse_now());
                     let (story, peer) = (Rc::clone(&story), Rc::clone(&peer));
                     // Boxed here: what is moved on is then a pointer and not the room for a whole request.
                     runtime::spawn_local(
                         "h2-stream",
                         Box::pin(async move {
-                            answer(request, respond, &story, &peer).await;
+                            answer(request, respond, &story, &peer, &seat).await;
                             drop(seat);
                         }),
                     );
@@ -83,6 +96,12 @@ pub(super) async fn serve(stream: Stream, guard: Guard, story: Rc<Story>, peer: 
                 None => return,
             },
             Next::Busy => guard.arm(limits.idle_timeout),
+            Next::Flood => {
+                tracing::warn!("a client that gives up most of what it asks for was shown out");
+                leaving = true;
+                connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
+                guard.arm(limits.header_timeout);
+            }
             Next::Leave if leaving => return,
             Next::Leave => {
                 leaving = true;
@@ -99,7 +118,8 @@ async fn shake(
     guard: &Guard,
     limits: &Limits,
 ) -> Option<Connection<Stream, Bytes>> {
-    let header_bytes = u32::try_from(limits.head.bytes).unwrap_or(u32::MAX);
+    // Twice what is allowed: what lies between is refused with a reason, which `h2` itself would not give.
+    let header_bytes = u32::try_from(limits.head.bytes.saturating_mul(2)).unwrap_or(u32::MAX);
     guard.arm(limits.header_timeout);
     let shake = Builder::new()
         .initial_window_size(STREAM_WINDOW)
@@ -132,21 +152,50 @@ enum Next {
     Busy,
     /// Idle for too long, or we are draining.
     Leave,
+    /// The client opens streams to give them up.
+    Flood,
 }
 
-/// Counts an open stream.
-struct Seat(Rc<Cell<usize>>);
+/// The streams of a connection, counted.
+#[derive(Default)]
+struct Streams {
+    open: Cell<usize>,
+    ended: Cell<u32>,
+    /// Those among them that the client reset at once.
+    given_up: Cell<u32>,
+}
+
+impl Streams {
+    fn is_flood(&self) -> bool {
+        self.given_up.get() >= self.ended.get().max(STREAMS_JUDGED) / 2
+    }
+}
+
+/// Counts one stream.
+struct Seat {
+    streams: Rc<Streams>,
+    taken: Instant,
+}
 
 impl Seat {
-    fn take(open: &Rc<Cell<usize>>) -> Self {
-        open.set(open.get() + 1);
-        Self(Rc::clone(open))
+    fn take(streams: &Rc<Streams>, now: Instant) -> Self {
+        streams.open.set(streams.open.get() + 1);
+        Self { streams: Rc::clone(streams), taken: now }
+    }
+
+    /// The client does not wait for the answer.
+    fn given_up(&self, now: Instant) {
+        if now.duration_since(self.taken) < GIVEN_UP_WITHIN {
+            self.streams.given_up.set(self.streams.given_up.get().saturating_add(1));
+        }
     }
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        self.0.set(self.0.get().saturating_sub(1));
+        let Streams { open, ended, .. } = &*self.streams;
+        open.set(open.get().saturating_sub(1));
+        ended.set(ended.get().saturating_add(1));
     }
 }
 
@@ -156,29 +205,35 @@ async fn answer(
     mut respond: SendResponse<Bytes>,
     story: &Rc<Story>,
     peer: &Peer,
+    seat: &Seat,
 ) {
+    // Whoever has reset the stream already costs the service nothing.
+    if poll_fn(|cx| Poll::Ready(respond.poll_reset(cx))).await.is_ready() {
+        return seat.given_up(story.worker().watchdog.coarse_now());
+    }
     let received = Rc::new(Cell::new(0));
     let method = request.method().clone();
-    if method == Method::CONNECT {
-        let refusal =
-            story.refuse(&Rejection::BadRequest("CONNECT is for HTTP/1.1 on the outbound port"));
-        return finish(refusal, &mut respond, &method, 0).await;
-    }
-    let limit = story.worker().limits().body_bytes;
+    let limits = story.worker().limits();
     let (mut parts, stream) = request.into_parts();
+    let length = match check(&parts, &limits) {
+        Ok(length) => length,
+        Err(rejection) => {
+            let refusal = story.refuse(&rejection, headers::is_grpc(&parts.headers.into()));
+            return finish(refusal, &mut respond, &method, 0, limits.stall_timeout).await;
+        }
+    };
     join_cookies(&mut parts.headers);
-    let length = parts
-        .headers
-        .get(header::CONTENT_LENGTH)
-        .and_then(|value| value.to_str().ok()?.parse().ok());
-    if let (Some(length), Some(limit)) = (length, limit)
-        && length > limit
-    {
-        return finish(story.refuse(&Rejection::BodyTooLarge { limit }), &mut respond, &method, 0)
-            .await;
-    }
-    let incoming =
-        Incoming { stream, received: Rc::clone(&received), limit, length, trailers: false };
+    let limit = limits.body_bytes;
+    let incoming = Incoming {
+        stream,
+        received: Rc::clone(&received),
+        limit,
+        length,
+        trailers: false,
+        patience: limits.stall_timeout,
+        given_up_at: None,
+        alarm: Alarm::default(),
+    };
     let body = gather(incoming).await;
     let interim = Interim::default();
     let request = Request {
@@ -206,13 +261,61 @@ async fn answer(
         }
     })
     .await;
-    if let Some(answer) = walked {
-        finish(answer, &mut respond, &method, received.get()).await;
+    match walked {
+        Some(answer) => {
+            finish(answer, &mut respond, &method, received.get(), limits.stall_timeout).await;
+        }
+        None => seat.given_up(story.worker().watchdog.coarse_now()),
+    }
+}
+
+/// What is left to us of RFC 9113 §8: one path, one host, one length, and a head within the limits. The length, if it
+/// is said.
+fn check(parts: &Parts, limits: &Limits) -> Result<Option<u64>, Rejection> {
+    let Parts { method, uri, headers, .. } = parts;
+    if *method == Method::CONNECT {
+        return Err(Rejection::BadRequest("CONNECT is for HTTP/1.1 on the outbound port"));
+    }
+    let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
+    if bytes > limits.head.bytes || headers.len() > limits.head.headers {
+        let HeadLimits { bytes, headers } = limits.head;
+        return Err(Rejection::HeadersTooLarge { bytes, headers });
+    }
+    let path = uri.path();
+    let whole_server = path == "*" && *method == Method::OPTIONS;
+    if !path.starts_with('/') && !whole_server {
+        return Err(Rejection::BadRequest("the path does not begin with a slash"));
+    }
+    let mut hosts = headers.get_all(header::HOST).iter();
+    let agree = match (uri.authority(), hosts.next()) {
+        (Some(_), None) => true,
+        (Some(authority), Some(host)) => {
+            authority.as_str().as_bytes().eq_ignore_ascii_case(host.as_bytes())
+        }
+        (None, host) => host.is_some(),
+    };
+    if !agree || hosts.next().is_some() {
+        return Err(Rejection::BadRequest("a request has exactly one host"));
+    }
+    let mut lengths = headers.get_all(header::CONTENT_LENGTH).iter();
+    let length = lengths.next().and_then(|value| value.to_str().ok()?.parse().ok());
+    if lengths.next().is_some() {
+        return Err(Rejection::BadRequest("the length of the body is ambiguous"));
+    }
+    match (length, limits.body_bytes) {
+        (Some(length), Some(limit)) if length > limit => Err(Rejection::BodyTooLarge { limit }),
+        (length, _) => Ok(length),
     }
 }
 
 /// Sends an answer and settles its record.
-async fn finish(answer: Answer, respond: &mut SendResponse<Bytes>, method: &Method, received: u64) {
+async fn finish(
+    answer: Answer,
+    respond: &mut SendResponse<Bytes>,
+    method: &Method,
+    received: u64,
+    stall: Duration,
+) {
     let Answer::Response(response, record) = answer else {
         // Upgrades are asked for in HTTP/1.1 only, so no tunnel comes back here.
         return respond.send_reset(Reason::INTERNAL_ERROR);
@@ -228,7 +331,7 @@ async fn finish(answer: Answer, respond: &mut SendResponse<Bytes>, method: &Meth
         Ok(stream) => stream,
         Err(error) => return tracing::debug!(%error, "an answer could not be sent"),
     };
-    let sent = if ends { Some(0) } else { send_body(stream, body).await };
+    let sent = if ends { Some(0) } else { send_body(stream, body, stall).await };
     if let Some(sent) = sent {
         record.settle(received, sent);
     }
@@ -243,8 +346,8 @@ fn head(status: StatusCode, fields: Fields) -> http::Response<()> {
     response
 }
 
-/// Sends a body; `None` when it or the client broke off.
-async fn send_body(mut stream: SendStream<Bytes>, mut body: Body) -> Option<u64> {
+/// Sends a body; `None` when it or the client broke off, or when the client took nothing of it for `stall`.
+async fn send_body(mut stream: SendStream<Bytes>, mut body: Body, stall: Duration) -> Option<u64> {
     let mut sent = 0;
     loop {
         let next = poll_fn(|cx| {
@@ -260,7 +363,7 @@ async fn send_body(mut stream: SendStream<Bytes>, mut body: Body) -> Option<u64>
                 Ok(data) => {
                     sent += data.len() as u64;
                     let last = body.is_empty();
-                    send_data(&mut stream, data, last).await?;
+                    send_data(&mut stream, data, last, stall).await?;
                     if last {
                         return Some(sent);
                     }
@@ -280,14 +383,25 @@ async fn send_body(mut stream: SendStream<Bytes>, mut body: Body) -> Option<u64>
 }
 
 /// Sends one piece as the window allows.
-async fn send_data(stream: &mut SendStream<Bytes>, mut data: Bytes, last: bool) -> Option<()> {
+async fn send_data(
+    stream: &mut SendStream<Bytes>,
+    mut data: Bytes,
+    last: bool,
+    stall: Duration,
+) -> Option<()> {
     // What fits is sent at once: small answers never wait.
     while !data.is_empty() {
         stream.reserve_capacity(data.len());
         let room = if stream.capacity() >= data.len() {
             data.len()
         } else {
-            poll_fn(|cx| stream.poll_capacity(cx)).await?.ok()?
+            match timeout(stall, poll_fn(|cx| stream.poll_capacity(cx))).await {
+                Ok(room) => room?.ok()?,
+                Err(_elapsed) => {
+                    stream.send_reset(Reason::CANCEL);
+                    return None;
+                }
+            }
         };
         let piece = data.split_to(room.min(data.len()));
         let ends = last && data.is_empty();
@@ -315,6 +429,11 @@ struct Incoming {
     limit: Option<u64>,
     length: Option<u64>,
     trailers: bool,
+    /// How long a body whose length was said may stall. One without may be a stream that is silent for hours.
+    patience: Duration,
+    /// When the present stall has lasted too long.
+    given_up_at: Option<Instant>,
+    alarm: Alarm,
 }
 
 impl Incoming {
@@ -326,6 +445,14 @@ impl Incoming {
         }
         let released = self.stream.flow_control().release_capacity(data.len());
         released.map_err(|_source| BodyError::Incomplete)
+    }
+
+    fn poll_stalled(&mut self, cx: &mut Context<'_>) -> Poll<BodyError> {
+        if self.length.is_none() {
+            return Poll::Pending;
+        }
+        let deadline = *self.given_up_at.get_or_insert_with(|| Instant::now() + self.patience);
+        self.alarm.poll(deadline, cx).map(|()| BodyError::Stalled)
     }
 }
 
@@ -355,7 +482,11 @@ impl http_body::Body for Incoming {
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = &mut *self;
         if !this.trailers {
-            match ready!(this.stream.poll_data(cx)) {
+            let Poll::Ready(next) = this.stream.poll_data(cx) else {
+                return this.poll_stalled(cx).map(|error| Some(Err(error)));
+            };
+            this.given_up_at = None;
+            match next {
                 Some(Ok(data)) => {
                     let taken = this.took(&data);
                     return Poll::Ready(Some(taken.map(|()| Frame::data(data))));
@@ -365,7 +496,10 @@ impl http_body::Body for Incoming {
             }
         }
         match ready!(this.stream.poll_trailers(cx)) {
-            Ok(Some(trailers)) => Poll::Ready(Some(Ok(Frame::trailers(trailers)))),
+            Ok(Some(mut trailers)) => {
+                headers::strip_trailers(&mut trailers);
+                Poll::Ready(Some(Ok(Frame::trailers(trailers))))
+            }
             Ok(None) => Poll::Ready(None),
             Err(_) => Poll::Ready(Some(Err(BodyError::Incomplete))),
         }
@@ -380,5 +514,83 @@ impl http_body::Body for Incoming {
         self.length.map_or_else(SizeHint::default, |length| {
             SizeHint::with_exact(length.saturating_sub(self.received.get()))
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::duplex;
+
+    use super::*;
+
+    const STALL: Duration = Duration::from_secs(300);
+
+    type Ends = (
+        h2::client::ResponseFuture,
+        SendStream<Bytes>,
+        http::Request<RecvStream>,
+        SendResponse<Bytes>,
+    );
+
+    /// A request whose body does not end here, as both sides hold it.
+    async fn open(request: http::request::Builder) -> Ends {
+        let (near, far) = duplex(1024 * 1024);
+        let shaken = tokio::join!(h2::client::handshake(near), h2::server::handshake(far));
+        let ((mut send, connection), mut server) = (shaken.0.unwrap(), shaken.1.unwrap());
+        runtime::spawn_local("client", async { connection.await.unwrap() });
+        let (answer, body) = send.send_request(request.body(()).unwrap(), false).unwrap();
+        let (request, respond) = server.accept().await.unwrap().unwrap();
+        runtime::spawn_local("server", async move {
+            while let Some(Ok(_more)) = server.accept().await {}
+        });
+        (answer, body, request, respond)
+    }
+
+    #[tokio::test(flavor = "local", start_paused = true)]
+    async fn a_client_that_takes_nothing_does_not_hold_an_answer_for_ever() {
+        let (answer, _body, _request, mut respond) = open(http::Request::get("http://data/")).await;
+        let stream = respond.send_response(http::Response::new(()), false).unwrap();
+        let mut held = answer.await.unwrap().into_body();
+        let begun = Instant::now();
+        // More than the window that every stream begins with.
+        let sent = send_body(stream, Body::Full(vec![0; 200_000].into()), STALL).await;
+        assert_eq!((sent, begun.elapsed()), (None, STALL));
+        let end = loop {
+            match held.data().await.unwrap() {
+                Ok(_data) => {}
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(end.reason(), Some(Reason::CANCEL));
+    }
+
+    #[tokio::test(flavor = "local", start_paused = true)]
+    async fn a_body_that_stalls_is_given_up_where_its_length_was_said() {
+        let post = || http::Request::post("http://data/");
+        for (request, length) in [(post().header("content-length", 10), Some(10)), (post(), None)] {
+            let (_answer, mut body, request, _respond) = open(request).await;
+            body.send_data(Bytes::from_static(b"hello"), false).unwrap();
+            let mut incoming = Incoming {
+                stream: request.into_body(),
+                received: Rc::default(),
+                limit: None,
+                length,
+                trailers: false,
+                patience: STALL,
+                given_up_at: None,
+                alarm: Alarm::default(),
+            };
+            let mut next = async || poll_fn(|cx| Pin::new(&mut incoming).poll_frame(cx)).await;
+            assert_eq!(next().await.unwrap().unwrap().into_data().unwrap(), "hello");
+            let begun = Instant::now();
+            let stalled = timeout(10 * STALL, next()).await.ok();
+            match length {
+                Some(_) => {
+                    assert!(matches!(stalled, Some(Some(Err(BodyError::Stalled)))));
+                    assert_eq!(begun.elapsed(), STALL);
+                }
+                None => assert!(stalled.is_none()),
+            }
+        }
     }
 }

@@ -15,6 +15,7 @@ use crate::{
     },
     runtime::Shutdown,
     telemetry::Direction,
+    wire::{TraceContext, request_id},
 };
 
 /// What a listener does with requests, for as long as it is open; how it is told may change with the settings.
@@ -82,14 +83,16 @@ impl Story {
         &self.end
     }
 
-    /// The answer to bytes that never became a request.
-    pub(super) fn refuse(&self, rejection: &Rejection) -> Answer {
+    /// The answer to what never became a request; `grpc`: in the words of gRPC.
+    pub(super) fn refuse(&self, rejection: &Rejection, grpc: bool) -> Answer {
         let desk = match self.direction {
             Direction::Outbound => &self.worker.outbound_desk,
             Direction::Inbound => &self.worker.inbound_desk,
         };
-        let record = desk.open(&Method::GET, &http::Uri::default());
-        refused(rejection, None, false, record)
+        let mut record = desk.open(&Method::GET, &http::Uri::default());
+        let id = request_id();
+        record.identified(&id, TraceContext::begin());
+        refused(rejection, Some(&id), grpc, record)
     }
 
     /// Whether `CONNECT` means something here.

@@ -158,7 +158,7 @@ pub(super) struct View {
     /// What it was made from.
     pub catalog: Arc<Catalog>,
     clusters: HashMap<ServiceName, Rc<Cluster>, RandomState>,
-    /// Authority of an endpoint's `url` → its service.
+    /// Authority of an endpoint's `url`, and its host alone → its service.
     hosts: HashMap<Box<str>, ServiceName, RandomState>,
     /// Whether missing grants refuse.
     pub strictness: Strictness,
@@ -171,7 +171,7 @@ impl View {
         self.clusters.get(name)
     }
 
-    /// The service one of whose endpoints has this host (and port, where it is not the scheme's own).
+    /// The service one of whose endpoints has this authority or host, in lower case.
     #[must_use]
     pub(super) fn service_of(&self, authority: &str) -> Option<&ServiceName> {
         self.hosts.get(authority)
@@ -208,6 +208,31 @@ impl View {
             target.pool.prune(now);
         }
     }
+}
+
+/// Which service an authority or a host belongs to. A host that several services share, told apart by ports (on one
+/// machine only), is nobody's.
+fn hosts<'a>(
+    services: impl IntoIterator<Item = (&'a ServiceName, &'a Service)>,
+) -> HashMap<Box<str>, ServiceName, RandomState> {
+    let mut whole = HashMap::<Box<str>, ServiceName, RandomState>::default();
+    let mut alone = HashMap::<Box<str>, Option<ServiceName>, RandomState>::default();
+    for (name, service) in services {
+        for endpoint in &service.endpoints {
+            whole.insert(endpoint.url.authority().into(), name.clone());
+            let host = endpoint.url.host().to_string();
+            let owner = alone.entry(host.into()).or_insert_with(|| Some(name.clone()));
+            if owner.as_ref().is_some_and(|owner| owner != name) {
+                *owner = None;
+            }
+        }
+    }
+    for (host, owner) in alone {
+        if let Some(owner) = owner {
+            whole.entry(host).or_insert(owner);
+        }
+    }
+    whole
 }
 
 /// Counts a connection's bytes on the path it takes.
@@ -297,10 +322,7 @@ impl Surveyor {
                 (name.clone(), Rc::new(cluster))
             })
             .collect();
-        let hosts = catalog.project.services.iter().flat_map(|(name, service)| {
-            service.endpoints.iter().map(|it| (it.url.authority().into(), name.clone()))
-        });
-        let hosts = hosts.collect();
+        let hosts = hosts(&catalog.project.services);
         // Pools that no endpoint uses any more end with the requests that still hold them.
         *self.pools.borrow_mut() = kept;
         Rc::new(View { hosts, clusters, catalog, strictness })

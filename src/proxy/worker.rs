@@ -75,6 +75,8 @@ pub(super) struct Worker {
     pub directory: Arc<Directory>,
     /// Hosts outside the project.
     pub outsiders: RefCell<HashMap<Origin, Rc<Cluster>>>,
+    /// Seats for clients that are told why they are turned away.
+    pub telling: Arc<tokio::sync::Semaphore>,
 }
 
 impl Worker {

@@ -7,9 +7,11 @@
 )]
 #![allow(dead_code, reason = "each story file uses a part of the stage")]
 
+pub(crate) mod frames;
+
 use std::{
     fs,
-    net::{Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     os::unix::fs::PermissionsExt,
     path::PathBuf,
     process::{ExitStatus, Stdio},
@@ -141,6 +143,11 @@ impl Infrar {
     /// Ends it as the kernel does: at once.
     pub(crate) async fn kill(&mut self) {
         self.child.kill().await.expect("our own child");
+    }
+
+    /// Whether it has not ended.
+    pub(crate) fn runs(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
     }
 
     /// Sends a signal by the shell's name of it.
@@ -352,16 +359,45 @@ impl Visit {
         if header(head, "transfer-encoding").is_some() {
             return self.line.hear("0\r\n\r\n").await;
         }
+        self.announced(head).await.0
+    }
+
+    /// The same; `None` when it breaks off.
+    pub(crate) async fn whole_body(&mut self, head: &str) -> Option<String> {
+        if header(head, "transfer-encoding").is_none() {
+            let (body, whole) = self.announced(head).await;
+            return whole.then_some(body);
+        }
+        while find(&self.line.read, b"0\r\n\r\n").is_none() {
+            if !self.line.more().await {
+                return None;
+            }
+        }
+        Some(self.line.hear("0\r\n\r\n").await)
+    }
+
+    /// A body whose length is said, and whether all of it came.
+    async fn announced(&mut self, head: &str) -> (String, bool) {
         let length: usize =
             header(head, "content-length").and_then(|length| length.parse().ok()).unwrap_or(0);
         while self.line.read.len() < length && self.line.more().await {}
+        let whole = self.line.read.len() >= length;
         let rest = self.line.read.split_off(length.min(self.line.read.len()));
         let body = std::mem::replace(&mut self.line.read, rest);
-        String::from_utf8_lossy(&body).into_owned()
+        (String::from_utf8_lossy(&body).into_owned(), whole)
     }
 
     pub(crate) async fn say(&mut self, text: impl AsRef<[u8]>) {
         self.line.say(text).await;
+    }
+
+    /// Answers every request with 200 and `name`.
+    pub(crate) async fn plainly(mut self, name: &str) {
+        while let Some(head) = self.head().await {
+            self.body(&head).await;
+            let length = name.len();
+            self.say(format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n{name}")).await;
+        }
     }
 }
 
@@ -371,7 +407,15 @@ impl Origin {
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a free port");
+        Self::on(Ipv4Addr::LOCALHOST.into(), script).await
+    }
+
+    /// The same on another address of this machine.
+    pub(crate) async fn on<F>(address: IpAddr, script: impl Fn(Visit) -> F + Send + 'static) -> Self
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let listener = TcpListener::bind((address, 0)).await.expect("a free port");
         let at = listener.local_addr().expect("bound");
         let heads: Arc<Mutex<Vec<String>>> = Arc::default();
         let noted = Arc::clone(&heads);
@@ -389,16 +433,7 @@ impl Origin {
 
     /// Answers every request with 200 and `name`.
     pub(crate) async fn plain(name: &'static str) -> Self {
-        Self::scripted(move |mut visit| async move {
-            while let Some(head) = visit.head().await {
-                visit.body(&head).await;
-                let length = name.len();
-                visit
-                    .say(format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n{name}"))
-                    .await;
-            }
-        })
-        .await
+        Self::scripted(move |visit| visit.plainly(name)).await
     }
 
     /// The heads of all requests it has seen.
