@@ -273,6 +273,22 @@ async fn guessing_a_secret_is_slowed_down() {
 }
 
 #[tokio::test]
+async fn nobody_locks_a_caller_out_by_guessing_at_its_secret() {
+    let folder = tempfile::tempdir().unwrap();
+    let running = start(folder.path()).await;
+    let client = client(&running);
+    // A stranger behind the same address, as behind a NAT or on the same host.
+    let wrong = Credential { secret: "wrong".to_owned().into(), ..web() };
+    while refused_with(client.token(&wrong, "data-intelligence", None).await).0
+        != StatusCode::TOO_MANY_REQUESTS
+    {}
+    assert!(client.token(&web(), "data-intelligence", None).await.is_ok());
+    // Being right does not clear what the stranger has on its count.
+    let refused = refused_with(client.token(&wrong, "data-intelligence", None).await);
+    assert_eq!(refused.0, StatusCode::TOO_MANY_REQUESTS);
+}
+
+#[tokio::test]
 async fn the_catalog_is_sent_once_per_revision() {
     let folder = tempfile::tempdir().unwrap();
     let running = start(folder.path()).await;
