@@ -26,7 +26,11 @@ use infrar::{
 use jsonwebtoken::{Algorithm, DecodingKey, Validation, decode, decode_header, jwk::JwkSet};
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::Value;
-use tokio::time::timeout;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpSocket, TcpStream},
+    time::timeout,
+};
 
 const SECRET: &str = "a secret with + and % in it";
 
@@ -513,6 +517,30 @@ async fn a_body_that_is_too_large_is_not_read() {
     let answer = token_form(&running, &"x".repeat(20_000)).await;
     assert_eq!(answer.status(), StatusCode::PAYLOAD_TOO_LARGE);
     assert_eq!(json(&answer)["code"], "body-too-large");
+}
+
+#[tokio::test]
+async fn many_silent_connections_of_one_address_leave_places_for_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut settings = Settings::new(anywhere(), folder.path().join("data"));
+    settings.connections = 8;
+    let running = Control::start(settings, project("data.example"), identities()).await.unwrap();
+    let connect = async || TcpStream::connect(running.local_addr()).await.unwrap();
+    let mut silent = Vec::new();
+    for _ in 0..4 {
+        silent.push(connect().await);
+    }
+    // The half of this address is taken: another is told so at once instead of waiting behind them.
+    let told = timeout(Duration::from_secs(5), connect().await.read_u8()).await.unwrap();
+    assert!(told.is_err(), "closed or reset");
+    // Another address of this machine is another address.
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.2:0".parse().unwrap()).unwrap();
+    let mut other = socket.connect(running.local_addr()).await.unwrap();
+    other.write_all(b"GET /livez HTTP/1.0\r\n\r\n").await.unwrap();
+    let mut answer = String::new();
+    other.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.0 200"), "{answer}");
 }
 
 #[tokio::test]

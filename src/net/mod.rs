@@ -4,6 +4,7 @@
 //! stall (name look-ups) is done on the side runtime and only its answer comes back.
 
 mod dial;
+mod gate;
 mod listen;
 mod spread;
 mod stream;
@@ -11,6 +12,7 @@ mod tcp_info;
 mod tls;
 
 pub use dial::{Addresses, ResolveError, Resolver, connect, connect_any};
+pub use gate::{Gate, Opening, Place};
 pub use listen::{BindError, accept, bind};
 pub use spread::{Handover, Open, Placement, Spread};
 pub use stream::{Stream, Tallied, Tally};

@@ -21,4 +21,4 @@ pub use side::Side;
 pub use signals::{Signal, Signals};
 pub use supervisor::{Supervisor, SupervisorError};
 pub use watchdog::{Expired, Guard, TICK, Watchdog};
-pub use worker::{RuntimeError, WorkerId, Workers, cpus, panics, spawn_local};
+pub use worker::{RuntimeError, WorkerId, Workers, cpus, open_files, panics, spawn_local};
