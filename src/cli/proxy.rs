@@ -150,8 +150,9 @@ pub(crate) fn start(file: &ProxyFile) -> anyhow::Result<RunningProxy> {
         ready: world.readiness(inbound),
         shutdown: ends.inbound.clone(),
         drain: Arc::clone(&drained),
+        supervisor: Supervisor::clone(&supervisor),
     };
-    serve(&supervisor, admin, admin_socket, probes_socket)?;
+    serve(&supervisor, admin, admin_socket, probes_socket);
     world.live(&supervisor);
     watch_certificates(&supervisor, &certificates);
     Ok(RunningProxy {
@@ -187,26 +188,11 @@ fn bind(at: SocketAddr, key: &str) -> anyhow::Result<TcpListener> {
     Ok(TcpListener::from_std(socket)?)
 }
 
-fn serve(
-    supervisor: &Supervisor,
-    admin: Admin,
-    socket: TcpListener,
-    probes: Option<TcpListener>,
-) -> anyhow::Result<()> {
+fn serve(supervisor: &Supervisor, admin: Admin, socket: TcpListener, probes: Option<TcpListener>) {
     if let Some(probes) = probes {
-        let admin = admin.clone();
-        supervisor.spawn_until_end("probes", async move {
-            if let Err(error) = admin.serve_probes(probes).await {
-                tracing::error!(%error, "the probes ended");
-            }
-        });
+        supervisor.spawn_until_end("probes", admin.clone().serve_probes(probes));
     }
-    supervisor.spawn_until_end("admin", async move {
-        if let Err(error) = admin.serve(socket).await {
-            tracing::error!(%error, "the admin API ended");
-        }
-    });
-    Ok(())
+    supervisor.spawn_until_end("admin", admin.serve(socket));
 }
 
 impl RunningProxy {
