@@ -110,7 +110,9 @@ impl ControlError {
             | Self::Bind(_)
             | Self::Tls(_)
             | Self::DataDir { .. } => true,
-            Self::Registry(error) => matches!(error, RegistryError::Reserved { .. }),
+            Self::Registry(error) => {
+                matches!(error, RegistryError::Reserved { .. } | RegistryError::Renamed { .. })
+            }
             Self::Socket(_) | Self::Keys(_) => false,
         }
     }
