@@ -388,6 +388,8 @@ async fn services_are_listed_and_an_unknown_one_is_answered_with_near_names() {
     let answer = ask(&running, request, "").await;
     assert_eq!(answer.status(), StatusCode::NOT_FOUND);
     assert_eq!(json(&answer)["nearest"], serde_json::json!(["data-intelligence"]));
+    let detail = json(&answer)["detail"].to_string();
+    assert!(detail.contains("did you mean data-intelligence?"), "{detail}");
 }
 
 #[tokio::test]
@@ -516,7 +518,9 @@ async fn a_body_that_is_too_large_is_not_read() {
     let running = start(folder.path()).await;
     let answer = token_form(&running, &"x".repeat(20_000)).await;
     assert_eq!(answer.status(), StatusCode::PAYLOAD_TOO_LARGE);
-    assert_eq!(json(&answer)["code"], "body-too-large");
+    // Its clients read OAuth errors, whatever went wrong.
+    assert_eq!(json(&answer)["error"], "invalid_request");
+    assert_eq!(answer.headers()["content-type"], "application/json");
 }
 
 #[tokio::test]
