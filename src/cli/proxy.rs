@@ -33,7 +33,7 @@ const QUIET: Duration = Duration::from_secs(5);
 #[derive(Debug, clap::Args)]
 pub(crate) struct Proxy {
     #[command(flatten)]
-    flags: ProxyFlags,
+    pub(super) flags: ProxyFlags,
 }
 
 impl Proxy {
@@ -93,6 +93,8 @@ async fn stopped(signals: &mut Signals) {
 pub(crate) struct RunningProxy {
     /// Where it listens.
     pub(crate) listeners: Vec<(proxy::Listener, SocketAddr)>,
+    /// Where its admin API listens.
+    pub(crate) admin: SocketAddr,
     ends: Ends,
     supervisor: Arc<Supervisor>,
     running: proxy::Running,
@@ -108,6 +110,7 @@ pub(crate) struct RunningProxy {
 /// # Errors
 /// Whatever keeps it from beginning.
 pub(crate) fn start(file: &ProxyFile) -> anyhow::Result<RunningProxy> {
+    net::try_bind(&file.addresses())?;
     let supervisor = Arc::new(Supervisor::new(Handle::current()));
     let admin_socket = bind(file.admin.listen, "admin.listen")?;
     let probes_socket = file.admin.probes.map(|at| bind(at, "admin.probes")).transpose()?;
@@ -157,6 +160,7 @@ pub(crate) fn start(file: &ProxyFile) -> anyhow::Result<RunningProxy> {
     watch_certificates(&supervisor, &certificates);
     Ok(RunningProxy {
         listeners: running.listeners.clone(),
+        admin: admin_at,
         ends,
         supervisor,
         running,
@@ -303,7 +307,7 @@ fn watch_certificates(supervisor: &Supervisor, certificates: &[Arc<ServerTls>]) 
     });
 }
 
-fn format(format: config::LogFormat) -> Format {
+pub(super) fn format(format: config::LogFormat) -> Format {
     match format {
         config::LogFormat::Auto => Format::Auto,
         config::LogFormat::Text => Format::Text,

@@ -621,7 +621,8 @@ fn health(at: At<'_>) -> HealthCheck {
 }
 
 /// Whether a URL can only mean this machine.
-pub(super) fn is_loopback(url: &url::Url) -> bool {
+#[must_use]
+pub fn is_loopback(url: &url::Url) -> bool {
     match url.host() {
         Some(url::Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
         Some(url::Host::Ipv4(address)) => address.is_loopback(),

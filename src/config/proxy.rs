@@ -466,7 +466,7 @@ fn limits(at: At<'_>) -> ProxyLimits {
     }
 }
 
-fn log(at: At<'_>) -> Log {
+pub(super) fn log(at: At<'_>) -> Log {
     let format = match at.key("format").text() {
         Some("text") => LogFormat::Text,
         Some("json") => LogFormat::Json,

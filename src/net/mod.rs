@@ -13,7 +13,7 @@ mod tls;
 
 pub use dial::{Addresses, ResolveError, Resolver, connect, connect_any};
 pub use gate::{Gate, Opening, Place};
-pub use listen::{BindError, accept, bind};
+pub use listen::{BindError, BindErrors, accept, bind, try_bind};
 pub use spread::{Handover, Open, Placement, Spread};
 pub use stream::{Stream, Tallied, Tally};
 pub use tcp_info::{Family, Side, TcpInfo, wire_tx};
