@@ -329,6 +329,21 @@ impl Client {
         self.read(answer, &host, JWKS_LIMIT).await
     }
 
+    /// What the control plane's tokens have as `iss`, by its own discovery document (RFC 8414 §3.2).
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn own_issuer(&self) -> Result<String, ClientError> {
+        #[derive(Deserialize)]
+        struct Document {
+            issuer: String,
+        }
+        let question = Question::get("/.well-known/openid-configuration", None)?;
+        let (answer, host) = self.ask(&question).await?;
+        let document: Document = self.read(answer, &host, SMALL_LIMIT).await?;
+        Ok(document.issuer)
+    }
+
     /// The public keys at `url`, of any issuer. At most 1 MiB is read; what is in it, is not looked at.
     ///
     /// # Errors
