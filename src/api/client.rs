@@ -115,7 +115,7 @@ impl ClientError {
 /// What the client needs.
 #[derive(Clone, Debug)]
 pub struct ClientSettings {
-    /// The replicas; a path is kept as a prefix. May be empty for a client that only fetches key sets.
+    /// Addresses of one control plane; a path is kept as a prefix. May be empty for a client that only fetches key sets.
     pub urls: Vec<Url>,
     /// Certificates (PEM) trusted besides those of the system.
     pub ca_file: Option<PathBuf>,
