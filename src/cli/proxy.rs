@@ -164,15 +164,16 @@ pub(crate) fn start(file: &ProxyFile) -> anyhow::Result<RunningProxy> {
         ends,
         supervisor,
         running,
-        apps: settings
-            .inbound
-            .iter()
-            .filter_map(|it| Some(it.app.as_ref()?.origin.clone()))
-            .collect(),
+        apps: apps(&settings),
         certificates,
         drained,
         flushing,
     })
+}
+
+/// The applications behind it.
+fn apps(settings: &proxy::Settings) -> Vec<crate::model::Origin> {
+    settings.inbound.iter().filter_map(|it| Some(it.app.as_ref()?.origin.clone())).collect()
 }
 
 /// Whom TLS believes.

@@ -397,7 +397,7 @@ impl Reader<'_> {
             let (path, _secret) = self.files.secret(node, self.faults)?;
             return Some(Credential::ClientSecretFile(path));
         }
-        let node = at.key("token_file").0.or(at.key("private_key_file").0)?;
+        let node = at.key("token_file").0.or_else(|| at.key("private_key_file").0)?;
         let key = node.path.rsplit('.').next().unwrap_or_default();
         let found = format!("{key}, which this release cannot do yet");
         self.faults.push(node.fault_found(found, "write client_secret_file: with a shared secret"));
