@@ -273,7 +273,13 @@ fn invitations<'a>(
             ),
         );
     }
-    append(&mut text, format_args!("  export HTTP_PROXY=http://{outbound}\n"));
+    // Programs differ in which of the two they read; curl reads the small one only.
+    append(
+        &mut text,
+        format_args!(
+            "  export http_proxy=http://{outbound} HTTP_PROXY=http://{outbound} NO_PROXY=localhost,127.0.0.1,::1\n"
+        ),
+    );
     text
 }
 
@@ -317,6 +323,7 @@ mod tests {
         let callees = loaded.project.permissions[&me].keys();
         let text = invitations(callees, &me, up.outbound_listen);
         assert!(text.contains("curl -x http://127.0.0.1:15001 http://hello/\n"), "{text}");
+        assert!(text.contains("export http_proxy=http://127.0.0.1:15001 HTTP_PROXY="), "{text}");
     }
 
     #[test]
