@@ -122,7 +122,8 @@ impl Trust {
                 return match KeySet::from_json(&json) {
                     Ok(keys) => Some(Jwks::fixed(name, keys)),
                     Err(error) => {
-                        tracing::error!(%issuer, %error, "an issuer's keys cannot be used");
+                        let error = &error as &dyn std::error::Error;
+                        tracing::error!(%issuer, error, "an issuer's keys cannot be used");
                         None
                     }
                 };

@@ -379,8 +379,8 @@ impl Running {
         match self.keys.take(fetched) {
             Ok(()) => self.worked = true,
             Err(fault) => {
-                let cause = std::error::Error::source(&fault).map(ToString::to_string);
-                warn!(issuer = %self.keys.issuer, %fault, cause, "keys not refreshed, the old ones stay");
+                let error = &fault as &dyn std::error::Error;
+                warn!(issuer = %self.keys.issuer, error, "keys not refreshed, the old ones stay");
             }
         }
     }

@@ -678,8 +678,8 @@ impl Asking {
             }
             Err(fault) => {
                 shared.failures.fetch_add(1, Ordering::Relaxed);
-                let cause = std::error::Error::source(&fault).map(ToString::to_string);
-                warn!(callee = %slot.callee, %fault, cause, "no token");
+                let error = &fault as &dyn std::error::Error;
+                warn!(callee = %slot.callee, error, "no token");
                 let mut state = slot.lock();
                 state.failures = state.failures.saturating_add(1);
                 let until = Instant::now() + RETRY.pause(state.failures);
