@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashMap,
+    io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -12,6 +13,7 @@ use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnord
 use secrecy::SecretString;
 use serde_json::Value;
 use tokio::runtime::Handle;
+use zeroize::Zeroizing;
 
 use super::{trust::Trust, watch::WatchedFile};
 use crate::{
@@ -296,9 +298,48 @@ impl TokenSource for SecretFile {
         &self,
         audience: &ServiceName,
     ) -> BoxFuture<'static, Result<TokenAnswer, TokenUnavailable>> {
-        let secret = std::fs::read_to_string(&self.path).unwrap_or_default();
-        let secret = SecretString::from(secret.trim_end().to_owned());
-        let credential = Credential { client_id: self.me.clone(), secret };
-        ControlTokens::new(self.client.clone(), credential).ask(audience)
+        let (client, client_id) = (self.client.clone(), self.me.clone());
+        let (path, audience) = (self.path.clone(), audience.clone());
+        async move {
+            let secret = read_secret(&path)
+                .await
+                .map_err(|source| TokenUnavailable::File { path, source: Arc::new(source) })?;
+            let credential = Credential { client_id, secret };
+            ControlTokens::new(client, credential).ask(&audience).await
+        }
+        .boxed()
+    }
+}
+
+/// The text of a secret file without the white space at its end; an empty one is no secret.
+async fn read_secret(path: &Path) -> io::Result<SecretString> {
+    let text = Zeroizing::new(tokio::fs::read_to_string(path).await?);
+    let secret = text.trim_end();
+    if secret.is_empty() {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "it is empty"));
+    }
+    Ok(SecretString::from(secret))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_secret_that_is_not_there_is_never_sent_as_an_empty_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("secret");
+        // Whoever were asked would not be found: what is reported is the file.
+        let client = Client::new(ClientSettings::new(Vec::new(), None)).unwrap();
+        let source = SecretFile { client, me: "web".parse().unwrap(), path: path.clone() };
+        let audience: ServiceName = "data".parse().unwrap();
+        let fault = source.ask(&audience).await.unwrap_err();
+        assert!(matches!(&fault, TokenUnavailable::File { path: named, .. } if *named == path));
+        std::fs::write(&path, " \n").unwrap();
+        let fault = source.ask(&audience).await.unwrap_err();
+        assert!(matches!(&fault, TokenUnavailable::File { .. }), "{fault:?}");
+        std::fs::write(&path, "the secret\n").unwrap();
+        let fault = source.ask(&audience).await.unwrap_err();
+        assert!(matches!(&fault, TokenUnavailable::Unreachable(_)), "{fault:?}");
     }
 }

@@ -70,8 +70,8 @@ pub enum TokenUnavailable {
     /// What came cannot be sent, or has expired already.
     #[error("the token cannot be used")]
     Unusable,
-    /// The token file cannot be read.
-    #[error("the token file {} cannot be read", path.display())]
+    /// The file with the token, or with the secret to ask for one, cannot be read.
+    #[error("{} cannot be read", path.display())]
     File {
         /// The file.
         path: PathBuf,
@@ -89,6 +89,27 @@ impl TokenUnavailable {
     #[must_use]
     pub fn is_permission(&self) -> bool {
         matches!(self, Self::Refused { code, .. } if matches!(code.as_str(), "invalid_target" | "access_denied"))
+    }
+
+    /// What it comes down to, for whoever called: no address, path or code.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Refused { code, .. } if code == "invalid_client" => {
+                "wrong credential: the issuer does not accept this proxy's own"
+            }
+            Self::Refused { .. } => "the issuer refuses a token for it",
+            Self::Unreachable(error) => match &**error {
+                ClientError::Refused { .. } => "the issuer is out of order or too busy",
+                ClientError::Unreachable { .. } => "the issuer cannot be reached",
+                ClientError::Malformed { .. } => "the issuer's answer cannot be used",
+                ClientError::Settings { .. } => "the issuer cannot be asked with these settings",
+            },
+            Self::Deadline => "the issuer cannot be reached: it gave no answer in time",
+            Self::Unusable => "the token cannot be used: it has expired or is malformed",
+            Self::File { .. } => "no credential: the file that holds it cannot be read",
+            Self::NoSource => "no credential: nothing is set up that gives tokens for it",
+        }
     }
 }
 
@@ -135,16 +156,8 @@ impl TokenSource for ControlTokens {
         &self,
         audience: &ServiceName,
     ) -> BoxFuture<'static, Result<TokenAnswer, TokenUnavailable>> {
-        let (asker, audience, here) = (self.clone(), audience.clone(), Handle::current());
-        // The client's future keeps to one thread, so it is given one; questions are rare and one per callee.
-        let asking = tokio::task::spawn_blocking(move || {
-            here.block_on(asker.client.token(&asker.credential, audience.as_str(), None))
-        });
-        asking
-            .map(|ended| match ended {
-                Ok(answer) => answer.map_err(TokenUnavailable::from),
-                Err(_ended) => Err(TokenUnavailable::Unusable),
-            })
+        let (asker, audience) = (self.clone(), audience.clone());
+        async move { Ok(asker.client.token(&asker.credential, audience.as_str(), None).await?) }
             .boxed()
     }
 }
@@ -971,6 +984,37 @@ mod tests {
     }
 
     #[test]
+    fn questions_that_nobody_answers_hold_up_nothing_else() {
+        let side = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .max_blocking_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        side.block_on(async {
+            // Accepts, and says nothing.
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let url = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
+            let client = Client::new(crate::api::ClientSettings::new(vec![url], None)).unwrap();
+            let credential = Credential { client_id: data(), secret: "secret".into() };
+            let source = Arc::new(ControlTokens::new(client, credential));
+            let tokens = Tokens::new(source, HashMap::new(), Handle::current(), Clock::system());
+            let (first, second) = (tokens.slot(&data()), tokens.slot(&"reports".parse().unwrap()));
+            let looking_up_a_name = async {
+                // Both questions have arrived, so both wait for their answers.
+                let _held = (listener.accept().await.unwrap(), listener.accept().await.unwrap());
+                tokio::task::spawn_blocking(|| "found").await.unwrap()
+            };
+            tokio::select! {
+                found = looking_up_a_name => assert_eq!(found, "found"),
+                _ = first.bearer() => unreachable!("nobody answers"),
+                _ = second.bearer() => unreachable!("nobody answers"),
+            }
+        });
+        side.shutdown_background();
+    }
+
+    #[test]
     fn a_missing_grant_is_told_apart_from_an_issuer_that_is_down() {
         let refused = |status: u16, code: &str| {
             TokenUnavailable::from(ClientError::Refused {
@@ -982,5 +1026,22 @@ mod tests {
         assert!(refused(400, "invalid_target").is_permission());
         assert!(!refused(401, "invalid_client").is_permission());
         assert!(matches!(refused(503, "invalid_target"), TokenUnavailable::Unreachable(_)));
+        let missing = TokenUnavailable::File {
+            path: "/run/secrets/infrar".into(),
+            source: Arc::new(io::ErrorKind::NotFound.into()),
+        };
+        assert!(missing.to_string().contains("/run/secrets/infrar"), "the log names the file");
+        for (fault, begins) in [
+            (refused(401, "invalid_client"), "wrong credential"),
+            (refused(400, "invalid_target"), "the issuer refuses"),
+            (refused(503, "temporarily_unavailable"), "the issuer is out of order"),
+            (TokenUnavailable::Deadline, "the issuer cannot be reached"),
+            (TokenUnavailable::NoSource, "no credential"),
+            (missing, "no credential"),
+        ] {
+            let reason = fault.reason();
+            assert!(reason.starts_with(begins), "{fault:?}: {reason}");
+            assert!(!reason.contains('/') && !reason.contains("401"), "{reason}");
+        }
     }
 }

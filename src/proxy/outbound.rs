@@ -8,7 +8,7 @@ use std::{rc::Rc, sync::Arc};
 use http::{HeaderValue, Method, Response, StatusCode, header};
 
 use crate::{
-    identity::{Slot, TokenUnavailable},
+    identity::Slot,
     model::ServiceName,
     proxy::{
         forward::{Dispatch, Forward},
@@ -192,10 +192,10 @@ impl Outbound {
                 callee: service(),
             }),
             Ok(Err(error)) => {
-                tracing::warn!(
+                tracing::debug!(
                     service = %cluster.service, error = &error as &dyn std::error::Error, "no token for a call"
                 );
-                Err(Rejection::TokenUnavailable { service: service(), why: why(&error) })
+                Err(Rejection::TokenUnavailable { service: service(), why: error.reason() })
             }
             Err(_elapsed) => Err(Rejection::TokenUnavailable {
                 service: service(),
@@ -203,10 +203,6 @@ impl Outbound {
             }),
         }
     }
-}
-
-fn why(_error: &TokenUnavailable) -> &'static str {
-    "the issuer cannot be reached or refused; the proxy's log says more"
 }
 
 /// The host that the request is for: that of an absolute target, else of `host`.
