@@ -271,7 +271,7 @@ impl RunningProxy {
 
     /// Looks at certificates now.
     fn reload(&self) {
-        reload(&self.certificates);
+        reload(&self.certificates, ServerTls::reload);
     }
 
     /// Ends what is left.
@@ -287,9 +287,12 @@ impl RunningProxy {
     }
 }
 
-fn reload(certificates: &[Arc<ServerTls>]) {
+fn reload(
+    certificates: &[Arc<ServerTls>],
+    how: impl Fn(&ServerTls) -> Result<Reload, net::TlsError>,
+) {
     for certificate in certificates {
-        match certificate.reload() {
+        match how(certificate) {
             Ok(Reload::Changed) => tracing::info!("a new certificate is in use"),
             Ok(Reload::Unchanged) => {}
             Err(error) => tracing::error!(
@@ -310,7 +313,8 @@ fn watch_certificates(supervisor: &Supervisor, certificates: &[Arc<ServerTls>]) 
         loop {
             ticks.tick().await;
             let certificates = certificates.clone();
-            if tokio::task::spawn_blocking(move || reload(&certificates)).await.is_err() {
+            let looking = move || reload(&certificates, ServerTls::look);
+            if tokio::task::spawn_blocking(looking).await.is_err() {
                 return;
             }
         }
