@@ -135,10 +135,7 @@ impl World {
         let slot = tokens.slot(&name);
         let bearer: AskBearer = Arc::new(move || {
             let slot = Arc::clone(&slot);
-            async move {
-                slot.bearer().await.map(|bearer| bearer.token()).map_err(|error| error.to_string())
-            }
-            .boxed()
+            async move { Ok(slot.bearer().await?.token()) }.boxed()
         });
         let source = Source::new(client, bearer, Arc::clone(directory));
         Ok(Self {

@@ -256,9 +256,19 @@ impl<M: SerializeMap> Visit for JsonMembers<'_, M> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::telemetry::writer::tests::Paper;
+
+    /// Writes down what this thread logs from `level` on, until the guard is dropped.
+    pub(crate) fn overhear(level: &str) -> (Paper, dispatcher::DefaultGuard) {
+        let paper = Paper::default();
+        let pages = paper.clone();
+        let log = tracing_subscriber::fmt().with_env_filter(filter(level).unwrap());
+        let log = log.with_ansi(false).fmt_fields(TextFields).with_writer(move || pages.clone());
+        let guard = dispatcher::set_default(&Dispatch::new(log.finish()));
+        (paper, guard)
+    }
 
     /// What is written while `speak` runs.
     fn written(text: bool, level: &str, speak: impl FnOnce()) -> String {
