@@ -10,7 +10,7 @@ use url::Url;
 
 use crate::{
     api::{Catalog, Client},
-    identity::{Fetch, Jwks, KeySet, Trusted, Verifier, control_keys, discovered_keys, keys_at},
+    identity::{Fetch, Jwks, KeySet, Trusted, Verifier, control_keys, keys_at},
     model::Issuer,
     runtime::Supervisor,
 };
@@ -20,7 +20,6 @@ use crate::{
 enum Place {
     Control,
     At(Url),
-    Discovered,
     Fixed(String),
 }
 
@@ -78,7 +77,8 @@ impl Trust {
             }));
         }
         for issuer in &catalog.project.issuers {
-            let keys = self.keys(&before, &issuer.issuer, place(issuer), supervisor);
+            let Some(place) = place(issuer) else { continue };
+            let keys = self.keys(&before, &issuer.issuer, place, supervisor);
             trusted.extend(keys.map(|keys| Trusted {
                 issuer: issuer.issuer.as_str().into(),
                 ours: false,
@@ -130,7 +130,6 @@ impl Trust {
             }
             Place::Control => control_keys(client),
             Place::At(url) => keys_at(client, url.clone()),
-            Place::Discovered => discovered_keys(client, Arc::clone(&name)),
         };
         let initial = self
             .remembered
@@ -143,10 +142,11 @@ impl Trust {
     }
 }
 
-fn place(issuer: &Issuer) -> Place {
+/// Where the project says that an issuer's keys are; it always does, or the issuer is not trusted.
+fn place(issuer: &Issuer) -> Option<Place> {
     match (&issuer.jwks, &issuer.jwks_uri) {
-        (Some(jwks), _) => Place::Fixed(jwks.to_string()),
-        (None, Some(uri)) => Place::At(uri.clone()),
-        (None, None) => Place::Discovered,
+        (Some(jwks), _) => Some(Place::Fixed(jwks.to_string())),
+        (None, Some(uri)) => Some(Place::At(uri.clone())),
+        (None, None) => None,
     }
 }

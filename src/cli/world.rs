@@ -176,6 +176,7 @@ impl World {
         if let Some(path) = file {
             supervisor.spawn_until_end("project-file", follow_file(path, Arc::clone(&directory)));
         }
+        supervisor.spawn_until_end("token-clock", tokens.follow_clock());
         if let Some(state) = &state {
             let secrets = keep_secrets(state.clone(), Arc::clone(&trust), tokens);
             supervisor.spawn_until_end("kept-secrets", secrets);

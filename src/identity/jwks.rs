@@ -21,9 +21,9 @@ use serde_json::Value;
 use tokio::{
     runtime::Handle,
     sync::watch,
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep, timeout, timeout_at},
 };
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 use url::Url;
 
 use crate::{
@@ -55,9 +55,6 @@ pub enum FetchFault {
     /// The issuer did not answer, or not with a key set.
     #[error("the issuer's keys could not be fetched")]
     Source(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// Its published configuration cannot be used.
-    #[error("the issuer's configuration cannot be used: {0}")]
-    Discovery(&'static str),
     /// It answered with a set that cannot be used.
     #[error("the issuer's keys cannot be used")]
     Set(#[from] KeySetError),
@@ -90,33 +87,6 @@ pub fn keys_at(client: Client, jwks_uri: Url) -> Fetch {
     Arc::new(move || {
         let (client, url) = (client.clone(), jwks_uri.clone());
         async move { client.jwks(&url).await.map_err(FetchFault::source) }.boxed()
-    })
-}
-
-/// The keys of an issuer that publishes its configuration (OpenID Connect Discovery 1.0 §4), asked anew each
-/// time because the place of the keys may move. The configuration must name this very issuer, and keys are
-/// not fetched in the clear for an issuer that is not.
-#[must_use]
-pub fn discovered_keys(client: Client, issuer: Arc<str>) -> Fetch {
-    Arc::new(move || {
-        let (client, issuer) = (client.clone(), issuer.clone());
-        async move {
-            let place =
-                format!("{}/.well-known/openid-configuration", issuer.trim_end_matches('/'));
-            let place = Url::parse(&place).map_err(FetchFault::source)?;
-            let found = client.jwks(&place).await.map_err(FetchFault::source)?;
-            let text = |name| found.get(name).and_then(Value::as_str);
-            if text("issuer") != Some(&issuer) {
-                return Err(FetchFault::Discovery("it names another issuer"));
-            }
-            let keys = text("jwks_uri").and_then(|uri| Url::parse(uri).ok());
-            let keys = keys.ok_or(FetchFault::Discovery("it names no jwks_uri"))?;
-            if keys.scheme() != "https" && keys.scheme() != place.scheme() {
-                return Err(FetchFault::Discovery("its keys are not under https"));
-            }
-            client.jwks(&keys).await.map_err(FetchFault::source)
-        }
-        .boxed()
     })
 }
 
@@ -164,6 +134,8 @@ pub struct Jwks {
 struct State {
     fetching: bool,
     last_worked: bool,
+    /// Whether the log has told that keys cannot be fetched.
+    told: bool,
     fetched_at: Option<Instant>,
     asked_at: Option<Instant>,
     unknown: VecDeque<(Box<str>, Instant)>,
@@ -291,34 +263,41 @@ impl Jwks {
         if found() {
             return Refreshed::Changed;
         }
-        let Some(mut ended) = self.ask(kid) else { return Refreshed::NotNow };
-        let told = timeout(WAIT_LIMIT, ended.changed()).await.is_ok();
-        if found() {
-            return Refreshed::Changed;
-        }
-        if told {
-            self.lock().remember_unknown(kid, Instant::now());
+        let until = Instant::now() + WAIT_LIMIT;
+        while let Some(Asked { mut ended, own }) = self.ask(kid) {
+            let told = timeout_at(until, ended.changed()).await.is_ok();
+            if found() {
+                return Refreshed::Changed;
+            }
+            if !told {
+                break;
+            }
+            if own {
+                self.lock().remember_unknown(kid, Instant::now());
+                break;
+            }
+            // A fetch that was begun before the question may have missed the key: once more, if that is allowed.
         }
         Refreshed::NotNow
     }
 
     /// A fetch to wait for, unless it is too early for one or the key is known to be unknown.
-    fn ask(self: &Arc<Self>, kid: &str) -> Option<watch::Receiver<u64>> {
+    fn ask(self: &Arc<Self>, kid: &str) -> Option<Asked> {
         let (fetch, side) = self.source.as_ref()?;
         let now = Instant::now();
         let mut state = self.lock();
         if state.is_unknown(kid, now) {
             return None;
         }
-        let ended = self.ended.subscribe();
-        if !state.fetching {
+        let (ended, own) = (self.ended.subscribe(), !state.fetching);
+        if own {
             if state.asked_at.is_some_and(|at| now.duration_since(at) < UNKNOWN_EVERY) {
                 return None;
             }
             state.asked_at = Some(now);
             self.begin(&mut state, fetch, side);
         }
-        Some(ended)
+        Some(Asked { ended, own })
     }
 
     fn begin(self: &Arc<Self>, state: &mut State, fetch: &Fetch, side: &Handle) {
@@ -367,6 +346,13 @@ impl State {
     }
 }
 
+/// A fetch that somebody waits for.
+struct Asked {
+    ended: watch::Receiver<u64>,
+    /// Whether it was begun by this question, and not before it.
+    own: bool,
+}
+
 /// A fetch under way; whatever ends it, those who wait are told.
 struct Running {
     keys: Arc<Jwks>,
@@ -376,13 +362,21 @@ struct Running {
 impl Running {
     async fn carry(mut self, answer: BoxFuture<'static, Result<Value, FetchFault>>) {
         let fetched = timeout(FETCH_LIMIT, answer).await.unwrap_or(Err(FetchFault::Deadline));
-        match self.keys.take(fetched) {
-            Ok(()) => self.worked = true,
-            Err(fault) => {
-                let error = &fault as &dyn std::error::Error;
-                warn!(issuer = %self.keys.issuer, error, "keys not refreshed, the old ones stay");
+        let (issuer, outcome) = (&self.keys.issuer, self.keys.take(fetched));
+        let told = std::mem::replace(&mut self.keys.lock().told, outcome.is_err());
+        match outcome {
+            Ok(()) if told => info!(%issuer, "keys are fetched again"),
+            Ok(()) => {}
+            Err(ref fault) => {
+                let error = fault as &dyn std::error::Error;
+                if told {
+                    debug!(%issuer, error, "keys still not fetched");
+                } else {
+                    warn!(%issuer, error, "keys not fetched, the old ones stay");
+                }
             }
         }
+        self.worked = outcome.is_ok();
     }
 }
 
@@ -504,6 +498,42 @@ mod tests {
         // Nobody needs the keys any more, so nobody fetches them.
         sleep(Duration::from_secs(700)).await;
         following.await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_key_that_was_published_during_a_fetch_is_not_taken_for_unknown() {
+        let issuer = Issuer::with(&["a"]);
+        // Its answers are made when they are asked for, and take a while to arrive.
+        let early: Fetch = {
+            let issuer = issuer.clone();
+            Arc::new(move || {
+                issuer.asked.fetch_add(1, Ordering::SeqCst);
+                let answer = set(&issuer.keys.lock().unwrap().iter().collect::<Vec<_>>());
+                sleep(Duration::from_millis(20)).map(|()| Ok(answer)).boxed()
+            })
+        };
+        let jwks = Jwks::fetched("https://i".into(), KeySet::default(), early, Handle::current());
+        let question = async {
+            tokio::task::yield_now().await;
+            issuer.add("new");
+            jwks.refresh_for("new").await
+        };
+        let (_under_way, found) = tokio::join!(jwks.fetch(), question);
+        assert_eq!((found, issuer.asked()), (Refreshed::Changed, 2));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_issuer_that_is_down_is_one_line_in_the_log() {
+        let (paper, _guard) = crate::telemetry::overhear("warn");
+        let issuer = Issuer::with(&["a"]);
+        issuer.down.store(true, Ordering::SeqCst);
+        let jwks = issuer.jwks();
+        for _ in 0..10 {
+            jwks.fetch().await.unwrap();
+        }
+        let log = paper.text();
+        assert_eq!(log.lines().count(), 1, "{log}");
+        assert!(log.contains("could not be fetched: down"), "{log}");
     }
 
     #[tokio::test(start_paused = true)]

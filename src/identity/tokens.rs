@@ -27,7 +27,7 @@ use tokio::{
     sync::watch,
     time::{Instant, sleep, sleep_until, timeout},
 };
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use crate::{
     api::{Client, ClientError, Credential, TokenAnswer},
@@ -42,6 +42,8 @@ const MARGIN: Duration = Duration::from_secs(5);
 const ASK_LIMIT: Duration = Duration::from_secs(20);
 /// Pauses after failures.
 const RETRY: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
+/// How often the wall clock is looked at.
+const CLOCK_EVERY: Duration = Duration::from_secs(1);
 /// How often a token file is looked at.
 const FILE_EVERY: Duration = Duration::from_secs(1);
 /// The life of a bearer from a file that does not say when it ends; the file is watched anyway.
@@ -424,6 +426,31 @@ impl Tokens {
         }
     }
 
+    /// Drops tokens that have expired by the wall clock, for as long as somebody holds them; to be run on the side
+    /// runtime. Requests compare with a clock that costs nothing to read but stands still while the machine sleeps.
+    pub fn follow_clock(self: &Arc<Self>) -> impl Future<Output = ()> + Send + 'static {
+        let weak = Arc::downgrade(self);
+        async move {
+            while let Some(tokens) = weak.upgrade() {
+                tokens.drop_expired(tokens.shared.clock.unix_seconds());
+                drop(tokens);
+                sleep(CLOCK_EVERY).await;
+            }
+        }
+    }
+
+    /// Drops the tokens that must not be sent any more at `now`, seconds since 1970.
+    fn drop_expired(&self, now: i64) {
+        let margin = i64::try_from(MARGIN.as_secs()).unwrap_or(i64::MAX);
+        for slot in self.lock().values() {
+            let Some(bearer) = slot.bearer.load_full() else { continue };
+            if bearer.expires_at.saturating_sub(margin) <= now {
+                // Only this one: a fresh token may have come since the look.
+                let _dropped = slot.bearer.compare_and_swap(&bearer, None);
+            }
+        }
+    }
+
     /// Numbers for metrics.
     #[must_use]
     pub fn stats(&self) -> TokenStats {
@@ -684,6 +711,9 @@ impl Asking {
         // Without an outcome the source panicked or the runtime ends.
         match self.outcome.take().unwrap_or(Err(TokenUnavailable::Unusable)) {
             Ok(bearer) => {
+                if slot.lock().failures > 0 {
+                    info!(callee = %slot.callee, "there are tokens again");
+                }
                 debug!(callee = %slot.callee, expires_at = bearer.expires_at, "token received");
                 slot.put(bearer);
                 shared.received.fetch_add(1, Ordering::Relaxed);
@@ -692,8 +722,13 @@ impl Asking {
             Err(fault) => {
                 shared.failures.fetch_add(1, Ordering::Relaxed);
                 let error = &fault as &dyn std::error::Error;
-                warn!(callee = %slot.callee, error, "no token");
                 let mut state = slot.lock();
+                // Once per spell: it is asked for again every few seconds.
+                if state.failures == 0 {
+                    warn!(callee = %slot.callee, error, "no token");
+                } else {
+                    debug!(callee = %slot.callee, error, "still no token");
+                }
                 state.failures = state.failures.saturating_add(1);
                 let until = Instant::now() + RETRY.pause(state.failures);
                 state.failed = Some((fault, until));
@@ -809,8 +844,8 @@ mod tests {
         assert_eq!(issuer.asked(), 1);
         sleep(LIFE.mul_f64(0.12)).await;
         assert_eq!(issuer.asked(), 2);
-        // Nobody has looked at the second one, so nobody needs a third.
-        sleep(LIFE.mul_f64(0.9)).await;
+        // Nobody has looked at the second one, so nobody needs a third. It was received after half a life at the earliest.
+        sleep(LIFE.mul_f64(0.8)).await;
         assert_eq!(issuer.asked(), 2);
         // One look is enough, however late.
         assert_eq!(slot.current(Instant::now()).unwrap().header(), "Bearer data-2");
@@ -935,6 +970,38 @@ mod tests {
         sleep(Duration::from_secs(1)).await;
         assert_eq!(issuer.asked(), 2);
         assert_eq!(slot.current(Instant::now()).unwrap().header(), "Bearer data-2");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_token_that_expired_while_the_machine_slept_is_not_sent() {
+        let (tokens, issuer) = tokens(&[]);
+        let slot = tokens.slot(&data());
+        let expires_at = slot.bearer().await.unwrap().expires_at();
+        tokens.drop_expired(expires_at - 6);
+        assert!(slot.current(Instant::now()).is_some());
+        // The wall clock went on, the one that timers use did not.
+        tokens.drop_expired(expires_at - 5);
+        assert!(slot.current(Instant::now()).is_none());
+        assert_eq!(slot.bearer().await.unwrap().header(), "Bearer data-2");
+        assert_eq!(issuer.asked(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_spell_without_tokens_is_two_lines_in_the_log() {
+        let (paper, _guard) = crate::telemetry::overhear("info");
+        let (tokens, issuer) = tokens(&[]);
+        issuer.down.store(true, Ordering::SeqCst);
+        let slot = tokens.slot(&data());
+        for _ in 0..10 {
+            assert!(slot.bearer().await.is_err());
+            sleep(Duration::from_secs(5)).await;
+        }
+        issuer.down.store(false, Ordering::SeqCst);
+        slot.bearer().await.unwrap();
+        let log = paper.text();
+        assert_eq!(log.lines().count(), 2, "{log}");
+        assert!(log.contains("no token callee=data error=the issuer gave no answer"), "{log}");
+        assert!(log.contains("there are tokens again callee=data"), "{log}");
     }
 
     #[tokio::test(start_paused = true)]
