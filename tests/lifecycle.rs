@@ -44,6 +44,29 @@ async fn a_proxy_that_was_killed_calls_within_a_second_without_the_control_plane
     assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
 }
 
+#[tokio::test]
+async fn an_issuer_that_is_down_takes_no_callee_down() {
+    let app = Origin::plain("ok").await;
+    let mut pair = Pair::open(app.at, "", "").await;
+    let [nobody] = free_ports();
+    let issuers = format!(
+        "issuers: [{{ issuer: 'https://dead.example', jwks_uri: 'http://{nobody}/keys', audiences: [shop] }}]\n"
+    );
+    pair.folder.write("project.yaml", &(Pair::project(pair.inbound, "") + &issuers));
+    let line = "infrar_jwks_keys{issuer=\"https://dead.example\"} 0\n";
+    until("the callee knows of the issuer", async || {
+        let metrics = get(pair.callee_admin, &pair.callee_admin.to_string(), "/metrics").await;
+        metrics.body.contains(line)
+    })
+    .await;
+    assert_eq!(readyz(pair.callee_admin).await, Some(200), "{}", pair.logs());
+    // Nor does it keep one from starting.
+    pair.processes.callee.kill().await;
+    pair.processes.callee = Pair::start_proxy(&pair.folder, "callee");
+    pair.processes.callee.ready(pair.callee_admin).await;
+    until("it is called", async || get(pair.out, "data", "/").await.body == "ok").await;
+}
+
 /// Whether the state folder of `who` has a file for `what`.
 fn kept(folder: &Folder, who: &str, what: &str) -> bool {
     let Ok(files) = std::fs::read_dir(folder.path(who)) else { return false };

@@ -1,26 +1,23 @@
-//! What a proxy knows of the world beyond its listeners: where the project comes from, its tokens and keys, and the folder
-//! that keeps them over a restart.
+//! What a proxy knows of the world beyond its listeners: where the project comes from, its tokens and keys.
 
 use std::{
     collections::HashMap,
     io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
 };
 
-use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
+use futures_util::{FutureExt, future::BoxFuture};
 use secrecy::SecretString;
-use serde_json::Value;
 use tokio::runtime::Handle;
 use zeroize::Zeroizing;
 
-use super::{trust::Trust, watch::WatchedFile};
+use super::{kept::Keeper, trust::Trust, watch::WatchedFile};
 use crate::{
     api::{CONTROL_AUDIENCE, Catalog, Client, ClientSettings, Credential, TokenAnswer},
     config::{self, ProxyFile},
-    discovery::{AskBearer, Directory, Registry as Source, State},
-    identity::{ControlTokens, NoTokens, StoredToken, TokenSource, TokenUnavailable, Tokens},
+    discovery::{AskBearer, Directory, Registry as Source},
+    identity::{ControlTokens, NoTokens, TokenSource, TokenUnavailable, Tokens},
     model::ServiceName,
     proxy,
     runtime::{Clock, Supervisor},
@@ -31,16 +28,11 @@ pub(super) struct World {
     directory: Arc<Directory>,
     pub(super) tokens: Arc<Tokens>,
     pub(super) trust: Arc<Mutex<Trust>>,
-    state: Option<State>,
+    keeper: Option<Keeper>,
     source: Option<Source>,
     /// A project that is read from a file.
     file: Option<PathBuf>,
 }
-
-/// The names of the kept files.
-const SNAPSHOT: &str = "snapshot";
-const JWKS: &str = "jwks";
-const TOKENS: &str = "tokens";
 
 impl World {
     pub(super) fn open(
@@ -83,7 +75,7 @@ impl World {
             directory: Arc::clone(directory),
             tokens: Arc::new(tokens),
             trust: Arc::new(Mutex::new(trust)),
-            state: None,
+            keeper: None,
             source: None,
             file: Some(path.to_owned()),
         })
@@ -111,20 +103,19 @@ impl World {
             Clock::system(),
         );
         let tokens = Arc::new(tokens);
-        let state = control
+        let mut keeper = control
             .state_dir
             .as_ref()
-            .map(|folder| State::open(folder, file.service.clone(), Clock::system()))
+            .map(|folder| {
+                let (me, oldest) = (file.service.clone(), control.max_snapshot_age);
+                Keeper::open(folder, me, oldest, Clock::system())
+            })
             .transpose()?;
-        let mut remembered = HashMap::new();
-        let mut catalog = None;
-        if let Some(state) = &state {
-            let oldest = control.max_snapshot_age;
-            remembered = kept(state, JWKS, oldest).map(|found| found.0).unwrap_or_default();
-            if let Some((tokens_of_old, _)) = kept::<Vec<StoredToken>>(state, TOKENS, oldest) {
-                tokens.restore(tokens_of_old);
-            }
-            catalog = kept::<Catalog>(state, SNAPSHOT, oldest);
+        let (mut remembered, mut catalog) = (HashMap::new(), None);
+        if let Some(keeper) = &mut keeper {
+            remembered = keeper.keys();
+            tokens.restore(keeper.tokens());
+            catalog = keeper.snapshot();
         }
         let mut trust = Trust::new(client.clone(), true, remembered);
         if let Some((catalog, age)) = catalog {
@@ -142,7 +133,7 @@ impl World {
             directory: Arc::clone(directory),
             tokens,
             trust: Arc::new(Mutex::new(trust)),
-            state,
+            keeper,
             source: Some(source),
             file: None,
         })
@@ -152,16 +143,16 @@ impl World {
         lock(&self.trust).verifier()
     }
 
-    /// Ready: there is a snapshot, and keys wherever tokens are to be verified.
+    /// Ready: there is a snapshot, and wherever tokens are to be verified, keys for those that everybody has. An issuer
+    /// of the project's list that cannot be reached takes nobody down but its own callers; metrics and log tell of it.
     pub(super) fn readiness(&self, inbound: bool) -> proxy::Ready {
         let (directory, trust) = (Arc::clone(&self.directory), Arc::clone(&self.trust));
         Arc::new(move || {
             if directory.load().is_none() {
                 return Err("there is no snapshot of the project yet");
             }
-            let sets = lock(&trust).sets();
-            if inbound && sets.iter().any(|keys| keys.load().is_empty()) {
-                return Err("the public keys of an issuer are not there yet");
+            if inbound && !lock(&trust).can_verify() {
+                return Err("the public keys of the issuer are not there yet");
             }
             Ok(())
         })
@@ -169,97 +160,33 @@ impl World {
 
     /// Starts everything that keeps it current.
     pub(super) fn live(self, supervisor: &Arc<Supervisor>) {
-        let Self { directory, tokens, trust, state, source, file } = self;
+        let Self { directory, tokens, trust, keeper, source, file } = self;
+        // Whoever listens comes before whoever speaks.
+        let mut changes = directory.changes();
+        let (keeping, follower) = (Arc::clone(supervisor), Arc::clone(&trust));
+        let known = Arc::clone(&directory);
+        supervisor.spawn_until_end("trust", async move {
+            while changes.changed().await.is_ok() {
+                if let Some(catalog) = known.load() {
+                    lock(&follower).follow(&catalog, &keeping);
+                }
+            }
+        });
+        supervisor.spawn_until_end("token-clock", tokens.follow_clock());
+        if let Some(keeper) = keeper {
+            keeper.live(supervisor, Arc::clone(&directory), trust, tokens);
+        }
         if let Some(source) = source {
             supervisor.spawn_until_end("registry", source.follow());
         }
         if let Some(path) = file {
-            supervisor.spawn_until_end("project-file", follow_file(path, Arc::clone(&directory)));
-        }
-        supervisor.spawn_until_end("token-clock", tokens.follow_clock());
-        if let Some(state) = &state {
-            let secrets = keep_secrets(state.clone(), Arc::clone(&trust), tokens);
-            supervisor.spawn_until_end("kept-secrets", secrets);
-        }
-        let keeper = Arc::clone(supervisor);
-        supervisor.spawn_until_end("trust", async move {
-            let mut changes = directory.changes();
-            changes.mark_changed();
-            while changes.changed().await.is_ok() {
-                let Some(catalog) = directory.load() else { continue };
-                lock(&trust).follow(&catalog, &keeper);
-                if let Some(state) = &state {
-                    keep(state, SNAPSHOT, (*catalog).clone()).await;
-                }
-            }
-        });
-    }
-}
-
-/// Keeps keys and tokens on disk as they come.
-async fn keep_secrets(state: State, trust: Arc<Mutex<Trust>>, tokens: Arc<Tokens>) {
-    let followed = lock(&trust).followed();
-    let mut changes = tokens.changes();
-    changes.mark_changed();
-    let mut last: HashMap<String, Value> = HashMap::new();
-    loop {
-        // Listened to before they are read, so that no change falls between.
-        let sets = lock(&trust).sets();
-        let mut listened: Vec<_> = sets.iter().map(|keys| keys.changes()).collect();
-        let now: HashMap<String, Value> = sets
-            .iter()
-            .filter(|keys| !keys.load().is_empty())
-            .filter_map(|keys| {
-                Some((keys.issuer().to_string(), serde_json::to_value(keys.load().source()).ok()?))
-            })
-            .collect();
-        if now != last {
-            keep(&state, JWKS, now.clone()).await;
-            last = now;
-        }
-        let keys: FuturesUnordered<_> =
-            listened.iter_mut().map(tokio::sync::watch::Receiver::changed).collect();
-        tokio::select! {
-            changed = changes.changed() => {
-                if changed.is_err() {
-                    return;
-                }
-                keep(&state, TOKENS, tokens.snapshot()).await;
-            }
-            Some(_changed) = keys.into_future().map(|(first, _)| first) => {}
-            () = followed.notified() => {}
+            supervisor.spawn_until_end("project-file", follow_file(path, directory));
         }
     }
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// What an earlier run kept, or nothing: what must not be used is reported and passed over.
-fn kept<T: serde::de::DeserializeOwned>(
-    state: &State,
-    name: &str,
-    oldest: Duration,
-) -> Option<(T, Duration)> {
-    match state.kept(name, oldest) {
-        Ok(found) => found.map(|stored| (stored.content, stored.age)),
-        Err(error) => {
-            tracing::error!(error = &error as &dyn std::error::Error, "a kept file is not used");
-            None
-        }
-    }
-}
-
-async fn keep<T: serde::Serialize + Send + 'static>(state: &State, name: &'static str, content: T) {
-    let state = state.clone();
-    let kept = tokio::task::spawn_blocking(move || state.keep(name, &content)).await;
-    if let Ok(Err(error)) = kept {
-        tracing::error!(
-            error = &error as &dyn std::error::Error,
-            "what must survive a restart could not be written"
-        );
-    }
 }
 
 /// Re-reads a project file when it changes; one with faults changes nothing.
