@@ -102,7 +102,7 @@ impl Trust {
             trusted.extend(keys.map(|keys| Trusted {
                 issuer: issuer.issuer.as_str().into(),
                 ours: false,
-                audiences: issuer.audiences.clone(),
+                audiences: shared_audiences(issuer, catalog),
                 keys,
             }));
         }
@@ -160,6 +160,14 @@ impl Trust {
         supervisor.spawn_until_end("jwks", keys.follow());
         Some(keys)
     }
+}
+
+/// The audiences of an issuer that stand for every service. One that is a service's name stands for that service alone,
+/// where it is accepted anyway: a token for `reports` opens nothing else.
+fn shared_audiences(issuer: &Issuer, catalog: &Catalog) -> Vec<String> {
+    let services = &catalog.project.services;
+    let shared = issuer.audiences.iter().filter(|name| !services.contains_key(name.as_str()));
+    shared.cloned().collect()
 }
 
 /// Where the project says that an issuer's keys are; it always does, or the issuer is not trusted.

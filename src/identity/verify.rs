@@ -239,10 +239,18 @@ pub struct Trusted {
     pub issuer: Arc<str>,
     /// Whether it is the project's own.
     pub ours: bool,
-    /// Audiences accepted besides the service's own name.
+    /// Audiences that stand for every service here, besides the service's own name: `api://shop`, and never the name of
+    /// a service, which stands for that service alone.
     pub audiences: Vec<String>,
     /// Its keys.
     pub keys: Arc<Jwks>,
+}
+
+impl Trusted {
+    /// Whether one of the names in a token's `aud` stands for every service here.
+    fn is_for_everyone<'a>(&self, mut audiences: impl Iterator<Item = &'a str>) -> bool {
+        audiences.any(|name| self.audiences.iter().any(|own| own == name))
+    }
 }
 
 /// Verifies tokens of the issuers that are trusted. Immutable; built anew when the list of issuers changes.
@@ -308,8 +316,7 @@ impl Verifier {
         let subject = body.subject.as_ref().ok_or(TokenFault::NoSubject)?;
         let caller = read_caller(&subject.0, trusted.ours)?;
         let named = |list: &[Cow<'_, str>]| list.iter().any(|name| audience.contains(&&**name));
-        let for_everyone_here =
-            body.audience.0.iter().any(|name| trusted.audiences.iter().any(|one| one == name));
+        let for_everyone_here = trusted.is_for_everyone(body.audience.0.iter().map(AsRef::as_ref));
         if !for_everyone_here && !named(&body.audience.0) {
             return Err(TokenFault::WrongAudience);
         }
@@ -359,8 +366,7 @@ impl Verifier {
             one.issuer == claims.issuer
                 && one.ours == claims.is_ours()
                 && one.keys.load().has(claims.key)
-                && (!claims.for_everyone_here
-                    || claims.audiences().any(|name| one.audiences.iter().any(|own| own == name)))
+                && one.is_for_everyone(claims.audiences()) == claims.for_everyone_here
         })
     }
 }
@@ -908,6 +914,25 @@ mod tests {
             let fault = verifier.verify(token.as_bytes(), HERE, NOW).err();
             assert_eq!(fault, Some(TokenFault::NoSubject), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn a_remembered_token_follows_what_its_audiences_mean_now() {
+        let key = Forge::new("k1", Algorithm::EdDsa);
+        let keys = || KeySet::from_json(&set(&[&key])).unwrap();
+        let mut payload = body();
+        payload["aud"] = json!("reports");
+        let token = key.sign(&key.header().to_string(), &payload.to_string());
+        let mut cache = TokenCache::new(8);
+        let mut at = |audiences: &[&str], service: &str| {
+            let verifier = verifier(ISSUER, false, keys(), audiences);
+            cache.verify(&verifier, token.as_bytes(), &[service], NOW).map(drop)
+        };
+        // While no service has that name, it is one that the issuer's list accepts everywhere.
+        assert_eq!(at(&["reports"], "data"), Ok(()));
+        assert_eq!(at(&[], "data"), Err(TokenFault::WrongAudience));
+        assert_eq!(at(&[], "reports"), Ok(()));
+        assert_eq!(at(&["reports"], "data"), Ok(()));
     }
 
     #[test]

@@ -82,7 +82,11 @@ impl Gate {
         });
         let strictness =
             view.map_or(crate::identity::Strictness::Enforce, |view| view.strictness.get());
-        admit(claims, action, granted, strictness).map_err(|refused| match refused {
+        let listed = view
+            .filter(|_| !claims.is_ours())
+            .and_then(|view| view.catalog.project.services.get(callee))
+            .map(|service| &service.scopes);
+        admit(claims, action, granted, listed, strictness).map_err(|refused| match refused {
             Refused::NotPermitted { caller } => {
                 Rejection::NotPermitted { caller, callee: callee.clone() }
             }
