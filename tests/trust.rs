@@ -373,6 +373,22 @@ async fn an_audience_that_is_a_services_name_opens_that_service_alone() {
 }
 
 #[tokio::test]
+async fn keys_in_a_file_change_with_it() {
+    let callee = Callee::open("off", "").await;
+    let next = KeyPair::generate().expect("a key");
+    let header = Header { kid: Some("k2".to_owned()), ..Header::new(Algorithm::ES256) };
+    let token = bearer(&encode(&header, &claims(), &signer(&next)).expect("a token"));
+    assert_eq!(callee.asks("POST", "/query", &token).await.status(), 401);
+    callee.folder.write("jwks.json", &json!({"keys": [jwk(&next, "k2")]}).to_string());
+    until("the new key is believed", async || {
+        callee.asks("POST", "/query", &token).await.status() == 200
+    })
+    .await;
+    let old = bearer(&callee.token(&es256(), &claims()));
+    assert_eq!(callee.asks("POST", "/query", &old).await.status(), 401);
+}
+
+#[tokio::test]
 async fn rules_decide_and_the_app_learns_who_calls_from_the_proxy_alone() {
     let callee = Callee::open("off", "  forward_authorization: false\n").await;
     let reader = bearer(&callee.token(&es256(), &with(&json!({"scope": "read:data"}))));

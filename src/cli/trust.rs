@@ -199,7 +199,7 @@ mod tests {
         Issuer { issuer: name.to_owned(), jwks_uri, jwks, audiences: Vec::new() }
     }
 
-    fn catalog(own: &str, issuers: Vec<Issuer>) -> Catalog {
+    fn catalog(own: &str, issuers: &[Issuer]) -> Catalog {
         let project = json!({"name": "shop", "networking": {"multi_cloud": true, "default_mode": "public",
             "connections": []}, "services": {}, "permissions": {}, "issuers": issuers, "mode": "enforce"});
         let project = serde_json::from_value(project).unwrap();
@@ -215,16 +215,16 @@ mod tests {
     #[tokio::test]
     async fn a_callee_waits_for_its_own_issuers_keys_and_for_nobody_elses() {
         let supervisor = Supervisor::new(Handle::current());
-        let dead = || vec![issuer("https://dead.example", None)];
+        let dead = [issuer("https://dead.example", None)];
         let mut waiting = trust(true, &[]);
         assert!(!waiting.can_verify(), "no snapshot was followed yet");
-        waiting.follow(&catalog("https://own", vec![issuer("i", Some(a_key()))]), &supervisor);
+        waiting.follow(&catalog("https://own", &[issuer("i", Some(a_key()))]), &supervisor);
         assert!(!waiting.can_verify());
         let mut trust = trust(true, &["https://own"]);
-        trust.follow(&catalog("https://own", dead()), &supervisor);
+        trust.follow(&catalog("https://own", &dead), &supervisor);
         assert!(trust.can_verify());
         // The control plane has moved: the keys of its new name come within moments.
-        trust.follow(&catalog("https://moved", dead()), &supervisor);
+        trust.follow(&catalog("https://moved", &dead), &supervisor);
         assert!(trust.can_verify());
     }
 
@@ -233,15 +233,15 @@ mod tests {
         let supervisor = Supervisor::new(Handle::current());
         let (dead, alive) = (issuer("https://dead", None), issuer("https://alive", Some(a_key())));
         let mut waiting = trust(false, &[]);
-        waiting.follow(&catalog("", vec![dead.clone()]), &supervisor);
+        waiting.follow(&catalog("", std::slice::from_ref(&dead)), &supervisor);
         assert!(!waiting.can_verify());
-        waiting.follow(&catalog("", vec![dead.clone(), alive]), &supervisor);
+        waiting.follow(&catalog("", &[dead.clone(), alive]), &supervisor);
         assert!(waiting.can_verify());
-        waiting.follow(&catalog("", vec![dead]), &supervisor);
+        waiting.follow(&catalog("", &[dead]), &supervisor);
         assert!(waiting.can_verify(), "it was ready before");
         // Nobody is trusted, so public paths are all there is.
         let mut nobody = trust(false, &[]);
-        nobody.follow(&catalog("", Vec::new()), &supervisor);
+        nobody.follow(&catalog("", &[]), &supervisor);
         assert!(nobody.can_verify());
     }
 }

@@ -59,8 +59,8 @@ impl World {
         supervisor: &Supervisor,
         directory: &Arc<Directory>,
     ) -> anyhow::Result<Self> {
-        let catalog =
-            Catalog { revision: 1, issuer: String::new(), project: config::load_registry(path)? };
+        let project = config::load_registry(path)?.project;
+        let catalog = Catalog { revision: 1, issuer: String::new(), project };
         let client = Client::new(ClientSettings::new(Vec::new(), file.trust_ca_file.clone()))?;
         let mut trust = Trust::new(client, false, HashMap::new());
         trust.follow(&catalog, supervisor);
@@ -197,10 +197,15 @@ async fn follow_file(path: PathBuf, directory: Arc<Directory>) {
             return tracing::error!(%error, path = %path.display(), "the project file cannot be watched");
         }
     };
+    if let Ok(file) = config::load_registry(&path) {
+        watched.refers_to(file.referred_files());
+    }
     loop {
         watched.changed().await;
         match config::load_registry(&path) {
-            Ok(project) => {
+            Ok(file) => {
+                watched.refers_to(file.referred_files());
+                let project = file.project;
                 let revision = directory.load().map_or(1, |catalog| catalog.revision + 1);
                 directory.publish(Catalog { revision, issuer: String::new(), project });
             }
