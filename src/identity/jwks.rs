@@ -21,7 +21,7 @@ use serde_json::Value;
 use tokio::{
     runtime::Handle,
     sync::watch,
-    time::{Instant, sleep, timeout, timeout_at},
+    time::{Instant, sleep, timeout},
 };
 use tracing::{debug, info, warn};
 use url::Url;
@@ -97,6 +97,15 @@ pub enum Refreshed {
     Changed,
     /// It is not, and asking again would not help at the moment.
     NotNow,
+}
+
+/// Who began a fetch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Whose {
+    /// Whoever waits for it: its answer is newer than the question.
+    Ours,
+    /// Somebody before.
+    Others,
 }
 
 /// Numbers for `infrar_jwks_*`.
@@ -263,41 +272,45 @@ impl Jwks {
         if found() {
             return Refreshed::Changed;
         }
-        let until = Instant::now() + WAIT_LIMIT;
-        while let Some(Asked { mut ended, own }) = self.ask(kid) {
-            let told = timeout_at(until, ended.changed()).await.is_ok();
-            if found() {
-                return Refreshed::Changed;
+        let waited = timeout(WAIT_LIMIT, async {
+            // A fetch that was under way may have been answered before the key was there, and proves nothing.
+            while let Some((mut ended, whose)) = self.ask(kid) {
+                // The other end lives in this set, so it cannot be gone.
+                let _told = ended.changed().await;
+                if found() || whose == Whose::Ours {
+                    return whose;
+                }
             }
-            if !told {
-                break;
-            }
-            if own {
-                self.lock().remember_unknown(kid, Instant::now());
-                break;
-            }
-            // A fetch that was begun before the question may have missed the key: once more, if that is allowed.
+            Whose::Others
+        });
+        let waited = waited.await;
+        if found() {
+            return Refreshed::Changed;
+        }
+        if waited == Ok(Whose::Ours) {
+            self.lock().remember_unknown(kid, Instant::now());
         }
         Refreshed::NotNow
     }
 
     /// A fetch to wait for, unless it is too early for one or the key is known to be unknown.
-    fn ask(self: &Arc<Self>, kid: &str) -> Option<Asked> {
+    fn ask(self: &Arc<Self>, kid: &str) -> Option<(watch::Receiver<u64>, Whose)> {
         let (fetch, side) = self.source.as_ref()?;
         let now = Instant::now();
         let mut state = self.lock();
         if state.is_unknown(kid, now) {
             return None;
         }
-        let (ended, own) = (self.ended.subscribe(), !state.fetching);
-        if own {
-            if state.asked_at.is_some_and(|at| now.duration_since(at) < UNKNOWN_EVERY) {
-                return None;
-            }
-            state.asked_at = Some(now);
-            self.begin(&mut state, fetch, side);
+        let ended = self.ended.subscribe();
+        if state.fetching {
+            return Some((ended, Whose::Others));
         }
-        Some(Asked { ended, own })
+        if state.asked_at.is_some_and(|at| now.duration_since(at) < UNKNOWN_EVERY) {
+            return None;
+        }
+        state.asked_at = Some(now);
+        self.begin(&mut state, fetch, side);
+        Some((ended, Whose::Ours))
     }
 
     fn begin(self: &Arc<Self>, state: &mut State, fetch: &Fetch, side: &Handle) {
@@ -344,13 +357,6 @@ impl State {
         }
         self.unknown.push_back((kid.into(), now + UNKNOWN_FOR));
     }
-}
-
-/// A fetch that somebody waits for.
-struct Asked {
-    ended: watch::Receiver<u64>,
-    /// Whether it was begun by this question, and not before it.
-    own: bool,
 }
 
 /// A fetch under way; whatever ends it, those who wait are told.
@@ -429,12 +435,12 @@ mod tests {
                 let issuer = issuer.clone();
                 async move {
                     issuer.asked.fetch_add(1, Ordering::SeqCst);
+                    let answer = set(&issuer.keys.lock().unwrap().iter().collect::<Vec<_>>());
                     sleep(Duration::from_millis(20)).await;
                     if issuer.down.load(Ordering::SeqCst) {
                         return Err(FetchFault::source("down"));
                     }
-                    let keys = issuer.keys.lock().unwrap();
-                    Ok(set(&keys.iter().collect::<Vec<_>>()))
+                    Ok(answer)
                 }
                 .boxed()
             });
@@ -454,6 +460,21 @@ mod tests {
         let found = futures_util::future::join_all(requests).await;
         assert!(found.iter().all(|one| *one == Refreshed::Changed));
         assert_eq!((issuer.asked(), jwks.stats().keys), (1, 1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_key_that_appears_while_a_fetch_is_under_way_is_found_by_the_next() {
+        let issuer = Issuer::with(&["a"]);
+        let jwks = issuer.jwks();
+        let late = async {
+            sleep(Duration::from_millis(5)).await;
+            issuer.add("b");
+            let requests = (0..100).map(|_| jwks.refresh_for("b"));
+            futures_util::future::join_all(requests).await
+        };
+        let (_fetched, found) = tokio::join!(jwks.fetch(), late);
+        assert!(found.iter().all(|one| *one == Refreshed::Changed), "{found:?}");
+        assert_eq!((issuer.asked(), jwks.stats().keys), (2, 2));
     }
 
     #[tokio::test(start_paused = true)]
@@ -498,28 +519,6 @@ mod tests {
         // Nobody needs the keys any more, so nobody fetches them.
         sleep(Duration::from_secs(700)).await;
         following.await.unwrap();
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_key_that_was_published_during_a_fetch_is_not_taken_for_unknown() {
-        let issuer = Issuer::with(&["a"]);
-        // Its answers are made when they are asked for, and take a while to arrive.
-        let early: Fetch = {
-            let issuer = issuer.clone();
-            Arc::new(move || {
-                issuer.asked.fetch_add(1, Ordering::SeqCst);
-                let answer = set(&issuer.keys.lock().unwrap().iter().collect::<Vec<_>>());
-                sleep(Duration::from_millis(20)).map(|()| Ok(answer)).boxed()
-            })
-        };
-        let jwks = Jwks::fetched("https://i".into(), KeySet::default(), early, Handle::current());
-        let question = async {
-            tokio::task::yield_now().await;
-            issuer.add("new");
-            jwks.refresh_for("new").await
-        };
-        let (_under_way, found) = tokio::join!(jwks.fetch(), question);
-        assert_eq!((found, issuer.asked()), (Refreshed::Changed, 2));
     }
 
     #[tokio::test(start_paused = true)]
