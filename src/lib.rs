@@ -23,14 +23,14 @@ pub mod upstream;
 // Floor 3: the control plane's HTTP contract, shared by both ends.
 pub mod api;
 
-// Floor 2: HTTP/1.1 as bytes; the one seam to the network; logs and metrics; words peers exchange.
+// Floor 2: HTTP/1.1 as bytes; the one seam to the network; logs and metrics.
 pub mod http1;
 pub mod net;
 pub mod telemetry;
-pub mod wire;
 
-// Floor 1: how tasks live and end, what time it is.
+// Floor 1: how tasks live and end, what time it is; words peers exchange.
 pub mod runtime;
+pub mod wire;
 
 // Floor 0: the vocabulary: no I/O, no async, no clock.
 pub mod model;

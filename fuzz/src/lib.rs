@@ -120,25 +120,25 @@ pub fn http1_request(data: &[u8]) {
 
     let mut printed = BytesMut::new();
     encode_request_line(&once.method, &once.uri.to_string(), &mut printed);
-    encode_headers(&once.headers, &mut printed);
+    encode_headers(once.fields.iter(), &mut printed);
     if !printed.ends_with(b"\r\n\r\n") {
         printed.put_slice(b"\r\n");
     }
     let again = parse_request(&mut printed, HeadLimits { bytes: limits.bytes * 2, ..limits });
-    if once.headers.contains_key(http::header::HOST) {
+    if once.fields.contains(&http::header::HOST) {
         let again = again.expect("we print what we accept").expect("whole");
-        assert_eq!((&once.method, &once.headers), (&again.method, &again.headers));
+        assert_eq!((&once.method, &once.fields), (&again.method, &again.fields));
         assert!(printed.is_empty(), "a printed head is one head");
     }
-    if let Ok(framing) = request_framing(once.version, &once.headers) {
+    if let Ok(framing) = request_framing(once.version, &once.fields) {
         body(framing, &whole);
     }
 }
 
 fn request_parts(
     head: &ParsedRequest,
-) -> (&http::Method, &http::Uri, http::Version, &http::HeaderMap) {
-    (&head.method, &head.uri, head.version, &head.headers)
+) -> (&http::Method, &http::Uri, http::Version, &infrar::wire::Fields) {
+    (&head.method, &head.uri, head.version, &head.fields)
 }
 
 /// A response head reads the same however it is cut; its body as its framing says.
@@ -160,14 +160,16 @@ pub fn http1_response(data: &[u8]) {
     assert_eq!(response_parts(&once), response_parts(&twice));
     assert_eq!(whole, pieces, "a cut decides where the head ends");
     for method in [http::Method::GET, http::Method::HEAD] {
-        if let Ok(framing) = response_framing(&method, once.status, &once.headers) {
+        if let Ok(framing) = response_framing(&method, once.status, &once.fields) {
             body(framing, &whole);
         }
     }
 }
 
-fn response_parts(head: &ParsedResponse) -> (http::StatusCode, http::Version, &http::HeaderMap) {
-    (head.status, head.version, &head.headers)
+fn response_parts(
+    head: &ParsedResponse,
+) -> (http::StatusCode, http::Version, &infrar::wire::Fields) {
+    (head.status, head.version, &head.fields)
 }
 
 /// A chunked body carries the same bytes however it is cut, and what it carried can be printed and read again.

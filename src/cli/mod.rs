@@ -11,6 +11,7 @@ mod kept;
 mod metrics;
 mod proxy;
 mod reach;
+mod reload;
 mod sample;
 mod scene;
 pub mod services;
@@ -31,7 +32,7 @@ use crate::{
     control::ControlError,
     net,
     proxy::StartError,
-    runtime::{Side, Supervisor},
+    runtime::{Side, Supervisor, report_panics},
     telemetry::{self, Format},
 };
 
@@ -85,6 +86,7 @@ pub fn main() -> ExitCode {
         Ok(log) => log,
         Err(error) => return fail(&error.into()),
     };
+    report_panics();
     let side = match Side::start() {
         Ok(side) => side,
         Err(error) => return fail(&error.into()),

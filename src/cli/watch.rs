@@ -124,6 +124,14 @@ impl WatchedFile {
     }
 }
 
+/// As [`WatchedFile::changed`]; never ends where nothing is watched.
+pub(crate) async fn changed(watched: &mut Option<WatchedFile>) {
+    match watched {
+        Some(watched) => watched.changed().await,
+        None => std::future::pending().await,
+    }
+}
+
 fn folder(path: &Path) -> PathBuf {
     path.parent().unwrap_or(path).to_owned()
 }

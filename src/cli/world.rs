@@ -9,29 +9,71 @@ use std::{
 
 use futures_util::{FutureExt, future::BoxFuture};
 use secrecy::SecretString;
-use tokio::runtime::Handle;
+use tokio::{runtime::Handle, sync::Notify};
 use zeroize::Zeroizing;
 
-use super::{kept::Keeper, trust::Trust, watch::WatchedFile};
+use super::{
+    kept::Keeper,
+    trust::Trust,
+    watch::{WatchedFile, changed},
+};
 use crate::{
     api::{CONTROL_AUDIENCE, Catalog, Client, ClientSettings, Credential, TokenAnswer},
     config::{self, ProxyFile},
     discovery::{AskBearer, Directory, Registry as Source},
     identity::{ControlTokens, NoTokens, TokenSource, TokenUnavailable, Tokens},
-    model::ServiceName,
+    model::{Project, ServiceName},
     proxy,
     runtime::{Clock, Supervisor},
 };
 
 /// What a proxy knows of the world beyond its listeners: the project, tokens, keys, and the folder that keeps them.
 pub(super) struct World {
+    me: ServiceName,
     directory: Arc<Directory>,
     pub(super) tokens: Arc<Tokens>,
     pub(super) trust: Arc<Mutex<Trust>>,
     keeper: Option<Keeper>,
     source: Option<Source>,
-    /// A project that is read from a file.
-    file: Option<PathBuf>,
+    /// A project that is read from a file, and its watch unless the system gives none.
+    file: Option<(PathBuf, Option<WatchedFile>)>,
+    /// Told when that file is to be read although nobody edited it: what it points at may have changed.
+    again: Arc<Notify>,
+}
+
+/// What of the world follows the settings of the proxy.
+pub(super) struct Reins {
+    directory: Arc<Directory>,
+    tokens: Arc<Tokens>,
+    trust: Arc<Mutex<Trust>>,
+    again: Arc<Notify>,
+}
+
+impl Reins {
+    /// Has it follow another file.
+    pub(super) fn follow(&self, next: &ProxyFile, trust_changed: bool, supervisor: &Supervisor) {
+        self.tokens.read_from(World::token_files(next));
+        if trust_changed && matches!(next.registry, config::Registry::File(_)) {
+            self.believe(next.trust_ca_file.clone(), supervisor);
+        }
+    }
+
+    /// Reads the project again, where that is a file.
+    pub(super) fn look_again(&self) {
+        self.again.notify_one();
+    }
+
+    /// Without a control plane, the keys of issuers are fetched from whoever `trust.ca_file` vouches for.
+    fn believe(&self, ca_file: Option<PathBuf>, supervisor: &Supervisor) {
+        let Some(catalog) = self.directory.load() else { return };
+        match Client::new(ClientSettings::new(Vec::new(), ca_file)) {
+            Ok(client) => lock(&self.trust).fetch_by(client, &catalog, supervisor),
+            Err(error) => tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "keys are fetched by the old trust.ca_file"
+            ),
+        }
+    }
 }
 
 impl World {
@@ -59,8 +101,17 @@ impl World {
         supervisor: &Supervisor,
         directory: &Arc<Directory>,
     ) -> anyhow::Result<Self> {
-        let project = config::load_registry(path)?.project;
-        let catalog = Catalog { revision: 1, issuer: String::new(), project };
+        // Watched before it is read, so that no edit falls between.
+        let mut watched = WatchedFile::new(path)
+            .inspect_err(|error| {
+                tracing::warn!(%error, "the project cannot be watched; after an edit, send SIGHUP");
+            })
+            .ok();
+        let loaded = config::load_registry(path)?;
+        if let Some(watched) = &mut watched {
+            watched.refers_to(loaded.referred_files());
+        }
+        let catalog = Catalog { revision: 1, issuer: String::new(), project: loaded.project };
         let client = Client::new(ClientSettings::new(Vec::new(), file.trust_ca_file.clone()))?;
         let mut trust = Trust::new(client, false, HashMap::new());
         trust.follow(&catalog, supervisor);
@@ -72,12 +123,14 @@ impl World {
             Clock::system(),
         );
         Ok(Self {
+            me: file.service.clone(),
             directory: Arc::clone(directory),
             tokens: Arc::new(tokens),
             trust: Arc::new(Mutex::new(trust)),
             keeper: None,
             source: None,
-            file: Some(path.to_owned()),
+            file: Some((path.to_owned(), watched)),
+            again: Arc::default(),
         })
     }
 
@@ -130,17 +183,29 @@ impl World {
         });
         let source = Source::new(client, bearer, Arc::clone(directory));
         Ok(Self {
+            me: file.service.clone(),
             directory: Arc::clone(directory),
             tokens,
             trust: Arc::new(Mutex::new(trust)),
             keeper,
             source: Some(source),
             file: None,
+            again: Arc::default(),
         })
     }
 
     pub(super) fn verifier(&self) -> Arc<arc_swap::ArcSwap<crate::identity::Verifier>> {
         lock(&self.trust).verifier()
+    }
+
+    /// What of it follows the settings.
+    pub(super) fn reins(&self) -> Reins {
+        Reins {
+            directory: Arc::clone(&self.directory),
+            tokens: Arc::clone(&self.tokens),
+            trust: Arc::clone(&self.trust),
+            again: Arc::clone(&self.again),
+        }
     }
 
     /// Ready: there is a snapshot, and wherever tokens are to be verified, keys for those that everybody has. An issuer
@@ -160,15 +225,19 @@ impl World {
 
     /// Starts everything that keeps it current.
     pub(super) fn live(self, supervisor: &Arc<Supervisor>) {
-        let Self { directory, tokens, trust, keeper, source, file } = self;
+        let Self { me, directory, tokens, trust, keeper, source, file, again } = self;
         // Whoever listens comes before whoever speaks.
         let mut changes = directory.changes();
         let (keeping, follower) = (Arc::clone(supervisor), Arc::clone(&trust));
-        let known = Arc::clone(&directory);
+        let (known, granted) = (Arc::clone(&directory), Arc::clone(&tokens));
+        if let Some(catalog) = known.load() {
+            granted.reconcile(&catalog.project, &me);
+        }
         supervisor.spawn_until_end("trust", async move {
             while changes.changed().await.is_ok() {
                 if let Some(catalog) = known.load() {
                     lock(&follower).follow(&catalog, &keeping);
+                    granted.reconcile(&catalog.project, &me);
                 }
             }
         });
@@ -179,8 +248,9 @@ impl World {
         if let Some(source) = source {
             supervisor.spawn_until_end("registry", source.follow());
         }
-        if let Some(path) = file {
-            supervisor.spawn_until_end("project-file", follow_file(path, directory));
+        if let Some((path, watched)) = file {
+            let following = follow_file(path, watched, directory, again);
+            supervisor.spawn_until_end("project-file", following);
         }
     }
 }
@@ -189,31 +259,40 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Re-reads a project file when it changes; one with faults changes nothing.
-async fn follow_file(path: PathBuf, directory: Arc<Directory>) {
-    let mut watched = match WatchedFile::new(&path) {
-        Ok(watched) => watched,
-        Err(error) => {
-            return tracing::error!(%error, path = %path.display(), "the project file cannot be watched");
-        }
-    };
-    if let Ok(file) = config::load_registry(&path) {
-        watched.refers_to(file.referred_files());
-    }
+/// Re-reads a project file when it changes, or when told to; one with faults changes nothing.
+async fn follow_file(
+    path: PathBuf,
+    mut watched: Option<WatchedFile>,
+    directory: Arc<Directory>,
+    again: Arc<Notify>,
+) {
     loop {
-        watched.changed().await;
+        tokio::select! {
+            () = changed(&mut watched) => {}
+            () = again.notified() => {}
+        }
         match config::load_registry(&path) {
             Ok(file) => {
-                watched.refers_to(file.referred_files());
-                let project = file.project;
-                let revision = directory.load().map_or(1, |catalog| catalog.revision + 1);
-                directory.publish(Catalog { revision, issuer: String::new(), project });
+                if let Some(watched) = &mut watched {
+                    watched.refers_to(file.referred_files());
+                }
+                take_over(&directory, file.project);
             }
             Err(faults) => {
                 tracing::error!("the project was not taken over, the old one stays:\n{faults}")
             }
         }
     }
+}
+
+fn take_over(directory: &Directory, project: Project) {
+    let before = directory.load();
+    if before.as_ref().is_some_and(|before| before.project == project) {
+        return directory.confirm();
+    }
+    let revision = before.map_or(1, |catalog| catalog.revision + 1);
+    directory.publish(Catalog { revision, issuer: String::new(), project });
+    tracing::info!(revision, "the project is in force");
 }
 
 /// Tokens from the control plane; the secret is read each time, so one that was exchanged is found.

@@ -181,7 +181,7 @@ pub fn encode_chunk(data: &[u8], out: &mut BytesMut) {
 pub fn encode_last_chunk(trailers: Option<&HeaderMap>, out: &mut BytesMut) {
     out.put_slice(b"0\r\n");
     if let Some(trailers) = trailers {
-        crate::http1::encode_headers(trailers, out);
+        crate::http1::encode_headers(trailers.iter(), out);
     }
     out.put_slice(b"\r\n");
 }

@@ -1,7 +1,7 @@
 //! Heads as bytes: `http` types in, one contiguous write out.
 
 use bytes::{BufMut, BytesMut};
-use http::{HeaderMap, Method, StatusCode};
+use http::{HeaderName, HeaderValue, Method, StatusCode};
 
 /// Writes `METHOD target HTTP/1.1`.
 pub fn encode_request_line(method: &Method, target: &str, out: &mut BytesMut) {
@@ -26,32 +26,34 @@ pub fn encode_status_line(status: StatusCode, out: &mut BytesMut) {
 }
 
 /// Writes header lines without the empty line that ends a head.
-pub fn encode_headers(headers: &HeaderMap, out: &mut BytesMut) {
-    for (name, value) in headers {
+pub fn encode_headers<'a>(
+    lines: impl Iterator<Item = (&'a HeaderName, &'a HeaderValue)>,
+    out: &mut BytesMut,
+) {
+    for (name, value) in lines {
         let (name, value) = (name.as_str().as_bytes(), value.as_bytes());
         out.reserve(name.len() + value.len() + 4);
-        out.put_slice(name);
-        out.put_slice(b": ");
-        out.put_slice(value);
-        out.put_slice(b"\r\n");
+        out.extend_from_slice(name);
+        out.extend_from_slice(b": ");
+        out.extend_from_slice(value);
+        out.extend_from_slice(b"\r\n");
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use http::HeaderValue;
-
     use super::*;
+    use crate::wire::Fields;
 
     #[test]
     fn a_head_is_written_as_it_is_read() {
-        let mut headers = HeaderMap::new();
-        headers.append("host", HeaderValue::from_static("a"));
-        headers.append("x", HeaderValue::from_static("1"));
-        headers.append("x", HeaderValue::from_static("2"));
+        let mut fields = Fields::new();
+        for (name, value) in [("host", "a"), ("x", "1"), ("x", "2")] {
+            fields.append(HeaderName::from_static(name), HeaderValue::from_static(value));
+        }
         let mut out = BytesMut::new();
         encode_request_line(&Method::GET, "/p?q", &mut out);
-        encode_headers(&headers, &mut out);
+        encode_headers(fields.iter(), &mut out);
         assert_eq!(&out[..], b"GET /p?q HTTP/1.1\r\nhost: a\r\nx: 1\r\nx: 2\r\n");
         let mut out = BytesMut::new();
         encode_status_line(StatusCode::NOT_FOUND, &mut out);

@@ -1,8 +1,8 @@
 //! How long a body is and what ends it (RFC 9112 §6).
 
-use http::{HeaderMap, Method, StatusCode, Version, header};
+use http::{Method, StatusCode, Version, header};
 
-use crate::http1::HeadError;
+use crate::{http1::HeadError, wire::Fields};
 
 /// What ends a body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,8 +18,8 @@ pub enum Framing {
 }
 
 /// `Some(Ok(n))` for exactly one plain number, `None` without the header.
-fn content_length(headers: &HeaderMap) -> Option<Result<u64, HeadError>> {
-    let mut values = headers.get_all(header::CONTENT_LENGTH).iter();
+fn content_length(fields: &Fields) -> Option<Result<u64, HeadError>> {
+    let mut values = fields.all(&header::CONTENT_LENGTH);
     let first = values.next()?;
     if values.next().is_some() {
         return Some(Err(HeadError::Length));
@@ -32,8 +32,8 @@ fn content_length(headers: &HeaderMap) -> Option<Result<u64, HeadError>> {
 }
 
 /// `Some(Ok(()))` for exactly one `chunked`, `None` without the header.
-fn transfer_encoding(headers: &HeaderMap) -> Option<Result<(), HeadError>> {
-    let mut values = headers.get_all(header::TRANSFER_ENCODING).iter();
+fn transfer_encoding(fields: &Fields) -> Option<Result<(), HeadError>> {
+    let mut values = fields.all(&header::TRANSFER_ENCODING);
     let first = values.next()?;
     let chunked = values.next().is_none() && first.as_bytes().eq_ignore_ascii_case(b"chunked");
     Some(if chunked { Ok(()) } else { Err(HeadError::Coding) })
@@ -43,8 +43,8 @@ fn transfer_encoding(headers: &HeaderMap) -> Option<Result<(), HeadError>> {
 ///
 /// # Errors
 /// [`HeadError::Length`] or [`HeadError::Coding`] where the length is ambiguous.
-pub fn request_framing(version: Version, headers: &HeaderMap) -> Result<Framing, HeadError> {
-    match (transfer_encoding(headers), content_length(headers)) {
+pub fn request_framing(version: Version, fields: &Fields) -> Result<Framing, HeadError> {
+    match (transfer_encoding(fields), content_length(fields)) {
         (None, None) => Ok(Framing::None),
         (None, Some(length)) => {
             length.map(|n| if n == 0 { Framing::None } else { Framing::Length(n) })
@@ -63,13 +63,13 @@ pub fn request_framing(version: Version, headers: &HeaderMap) -> Result<Framing,
 pub fn response_framing(
     method: &Method,
     status: StatusCode,
-    headers: &HeaderMap,
+    fields: &Fields,
 ) -> Result<Framing, HeadError> {
     let bodiless = *method == Method::HEAD
         || status.is_informational()
         || status == StatusCode::NO_CONTENT
         || status == StatusCode::NOT_MODIFIED;
-    match (transfer_encoding(headers), content_length(headers)) {
+    match (transfer_encoding(fields), content_length(fields)) {
         (Some(_), Some(_)) => Err(HeadError::Length),
         (Some(Err(error)), None) | (None, Some(Err(error))) => Err(error),
         (_, _) if bodiless => Ok(Framing::None),
@@ -84,12 +84,13 @@ pub fn response_framing(
 mod tests {
     use super::*;
 
-    fn headers(lines: &[(&'static str, &'static str)]) -> HeaderMap {
-        let mut map = HeaderMap::new();
+    fn headers(lines: &[(&'static str, &'static str)]) -> Fields {
+        let mut fields = Fields::new();
         for (name, value) in lines {
-            map.append(*name, http::HeaderValue::from_static(value));
+            let name = http::HeaderName::from_static(name);
+            fields.append(name, http::HeaderValue::from_static(value));
         }
-        map
+        fields
     }
 
     #[test]
@@ -132,7 +133,7 @@ mod tests {
         assert_eq!(framing(Method::HEAD, StatusCode::OK), Framing::None);
         assert_eq!(framing(Method::GET, StatusCode::NOT_MODIFIED), Framing::None);
         assert_eq!(framing(Method::GET, StatusCode::OK), Framing::Length(10));
-        let open = response_framing(&Method::GET, StatusCode::OK, &HeaderMap::new()).unwrap();
+        let open = response_framing(&Method::GET, StatusCode::OK, &Fields::new()).unwrap();
         assert_eq!(open, Framing::UntilClose);
     }
 }

@@ -13,7 +13,7 @@ mod tls;
 pub use dial::{Addresses, ResolveError, Resolver, connect, connect_any};
 pub use listen::{BindError, accept, bind};
 pub use spread::{Handover, Open, Placement, Spread};
-pub use stream::{Stream, Tallied, Tally};
+pub use stream::{LANDING_BYTES, Stream, Tallied, Tally};
 pub use tcp_info::{Family, Side, TcpInfo, wire_tx};
 pub use tls::{
     Alpn, ClientTls, MinVersion, Reload, ServerTls, TlsError, install_provider,

@@ -6,7 +6,7 @@
 use std::rc::Rc;
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
-use http::{HeaderMap, HeaderValue, Uri, header};
+use http::{HeaderValue, Uri, header};
 use serde::Deserialize;
 
 use crate::{
@@ -23,6 +23,7 @@ use crate::{
         worker::{Answer, Call, Peer, Worker, refused, relayed},
     },
     upstream::Received,
+    wire::Fields,
 };
 
 /// Answers calls for all services of a place.
@@ -39,11 +40,17 @@ impl Edge {
         Self { worker, gate }
     }
 
+    /// The same with other settings.
+    #[must_use]
+    pub(super) fn with(&self, settings: InboundSettings) -> Self {
+        Self { worker: Rc::clone(&self.worker), gate: self.gate.with(settings) }
+    }
+
     /// Answers one request; a refusal is an answer too.
     pub(super) async fn answer(&self, mut call: Call<'_>) -> Answer {
-        let mut record = self.worker.inbound_desk.open(call.request.method(), call.request.uri());
-        let grpc = headers::is_grpc(call.request.headers());
-        let id = headers::identify(call.request.headers_mut());
+        let mut record = self.worker.inbound_desk.open(&call.request.method, &call.request.uri);
+        let grpc = headers::is_grpc(&call.request.fields);
+        let id = headers::identify(&mut call.request.fields);
         match self.carry(call, &id, grpc, &mut record).await {
             Ok(received) => relayed(received, record),
             Err(rejection) => refused(&rejection, Some(&id), grpc, record),
@@ -57,35 +64,37 @@ impl Edge {
         grpc: bool,
         record: &mut Record,
     ) -> Result<Received, Rejection> {
-        let (mut parts, body) = call.request.into_parts();
+        let mut request = call.request;
         // Known before anything can refuse it: its line in the log says which request that was.
-        record.identified(id, headers::continue_trace(&mut parts.headers));
+        record.identified(id, headers::continue_trace(&mut request.fields));
         // Has it been here before?
-        self.worker.via_in.pass(parts.version, &mut parts.headers)?;
+        self.worker.via_in.pass(request.version, &mut request.fields)?;
         // Which service is meant?
         let view = self.worker.view()?;
-        let callee = callee(&view, &parts.uri, &parts.headers, call.peer)?;
+        let callee = callee(&view, &request.uri, &request.fields, call.peer)?;
         let cluster =
             view.cluster(callee.as_str()).ok_or_else(|| unknown(&view, callee.as_str()))?;
         // Who is it, and may it?
-        let admitted = self.gate.admit(&parts, &callee, Some(&view), record).await?;
+        let admitted = self.gate.admit(&request, &callee, Some(&view), record).await?;
         // What does the far side see? The token, and the host where the service is ours.
-        let upgrade = headers::upgrade(&parts.method, parts.version, &parts.headers);
-        headers::strip_hop_by_hop(&mut parts.headers);
-        headers::strip_identity(&mut parts.headers);
+        let upgrade = headers::upgrade(&request.method, request.version, &request.fields);
+        headers::strip_hop_by_hop(&mut request.fields);
+        headers::strip_identity(&mut request.fields);
         drop(admitted);
-        arrived(&mut parts, call.peer, upgrade.as_ref());
+        arrived(&request.uri, &mut request.fields, call.peer, upgrade.as_ref());
         let dispatch = Dispatch {
-            method: parts.method,
-            uri: parts.uri,
-            headers: parts.headers,
-            body,
+            method: request.method,
+            uri: request.uri,
+            fields: request.fields,
+            body: request.body,
             bearer: None,
             upgrade: upgrade.is_some(),
             grpc,
             interim: call.interim,
+            alarm: call.alarm,
         };
-        Forward::new(cluster, &self.worker.ward, dispatch, record).send().await
+        let begun = record.started();
+        Forward::new(cluster, &self.worker.ward, dispatch, record, begun).send().await
     }
 }
 
@@ -97,14 +106,9 @@ fn unknown(view: &View, asked: &str) -> Rejection {
 }
 
 /// The service that a request is for.
-fn callee(
-    view: &View,
-    uri: &Uri,
-    headers: &HeaderMap,
-    peer: &Peer,
-) -> Result<ServiceName, Rejection> {
+fn callee(view: &View, uri: &Uri, fields: &Fields, peer: &Peer) -> Result<ServiceName, Rejection> {
     let named = uri.authority().map(http::uri::Authority::as_str);
-    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
+    let host = fields.get(&header::HOST).and_then(|host| host.to_str().ok());
     let asked = named.or(host).unwrap_or_default();
     // An endpoint's authority leaves out the port of its scheme; a client may write it.
     let plain = asked.strip_suffix(":443").unwrap_or(asked);
@@ -113,7 +117,7 @@ fn callee(
     if let Some(service) = by_host.filter_map(|host| view.service_of(host)).next() {
         return Ok(service.clone());
     }
-    audience(view, headers).ok_or_else(|| unknown(view, asked))
+    audience(view, fields).ok_or_else(|| unknown(view, asked))
 }
 
 /// The claims, as far as they say for whom the token is.
@@ -131,8 +135,8 @@ enum OneOrMany {
 
 /// The audience that an unverified token names, if it is a service. It only says which checks to run: the gate then
 /// verifies the token for exactly this service.
-fn audience(view: &View, headers: &HeaderMap) -> Option<ServiceName> {
-    let value = headers.get(header::AUTHORIZATION)?.as_bytes();
+fn audience(view: &View, fields: &Fields) -> Option<ServiceName> {
+    let value = fields.get(&header::AUTHORIZATION)?.as_bytes();
     let payload = value.split(|b| *b == b'.').nth(1).filter(|part| part.len() <= 8192)?;
     let json = URL_SAFE_NO_PAD.decode(payload).ok()?;
     let meant: Meant = serde_json::from_slice(&json).ok()?;

@@ -4,10 +4,12 @@
 //! body is still here. Retries after the first attempt spend a budget, so that a service in trouble is not buried
 //! under its callers' patience.
 
-use std::{rc::Rc, sync::Arc, time::Duration};
+use std::{
+    cell::RefCell, future::poll_fn, pin::pin, rc::Rc, sync::Arc, task::Poll, time::Duration,
+};
 
-use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header, uri::PathAndQuery};
-use tokio::time::{Instant, timeout_at};
+use http::{HeaderName, HeaderValue, Method, StatusCode, Uri, header, uri::PathAndQuery};
+use tokio::time::Instant;
 
 use crate::{
     balance::{Chosen, Flight, NoChoice, Outcome, Tried, Vitals},
@@ -17,8 +19,9 @@ use crate::{
         reject::Rejection,
         view::{Cluster, Target, Ward},
     },
-    upstream::{ConnectError, Failure, Outgoing, Received, SendError, Want},
-    wire::{Body, BodyError, Interim},
+    runtime::Alarm,
+    upstream::{ConnectError, Failure, Lease, Outgoing, Received, SendError, Want},
+    wire::{Body, BodyError, Fields, Interim, Replay},
 };
 
 /// A fast failure must not look like a fast endpoint.
@@ -33,7 +36,7 @@ pub(super) struct Dispatch<'a> {
     /// The target as it arrived.
     pub uri: Uri,
     /// End-to-end headers; `host` and credentials are put in per attempt.
-    pub headers: HeaderMap,
+    pub fields: Fields,
     /// The body.
     pub body: Body,
     /// The token, for endpoints that take one.
@@ -44,11 +47,15 @@ pub(super) struct Dispatch<'a> {
     pub grpc: bool,
     /// Where interim responses go.
     pub interim: &'a Interim,
+    /// Bounds the attempts in time.
+    pub alarm: &'a RefCell<Alarm>,
 }
 
+static IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
+
 /// Whether a method may be repeated (RFC 9110 §9.2.2), or the client says that the request may.
-fn repeatable(method: &Method, headers: &HeaderMap) -> bool {
-    method.is_idempotent() || headers.contains_key("idempotency-key")
+fn repeatable(method: &Method, fields: &Fields) -> bool {
+    method.is_idempotent() || fields.contains(&IDEMPOTENCY_KEY)
 }
 
 /// One request's way through its attempts.
@@ -57,10 +64,13 @@ pub(super) struct Forward<'a> {
     ward: &'a Ward,
     dispatch: Dispatch<'a>,
     record: &'a mut Record,
+    begun: Instant,
     deadline: Instant,
     repeatable: bool,
-    /// Whether a body that streams has been given to an attempt.
+    /// Whether a body that streams has been given to an attempt for good.
     spent: bool,
+    /// A body that streams and may have to be sent again, once an attempt has it.
+    replay: Option<Replay>,
     tried: Tried,
     attempts: u32,
 }
@@ -81,24 +91,27 @@ enum Attempt {
 }
 
 impl<'a> Forward<'a> {
-    /// A request on its way to `cluster`.
+    /// A request on its way to `cluster` that has been prepared at `begun`.
     pub(super) fn new(
         cluster: &'a Rc<Cluster>,
         ward: &'a Ward,
         dispatch: Dispatch<'a>,
         record: &'a mut Record,
+        begun: Instant,
     ) -> Self {
         let limit = cluster.timeouts.request.unwrap_or(FAR);
         let deadline = record.started() + limit;
-        let repeatable = repeatable(&dispatch.method, &dispatch.headers);
+        let repeatable = repeatable(&dispatch.method, &dispatch.fields);
         Self {
             cluster,
             ward,
             dispatch,
             record,
+            begun,
             deadline,
             repeatable,
             spent: false,
+            replay: None,
             tried: Tried::default(),
             attempts: 0,
         }
@@ -114,17 +127,19 @@ impl<'a> Forward<'a> {
         record: &'a mut Record,
     ) -> Result<Stream, Rejection> {
         let interim = Interim::default();
+        let alarm = RefCell::default();
         let dispatch = Dispatch {
             method: Method::CONNECT,
             uri: Uri::default(),
-            headers: HeaderMap::new(),
+            fields: Fields::new(),
             body: Body::Empty,
             bearer: None,
             upgrade: true,
             grpc: false,
             interim: &interim,
+            alarm: &alarm,
         };
-        let mut forward = Forward::new(cluster, ward, dispatch, record);
+        let mut forward = Forward::new(cluster, ward, dispatch, record, Instant::now());
         loop {
             forward.attempts += 1;
             let begun = Instant::now();
@@ -160,8 +175,9 @@ impl<'a> Forward<'a> {
         }
         self.cluster.budget.deposit(self.ward.tick(self.record.started()));
         loop {
+            let begun = if self.attempts == 0 { self.begun } else { Instant::now() };
             self.attempts += 1;
-            match self.attempt().await? {
+            match self.attempt(begun).await? {
                 Attempt::Received(received) => return Ok(received),
                 Attempt::Held { received, flight } => {
                     if !Box::pin(self.may_go_on()).await {
@@ -200,8 +216,7 @@ impl<'a> Forward<'a> {
         true
     }
 
-    async fn attempt(&mut self) -> Result<Attempt, Rejection> {
-        let begun = Instant::now();
+    async fn attempt(&mut self, begun: Instant) -> Result<Attempt, Rejection> {
         let (target, chosen) = self.choose(begun)?;
         self.record.attempt(&target.id, target.mode);
         let flight = Flight::begin(Arc::clone(&target.vitals));
@@ -261,10 +276,11 @@ impl<'a> Forward<'a> {
         let deadline = self.deadline.min(begun + attempt);
         let want =
             Want { h2: self.dispatch.grpc, h1: self.dispatch.upgrade, repeatable: self.repeatable };
+        let mut now = begun;
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = deadline.saturating_duration_since(now);
             let limit = self.cluster.timeouts.connect.min(left);
-            let lease = match target.pool.kept(want) {
+            let lease = match target.pool.kept(want, now) {
                 Some(lease) => lease,
                 // Boxed, like everything that most requests never do: the room for it would be in every future.
                 None => Box::pin(target.pool.lease(want, limit)).await.map_err(|error| {
@@ -276,17 +292,33 @@ impl<'a> Forward<'a> {
                 })?,
             };
             let stale = lease.may_be_stale();
-            // A body that streams is gone once it has been handed over.
-            let whole = self.is_whole() && !matches!(self.dispatch.body, Body::Stream(_));
+            if matches!(self.dispatch.body, Body::Stream(_)) {
+                self.keep(&lease);
+            }
             let interim = self.dispatch.interim;
-            match timeout_at(deadline, lease.send(self.outgoing(target), interim)).await {
-                Ok(Ok(received)) => return Ok(received),
-                Ok(Err(failure)) if stale && whole && self.repeatable && is_dead(&failure) => {}
-                Ok(Err(failure)) => return Err(self.refuse(&failure, whole)),
-                Err(_elapsed) => {
+            let alarm = self.dispatch.alarm;
+            let sent = {
+                let mut sending = pin!(lease.send(self.outgoing(target), interim));
+                poll_fn(|cx| {
+                    if let Poll::Ready(sent) = sending.as_mut().poll(cx) {
+                        return Poll::Ready(Some(sent));
+                    }
+                    alarm.borrow_mut().poll(deadline, cx).map(|()| None)
+                })
+                .await
+            };
+            match sent {
+                Some(Ok(received)) => return Ok(received),
+                Some(Err(failure))
+                    if stale && self.is_whole() && self.repeatable && is_dead(&failure) =>
+                {
+                    now = Instant::now();
+                }
+                Some(Err(failure)) => return Err(self.refuse(&failure)),
+                None => {
                     let limit = deadline.duration_since(self.record.started());
                     let service = self.cluster.service.clone();
-                    let again = self.repeatable && whole && deadline < self.deadline;
+                    let again = self.repeatable && self.is_whole() && deadline < self.deadline;
                     return Err((Rejection::Deadline { service, limit }, again));
                 }
             }
@@ -295,27 +327,41 @@ impl<'a> Forward<'a> {
 
     /// Whether the body can still be sent from its beginning.
     fn is_whole(&self) -> bool {
-        !self.spent
+        self.replay.as_ref().map_or(!self.spent, Replay::is_whole)
+    }
+
+    /// Keeps what passes of a body that streams, where the request might be sent again after it met `lease`: it is
+    /// repeatable, or it goes where the peer can say that it has not seen it.
+    fn keep(&mut self, lease: &Lease) {
+        let more = self.cluster.max_attempts > 1;
+        let unseen = matches!(lease, Lease::H2 { .. });
+        let again =
+            (more && (self.repeatable || unseen)) || (self.repeatable && lease.may_be_stale());
+        match std::mem::take(&mut self.dispatch.body) {
+            Body::Stream(stream) if again => self.replay = Some(Replay::new(stream)),
+            body @ (Body::Empty | Body::Full(_) | Body::Stream(_)) => self.dispatch.body = body,
+        }
     }
 
     /// The request as this target gets it.
     fn outgoing<'b>(&'b mut self, target: &'b Target) -> Outgoing<'b> {
-        let headers = &mut self.dispatch.headers;
+        let fields = &mut self.dispatch.fields;
         if let Some(host) = &target.host {
-            headers.insert(header::HOST, host.clone());
+            fields.set(header::HOST, host.clone());
         }
         if let Some(bearer) = &self.dispatch.bearer {
             // A token goes only where it belongs, whatever an earlier attempt was given.
             if target.takes_token {
-                headers.insert(header::AUTHORIZATION, bearer.clone());
+                fields.set(header::AUTHORIZATION, bearer.clone());
             } else {
-                headers.remove(header::AUTHORIZATION);
+                fields.remove(&header::AUTHORIZATION);
             }
         }
-        let body = match &self.dispatch.body {
-            Body::Empty => Body::Empty,
-            Body::Full(bytes) => Body::Full(bytes.clone()),
-            Body::Stream(_) => {
+        let body = match (&self.dispatch.body, &self.replay) {
+            (Body::Empty, None) => Body::Empty,
+            (Body::Full(bytes), _) => Body::Full(bytes.clone()),
+            (Body::Empty, Some(replay)) => replay.body(),
+            (Body::Stream(_), _) => {
                 self.spent = true;
                 std::mem::take(&mut self.dispatch.body)
             }
@@ -325,22 +371,24 @@ impl<'a> Forward<'a> {
             scheme: &target.scheme,
             authority: &target.authority,
             target: self.dispatch.uri.path_and_query().unwrap_or(&ROOT),
-            headers: &self.dispatch.headers,
+            fields: &self.dispatch.fields,
             body,
             upgrade: self.dispatch.upgrade,
         }
     }
 
     /// What a failed exchange means for the client, and whether another may follow.
-    fn refuse(&self, failure: &Failure, whole: bool) -> (Rejection, bool) {
+    fn refuse(&self, failure: &Failure) -> (Rejection, bool) {
         let service = self.cluster.service.clone();
+        let whole = self.is_whole();
         tracing::debug!(
             %service, error = &failure.error as &dyn std::error::Error, answered = failure.answered,
             "an exchange with an endpoint failed"
         );
         let rejection = match &failure.error {
             SendError::Refused | SendError::Closed | SendError::Reset | SendError::Io(_) => {
-                Rejection::UpstreamReset { service }
+                let spent = self.repeatable && !whole && !failure.answered;
+                Rejection::UpstreamReset { service, spent }
             }
             SendError::BadResponse(_) => Rejection::BadResponse { service },
             SendError::RequestBody(BodyError::TooLarge { limit }) => {
@@ -364,7 +412,7 @@ impl<'a> Forward<'a> {
     /// Whether another endpoint might do better with a request that this one answered badly.
     fn may_repeat_answer(&self, received: &Received) -> bool {
         let Received::Response(response) = received else { return false };
-        let status = response.status();
+        let status = response.status;
         let gateway = matches!(
             status,
             StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT
@@ -377,7 +425,7 @@ impl<'a> Forward<'a> {
         match outcome {
             Ok(Received::Upgraded(..)) => Outcome::Success,
             Ok(Received::Response(response)) => {
-                let status = response.status();
+                let status = response.status;
                 // An infrar behind the endpoint that refuses the caller says nothing about the service.
                 let counts = status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED;
                 if counts { Outcome::Failure } else { Outcome::Success }

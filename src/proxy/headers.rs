@@ -5,11 +5,11 @@
 
 use std::{cell::RefCell, net::SocketAddr};
 
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Version, header};
+use http::{HeaderName, HeaderValue, Method, Version, header};
 
 use crate::{
     proxy::reject::Rejection,
-    wire::{TraceContext, request_id},
+    wire::{Fields, TraceContext, request_id},
 };
 
 /// More hops through infrar than any sane path has.
@@ -65,9 +65,9 @@ impl Via {
     ///
     /// # Errors
     /// [`Rejection::Loop`].
-    pub(super) fn pass(&self, version: Version, headers: &mut HeaderMap) -> Result<(), Rejection> {
+    pub(super) fn pass(&self, version: Version, fields: &mut Fields) -> Result<(), Rejection> {
         let mut ours = 0;
-        for value in headers.get_all(header::VIA) {
+        for value in fields.all(&header::VIA) {
             let text = value.to_str().unwrap_or_default();
             for hop in text.split(',').filter_map(|hop| hop.trim().split(' ').nth(1)) {
                 if hop == self.name {
@@ -80,14 +80,14 @@ impl Via {
             return Err(Rejection::Loop);
         }
         let value = if version == Version::HTTP_2 { &self.http2 } else { &self.http1 };
-        headers.append(header::VIA, value.clone());
+        fields.append(header::VIA, value.clone());
         Ok(())
     }
 }
 
 /// Whether a comma-separated header names `word`.
-pub(super) fn lists(headers: &HeaderMap, name: &HeaderName, word: &str) -> bool {
-    headers.get_all(name).iter().any(|value| {
+pub(super) fn lists(fields: &Fields, name: &HeaderName, word: &str) -> bool {
+    fields.all(name).any(|value| {
         value
             .as_bytes()
             .split(|b| *b == b',')
@@ -96,65 +96,38 @@ pub(super) fn lists(headers: &HeaderMap, name: &HeaderName, word: &str) -> bool 
 }
 
 /// The protocol that the client asks to switch to, if it does.
-pub(super) fn upgrade(
-    method: &Method,
-    version: Version,
-    headers: &HeaderMap,
-) -> Option<HeaderValue> {
+pub(super) fn upgrade(method: &Method, version: Version, fields: &Fields) -> Option<HeaderValue> {
     let asked = version == Version::HTTP_11
         && *method != Method::CONNECT
-        && headers.contains_key(header::UPGRADE)
-        && lists(headers, &header::CONNECTION, "upgrade");
+        && fields.contains(&header::UPGRADE)
+        && lists(fields, &header::CONNECTION, "upgrade");
     // h2c by upgrade was dropped by RFC 9113 §3.1: nobody needs it, and it would hide the protocol from us.
-    let value = asked.then(|| headers.get(header::UPGRADE).cloned()).flatten()?;
+    let value = asked.then(|| fields.get(&header::UPGRADE).cloned()).flatten()?;
     (!value.as_bytes().eq_ignore_ascii_case(b"h2c")).then_some(value)
 }
 
 /// Removes what ends at this hop: RFC 9110 §7.6.1, and what `connection` lists.
 ///
 /// `te: trailers` is kept: it is how a gRPC client says that it reads trailers, and we pass them on.
-pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
+pub(super) fn strip_hop_by_hop(fields: &mut Fields) {
     // Most heads have nothing to strip; one look at each name costs less than looking every one up.
-    if !headers.keys().any(is_hop_by_hop) {
+    if !fields.names().any(is_hop_by_hop) {
         return;
     }
-    if headers.contains_key(header::CONNECTION) {
-        let listed: Vec<HeaderName> = headers
-            .get_all(header::CONNECTION)
-            .iter()
-            .flat_map(|value| value.as_bytes().split(|b| *b == b','))
-            .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
-            .collect();
-        for name in listed {
-            // A client must not make us drop what we rely on (RFC 9110 §7.6.1, last paragraph).
-            if name != header::HOST
-                && name != header::CONTENT_LENGTH
-                && name != header::AUTHORIZATION
-                && name != header::TE
-            {
-                headers.remove(name);
-            }
-        }
-        headers.remove(header::CONNECTION);
+    let listed: Vec<HeaderName> = fields
+        .all(&header::CONNECTION)
+        .flat_map(|value| value.as_bytes().split(|b| *b == b','))
+        .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
+        // A client must not make us drop what we rely on (RFC 9110 §7.6.1, last paragraph).
+        .filter(|name| {
+            name != header::HOST && name != header::CONTENT_LENGTH && name != header::AUTHORIZATION
+        })
+        .collect();
+    let trailers = lists(fields, &header::TE, "trailers");
+    fields.retain(|name| !is_hop_by_hop(name) && !listed.contains(name));
+    if trailers {
+        fields.append(header::TE, HeaderValue::from_static("trailers"));
     }
-    for name in [
-        &PROXY_CONNECTION,
-        &KEEP_ALIVE,
-        &header::TRANSFER_ENCODING,
-        &header::UPGRADE,
-        &HTTP2_SETTINGS,
-    ] {
-        headers.remove(name);
-    }
-    if headers.contains_key(header::TE) {
-        let trailers = lists(headers, &header::TE, "trailers");
-        headers.remove(header::TE);
-        if trailers {
-            headers.insert(header::TE, HeaderValue::from_static("trailers"));
-        }
-    }
-    headers.remove(header::PROXY_AUTHORIZATION);
-    headers.remove(header::PROXY_AUTHENTICATE);
 }
 
 /// Whether a header may end at this hop. Names of another length are told apart without a comparison.
@@ -173,24 +146,24 @@ fn is_hop_by_hop(name: &HeaderName) -> bool {
 }
 
 /// The request's trace: continued where the caller named a valid one, begun otherwise.
-pub(super) fn continue_trace(headers: &mut HeaderMap) -> TraceContext {
-    let found = headers.get(&TRACEPARENT).and_then(|value| TraceContext::parse(value.as_bytes()));
+pub(super) fn continue_trace(fields: &mut Fields) -> TraceContext {
+    let found = fields.get(&TRACEPARENT).and_then(|value| TraceContext::parse(value.as_bytes()));
     let trace = found.unwrap_or_else(|| {
         // §3.3: tracestate without a valid traceparent means nothing.
-        headers.remove(&TRACESTATE);
+        fields.remove(&TRACESTATE);
         TraceContext::begin()
     });
-    headers.insert(TRACEPARENT.clone(), trace.next_hop());
+    fields.set(TRACEPARENT.clone(), trace.next_hop());
     trace
 }
 
 /// The request's id: kept where the caller sent one, made otherwise.
-pub(super) fn identify(headers: &mut HeaderMap) -> HeaderValue {
-    if let Some(id) = headers.get(&REQUEST_ID).filter(|id| id.len() <= 128 && !id.is_empty()) {
+pub(super) fn identify(fields: &mut Fields) -> HeaderValue {
+    if let Some(id) = fields.get(&REQUEST_ID).filter(|id| id.len() <= 128 && !id.is_empty()) {
         return id.clone();
     }
     let id = request_id();
-    headers.insert(REQUEST_ID.clone(), id.clone());
+    fields.set(REQUEST_ID.clone(), id.clone());
     id
 }
 
@@ -210,16 +183,16 @@ impl Forwarded {
     }
 
     /// Adds this hop.
-    pub(super) fn add(&self, headers: &mut HeaderMap, host: &str) {
+    pub(super) fn add(&self, fields: &mut Fields, host: &str) {
         let mut last = self.last.borrow_mut();
         if let Some((known, value)) = &*last
             && known == host
         {
-            headers.append(header::FORWARDED, value.clone());
+            fields.append(header::FORWARDED, value.clone());
             return;
         }
         if let Ok(value) = HeaderValue::try_from(self.element(host)) {
-            headers.append(header::FORWARDED, value.clone());
+            fields.append(header::FORWARDED, value.clone());
             *last = Some((host.to_owned(), value));
         }
     }
@@ -244,19 +217,19 @@ impl Forwarded {
 }
 
 /// Removes the names that only infrar may say.
-pub(super) fn strip_identity(headers: &mut HeaderMap) {
-    if !headers.keys().any(|name| name.as_str().len() == 13 && name.as_str().starts_with("infrar-"))
+pub(super) fn strip_identity(fields: &mut Fields) {
+    if !fields.names().any(|name| name.as_str().len() == 13 && name.as_str().starts_with("infrar-"))
     {
         return;
     }
     for name in [&CALLER, &SCOPES, &CLAIMS] {
-        headers.remove(name);
+        fields.remove(name);
     }
 }
 
 /// Whether the caller speaks gRPC, so that refusals must be said in its language.
-pub(super) fn is_grpc(headers: &HeaderMap) -> bool {
-    headers.get(header::CONTENT_TYPE).is_some_and(|value| {
+pub(super) fn is_grpc(fields: &Fields) -> bool {
+    fields.get(&header::CONTENT_TYPE).is_some_and(|value| {
         let bytes = value.as_bytes();
         bytes.starts_with(b"application/grpc") && matches!(bytes.get(16), None | Some(b'+' | b';'))
     })
@@ -266,10 +239,10 @@ pub(super) fn is_grpc(headers: &HeaderMap) -> bool {
 mod tests {
     use super::*;
 
-    fn headers(lines: &[(&'static str, &'static str)]) -> HeaderMap {
-        let mut map = HeaderMap::new();
+    fn headers(lines: &[(&'static str, &'static str)]) -> Fields {
+        let mut map = Fields::new();
         for (name, value) in lines {
-            map.append(*name, HeaderValue::from_static(value));
+            map.append(HeaderName::from_static(name), HeaderValue::from_static(value));
         }
         map
     }
@@ -288,14 +261,14 @@ mod tests {
         strip_hop_by_hop(&mut map);
         assert_eq!(
             map,
-            headers(&[("te", "trailers"), ("authorization", "Bearer x"), ("x-other", "2")])
+            headers(&[("authorization", "Bearer x"), ("x-other", "2"), ("te", "trailers")])
         );
     }
 
     #[test]
     fn a_request_that_comes_back_is_refused() {
         let via = Via::random();
-        let mut map = HeaderMap::new();
+        let mut map = Fields::new();
         via.pass(Version::HTTP_11, &mut map).unwrap();
         assert_eq!(via.pass(Version::HTTP_11, &mut map), Err(Rejection::Loop));
         assert!(Via::random().pass(Version::HTTP_2, &mut map).is_ok());
@@ -312,10 +285,10 @@ mod tests {
 
     #[test]
     fn forwarded_names_the_peer_the_host_and_the_scheme() {
-        let mut map = HeaderMap::new();
+        let mut map = Fields::new();
         Forwarded::new(Some("192.0.2.1:999".parse().unwrap()), false).add(&mut map, "data");
         Forwarded::new(Some("[2001:db8::1]:999".parse().unwrap()), true).add(&mut map, "data:8443");
-        let all: Vec<_> = map.get_all("forwarded").iter().map(|v| v.to_str().unwrap()).collect();
+        let all: Vec<_> = map.all("forwarded").map(|v| v.to_str().unwrap()).collect();
         assert_eq!(
             all,
             [

@@ -3,32 +3,38 @@
 //! Who is it, may it, and only then: pass. A request without a grant never reaches the application, and identity
 //! headers that it brings itself are removed before anything is decided.
 
-use std::{cell::RefCell, rc::Rc};
+use std::{cell::RefCell, collections::HashSet, rc::Rc};
 
-use http::{HeaderMap, HeaderValue, header, request::Parts};
+use http::{HeaderValue, Uri, header};
 
 use crate::{
-    identity::{Action, Claims, Grant, Refused, TokenCache, TokenFault, admit},
-    model::ServiceName,
+    identity::{Action, Claims, Grant, Refused, Strictness, TokenCache, TokenFault, admit},
+    model::{ScopeSet, ServiceName},
     proxy::{
         forward::{Dispatch, Forward},
         headers,
         record::Record,
         reject::Rejection,
-        settings::InboundSettings,
+        settings::{App, InboundSettings},
         view::{Cluster, View},
         worker::{Answer, Call, Peer, Worker, refused, relayed},
     },
     runtime::Clock,
     upstream::Received,
+    wire::{Fields, Request},
 };
 
 /// Finds out who calls and what it may do; shared by sidecar and edge.
 pub(super) struct Gate {
     worker: Rc<Worker>,
     settings: InboundSettings,
-    cache: RefCell<TokenCache>,
+    cache: Rc<RefCell<TokenCache>>,
+    /// Callers of which the log knows what they would be refused, were the project not learning.
+    told: RefCell<HashSet<(Box<str>, ServiceName)>>,
 }
+
+/// So many callers are told of; the log is for people.
+const MOST_TOLD: usize = 1000;
 
 /// Who was let in.
 pub(super) struct Admitted {
@@ -42,8 +48,18 @@ impl Gate {
     /// The gate of one listener on one worker.
     #[must_use]
     pub(super) fn new(worker: Rc<Worker>, settings: InboundSettings) -> Self {
-        let cache = RefCell::new(TokenCache::new(settings.token_cache));
-        Self { worker, settings, cache }
+        let cache = Rc::new(RefCell::new(TokenCache::new(settings.token_cache)));
+        Self { worker, settings, cache, told: RefCell::default() }
+    }
+
+    /// The gate with other settings. What was verified stays verified: rules are asked for each request.
+    #[must_use]
+    pub(super) fn with(&self, settings: InboundSettings) -> Self {
+        if settings.token_cache != self.settings.token_cache {
+            return Self::new(Rc::clone(&self.worker), settings);
+        }
+        let (worker, cache) = (Rc::clone(&self.worker), Rc::clone(&self.cache));
+        Self { worker, settings, cache, told: RefCell::new(self.told.borrow().clone()) }
     }
 
     /// Lets a request for `callee` in, or says why not.
@@ -52,41 +68,44 @@ impl Gate {
     /// The [`Rejection`].
     pub(super) async fn admit(
         &self,
-        parts: &Parts,
+        request: &Request,
         callee: &ServiceName,
         view: Option<&View>,
         record: &mut Record,
     ) -> Result<Admitted, Rejection> {
-        let action = self.settings.rules.action(&parts.method, parts.uri.path());
+        let action = self.settings.rules.action(&request.method, request.uri.path());
         if let Some(grant) = action.open() {
             record.belongs_to(self.worker.inbound_desk.of_caller("", callee));
             return Ok(Admitted { grant, claims: None });
         }
-        let claims = self.claims(&parts.headers, callee).await?;
+        let claims = self.claims(&request.fields, callee).await?;
         let caller = claims.caller().as_str();
         record.belongs_to(self.worker.inbound_desk.of_caller(caller, callee));
-        let grant = Self::grant(&claims, action, callee, view)?;
+        let grant = self.grant(&claims, action, callee, view)?;
         Ok(Admitted { grant, claims: Some(claims) })
     }
 
     fn grant(
+        &self,
         claims: &Claims,
         action: Action<'_>,
         callee: &ServiceName,
         view: Option<&View>,
     ) -> Result<Grant, Rejection> {
-        let caller = claims.caller();
-        let granted = view.and_then(|view| {
-            let name: &str = caller.as_str();
-            view.catalog.project.permissions.get(name)?.get(callee)
-        });
-        let strictness =
-            view.map_or(crate::identity::Strictness::Enforce, |view| view.strictness.get());
+        // A caller of another issuer has no row, whatever its subject is called.
+        let granted = view
+            .zip(claims.caller().ours())
+            .and_then(|(view, caller)| view.catalog.project.granted(caller, callee));
         let listed = view
             .filter(|_| !claims.is_ours())
             .and_then(|view| view.catalog.project.services.get(callee))
             .map(|service| &service.scopes);
-        admit(claims, action, granted, listed, strictness).map_err(|refused| match refused {
+        let strictness = view.map_or(Strictness::Enforce, |view| view.strictness);
+        let grant = admit(claims, action, granted, listed, strictness);
+        if grant.as_ref().is_ok_and(Grant::is_learned) {
+            self.learned(claims, action, callee, granted);
+        }
+        grant.map_err(|refused| match refused {
             Refused::NotPermitted { caller } => {
                 Rejection::NotPermitted { caller, callee: callee.clone() }
             }
@@ -100,13 +119,27 @@ impl Gate {
         })
     }
 
-    /// Who is it? The token is verified, or remembered as verified.
-    async fn claims(
+    /// Says once of each caller what would be refused if the project did not learn.
+    fn learned(
         &self,
-        headers: &HeaderMap,
+        claims: &Claims,
+        action: Action<'_>,
         callee: &ServiceName,
-    ) -> Result<Rc<Claims>, Rejection> {
-        let token = bearer(headers)?;
+        granted: Option<&ScopeSet>,
+    ) {
+        let mut told = self.told.borrow_mut();
+        let key = (claims.caller().as_str().into(), callee.clone());
+        if told.len() >= MOST_TOLD || !told.insert(key) {
+            return;
+        }
+        if let Err(refused) = admit(claims, action, granted, None, Strictness::Enforce) {
+            tracing::info!(%callee, would_be_refused = %refused, "a call that enforcing permissions would refuse");
+        }
+    }
+
+    /// Who is it? The token is verified, or remembered as verified.
+    async fn claims(&self, fields: &Fields, callee: &ServiceName) -> Result<Rc<Claims>, Rejection> {
+        let token = bearer(fields)?;
         match self.verified(token, callee) {
             Ok(claims) => Ok(claims),
             Err(fault @ TokenFault::UnknownKey { .. }) => {
@@ -128,24 +161,24 @@ impl Gate {
     }
 
     /// Puts on what the application may rely on.
-    pub(super) fn undress(&self, headers: &mut HeaderMap, admitted: &Admitted) {
-        headers::strip_identity(headers);
+    pub(super) fn undress(&self, fields: &mut Fields, admitted: &Admitted) {
+        headers::strip_identity(fields);
         if let Some(claims) = &admitted.claims {
-            headers.insert(headers::CALLER.clone(), claims.caller_header().clone());
-            headers.insert(headers::CLAIMS.clone(), claims.claims_header().clone());
+            fields.set(headers::CALLER.clone(), claims.caller_header().clone());
+            fields.set(headers::CLAIMS.clone(), claims.claims_header().clone());
             if let Some(scopes) = admitted.grant.scopes() {
-                headers.insert(headers::SCOPES.clone(), scopes.clone());
+                fields.set(headers::SCOPES.clone(), scopes.clone());
             }
         }
         if !self.settings.forward_authorization {
-            headers.remove(header::AUTHORIZATION);
+            fields.remove(&header::AUTHORIZATION);
         }
     }
 }
 
 /// The one bearer token of a request (RFC 6750 §2.1).
-fn bearer(headers: &HeaderMap) -> Result<&[u8], Rejection> {
-    let mut values = headers.get_all(header::AUTHORIZATION).iter();
+fn bearer(fields: &Fields) -> Result<&[u8], Rejection> {
+    let mut values = fields.all(&header::AUTHORIZATION);
     let value = values.next().ok_or(Rejection::TokenMissing)?.as_bytes();
     if values.next().is_some() {
         return Err(Rejection::TokenInvalid("there is more than one authorization header"));
@@ -190,16 +223,29 @@ impl Inbound {
     /// The way in to `app`.
     #[must_use]
     pub(super) fn new(worker: Rc<Worker>, settings: InboundSettings, app: Rc<Cluster>) -> Self {
-        let callee = worker.settings.service.clone();
+        let callee = worker.me.clone();
         let gate = Gate::new(Rc::clone(&worker), settings);
         Self { worker, gate, callee, app }
     }
 
+    /// The way in with other settings, to `app`.
+    #[must_use]
+    pub(super) fn with(&self, settings: InboundSettings, app: Rc<Cluster>) -> Self {
+        let (worker, callee) = (Rc::clone(&self.worker), self.callee.clone());
+        Self { worker, gate: self.gate.with(settings), callee, app }
+    }
+
+    /// Where it leads, if that is still `app`.
+    #[must_use]
+    pub(super) fn leads_to(&self, app: &App) -> Option<Rc<Cluster>> {
+        (self.gate.settings.app.as_ref() == Some(app)).then(|| Rc::clone(&self.app))
+    }
+
     /// Answers one request from outside; a refusal is an answer too.
     pub(super) async fn answer(&self, mut call: Call<'_>) -> Answer {
-        let mut record = self.worker.inbound_desk.open(call.request.method(), call.request.uri());
-        let grpc = headers::is_grpc(call.request.headers());
-        let id = headers::identify(call.request.headers_mut());
+        let mut record = self.worker.inbound_desk.open(&call.request.method, &call.request.uri);
+        let grpc = headers::is_grpc(&call.request.fields);
+        let id = headers::identify(&mut call.request.fields);
         match self.carry(call, &id, grpc, &mut record).await {
             Ok(received) => relayed(received, record),
             Err(rejection) => refused(&rejection, Some(&id), grpc, record),
@@ -213,45 +259,47 @@ impl Inbound {
         grpc: bool,
         record: &mut Record,
     ) -> Result<Received, Rejection> {
-        let (mut parts, body) = call.request.into_parts();
+        let mut request = call.request;
         // Known before anything can refuse it: its line in the log says which request that was.
-        record.identified(id, headers::continue_trace(&mut parts.headers));
+        record.identified(id, headers::continue_trace(&mut request.fields));
         // Has it been here before?
-        self.worker.via_in.pass(parts.version, &mut parts.headers)?;
+        self.worker.via_in.pass(request.version, &mut request.fields)?;
         // Who is it, and may it?
         let view = self.worker.view().ok();
-        let admitted = self.gate.admit(&parts, &self.callee, view.as_deref(), record).await?;
+        let admitted = self.gate.admit(&request, &self.callee, view.as_deref(), record).await?;
         // What does the application see?
-        let upgrade = headers::upgrade(&parts.method, parts.version, &parts.headers);
-        headers::strip_hop_by_hop(&mut parts.headers);
-        self.gate.undress(&mut parts.headers, &admitted);
-        arrived(&mut parts, call.peer, upgrade.as_ref());
+        let upgrade = headers::upgrade(&request.method, request.version, &request.fields);
+        headers::strip_hop_by_hop(&mut request.fields);
+        self.gate.undress(&mut request.fields, &admitted);
+        arrived(&request.uri, &mut request.fields, call.peer, upgrade.as_ref());
         let dispatch = Dispatch {
-            method: parts.method,
-            uri: parts.uri,
-            headers: parts.headers,
-            body,
+            method: request.method,
+            uri: request.uri,
+            fields: request.fields,
+            body: request.body,
             bearer: None,
             upgrade: upgrade.is_some(),
             grpc,
             interim: call.interim,
+            alarm: call.alarm,
         };
-        Forward::new(&self.app, &self.worker.ward, dispatch, record).send().await
+        let begun = record.started();
+        Forward::new(&self.app, &self.worker.ward, dispatch, record, begun).send().await
     }
 }
 
 /// Says where a request came from, and gives it the `host` that HTTP/2 says as `:authority`.
-pub(super) fn arrived(parts: &mut Parts, peer: &Peer, upgrade: Option<&HeaderValue>) {
-    if let Some(authority) = parts.uri.authority()
+pub(super) fn arrived(uri: &Uri, fields: &mut Fields, peer: &Peer, upgrade: Option<&HeaderValue>) {
+    if let Some(authority) = uri.authority()
         && let Ok(host) = HeaderValue::from_str(authority.as_str())
     {
-        parts.headers.insert(header::HOST, host);
+        fields.set(header::HOST, host);
     }
-    let host = parts.headers.get(header::HOST).cloned();
+    let host = fields.get(&header::HOST).cloned();
     let host = host.as_ref().and_then(|host| host.to_str().ok()).unwrap_or_default();
-    peer.forwarded.add(&mut parts.headers, host);
+    peer.forwarded.add(fields, host);
     if let Some(protocol) = upgrade {
-        parts.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
-        parts.headers.insert(header::UPGRADE, protocol.clone());
+        fields.set(header::CONNECTION, HeaderValue::from_static("upgrade"));
+        fields.set(header::UPGRADE, protocol.clone());
     }
 }

@@ -5,7 +5,8 @@
 
 use std::{rc::Rc, sync::Arc};
 
-use http::{HeaderValue, Method, Response, StatusCode, header};
+use http::{HeaderValue, Method, StatusCode, header};
+use tokio::time::Instant;
 
 use crate::{
     identity::Slot,
@@ -21,6 +22,7 @@ use crate::{
         worker::{Answer, Call, Worker, origin_of, refused, relayed},
     },
     upstream::Received,
+    wire::{Body, Fields, Request, Response},
 };
 
 /// Answers calls of the local application.
@@ -52,10 +54,10 @@ impl Outbound {
 
     /// Answers one request of the local application; a refusal is an answer too.
     pub(super) async fn answer(&self, mut call: Call<'_>) -> Answer {
-        let mut record = self.worker.outbound_desk.open(call.request.method(), call.request.uri());
-        let grpc = headers::is_grpc(call.request.headers());
-        let id = headers::identify(call.request.headers_mut());
-        let walk = if call.request.method() == Method::CONNECT {
+        let mut record = self.worker.outbound_desk.open(&call.request.method, &call.request.uri);
+        let grpc = headers::is_grpc(&call.request.fields);
+        let id = headers::identify(&mut call.request.fields);
+        let walk = if call.request.method == Method::CONNECT {
             Box::pin(self.tunnel(&call, &mut record)).await
         } else {
             self.carry(call, &id, grpc, &mut record).await
@@ -74,53 +76,55 @@ impl Outbound {
         grpc: bool,
         record: &mut Record,
     ) -> Result<Received, Rejection> {
-        let (mut parts, body) = call.request.into_parts();
+        let Request { method, uri, version, mut fields, body } = call.request;
         // Known before anything can refuse it: its line in the log says which request that was.
-        record.identified(id, headers::continue_trace(&mut parts.headers));
+        record.identified(id, headers::continue_trace(&mut fields));
         // Has it been here before?
-        self.worker.via_out.pass(parts.version, &mut parts.headers)?;
+        self.worker.via_out.pass(version, &mut fields)?;
         // Which service is meant, where does it live now, and may we speak to it?
-        let asked = authority(&parts.uri, &parts.headers)?;
-        let route = self.route(&parts.uri, &asked, record)?;
+        let asked = authority(&uri, &fields)?;
+        let route = self.route(&uri, &asked, record)?;
         // What does the far side see?
-        let upgrade = headers::upgrade(&parts.method, parts.version, &parts.headers);
-        headers::strip_hop_by_hop(&mut parts.headers);
-        headers::strip_identity(&mut parts.headers);
-        call.peer.forwarded.add(&mut parts.headers, &asked);
+        let upgrade = headers::upgrade(&method, version, &fields);
+        headers::strip_hop_by_hop(&mut fields);
+        headers::strip_identity(&mut fields);
+        call.peer.forwarded.add(&mut fields, &asked);
         if let Some(protocol) = &upgrade {
-            parts.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
-            parts.headers.insert(header::UPGRADE, protocol.clone());
+            fields.set(header::CONNECTION, HeaderValue::from_static("upgrade"));
+            fields.set(header::UPGRADE, protocol.clone());
         }
+        let mut begun = record.started();
         let (cluster, bearer) = match &route {
-            Route::Service(cluster) => (cluster, self.bearer(cluster, &mut parts.headers).await?),
+            Route::Service(cluster) => (cluster, self.bearer(cluster, &fields, &mut begun).await?),
             Route::Outside(cluster) => (cluster, None),
         };
         // Try, retry, fail over.
         let dispatch = Dispatch {
-            method: parts.method,
-            uri: parts.uri,
-            headers: parts.headers,
+            method,
+            uri,
+            fields,
             body,
             bearer,
             upgrade: upgrade.is_some(),
             grpc,
             interim: call.interim,
+            alarm: call.alarm,
         };
-        Forward::new(cluster, &self.worker.ward, dispatch, record).send().await
+        Forward::new(cluster, &self.worker.ward, dispatch, record, begun).send().await
     }
 
     /// `CONNECT name:port`: resolved and balanced, but the client speaks TLS with the endpoint itself and brings its
     /// own token.
     async fn tunnel(&self, call: &Call<'_>, record: &mut Record) -> Result<Received, Rejection> {
-        let uri = call.request.uri();
+        let uri = &call.request.uri;
         let asked =
             uri.authority().ok_or(Rejection::BadRequest("CONNECT names host:port"))?.as_str();
         let cluster = match self.route(uri, asked, record)? {
             Route::Service(cluster) | Route::Outside(cluster) => cluster,
         };
         let stream = Forward::tunnel(&cluster, &self.worker.ward, record).await?;
-        let mut response = Response::new(());
-        *response.status_mut() = StatusCode::OK;
+        let response =
+            Response { status: StatusCode::OK, fields: Fields::new(), body: Body::Empty };
         Ok(Received::Upgraded(response, stream))
     }
 
@@ -160,21 +164,23 @@ impl Outbound {
         Rejection::UnknownService { authority: asked.to_owned(), nearest }
     }
 
-    /// The token for a call; `None` where the application brings its own, or no endpoint takes one.
+    /// The token for a call, and the time when it was there; `None` where the application brings its own, or no endpoint takes one.
     async fn bearer(
         &self,
         cluster: &Rc<Cluster>,
-        headers: &mut http::HeaderMap,
+        fields: &Fields,
+        now: &mut Instant,
     ) -> Result<Option<HeaderValue>, Rejection> {
-        if headers.contains_key(header::AUTHORIZATION) && !self.settings.override_authorization {
+        if fields.contains(&header::AUTHORIZATION) && !self.settings.override_authorization {
             return Ok(None);
         }
         let Some(slot) = &cluster.token else { return Ok(None) };
-        let now = tokio::time::Instant::now();
-        if let Some(header) = slot.with_current(now, |bearer| bearer.header().clone()) {
+        if let Some(header) = slot.with_current(*now, |bearer| bearer.header().clone()) {
             return Ok(Some(header));
         }
-        Box::pin(self.first_bearer(cluster, slot)).await.map(Some)
+        let first = Box::pin(self.first_bearer(cluster, slot)).await?;
+        *now = Instant::now();
+        Ok(Some(first))
     }
 
     /// Waits for a token that is not there yet.
@@ -188,7 +194,7 @@ impl Outbound {
         match tokio::time::timeout(limit, slot.bearer()).await {
             Ok(Ok(bearer)) => Ok(bearer.header().clone()),
             Ok(Err(error)) if error.is_permission() => Err(Rejection::NotPermitted {
-                caller: self.worker.settings.service.to_string(),
+                caller: self.worker.me.to_string(),
                 callee: service(),
             }),
             Ok(Err(error)) => {
@@ -206,11 +212,11 @@ impl Outbound {
 }
 
 /// The host that the request is for: that of an absolute target, else of `host`.
-fn authority(uri: &http::Uri, headers: &http::HeaderMap) -> Result<String, Rejection> {
+fn authority(uri: &http::Uri, fields: &Fields) -> Result<String, Rejection> {
     if let Some(authority) = uri.authority() {
         return Ok(authority.as_str().to_owned());
     }
-    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+    let host = fields.get(&header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
     if host.is_empty() {
         return Err(Rejection::BadRequest("the request names no host"));
     }

@@ -5,11 +5,11 @@
 
 use std::time::Duration;
 
-use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
+use http::{HeaderName, HeaderValue, StatusCode, header};
 
 use crate::{
     model::{ScopeSet, ServiceName},
-    wire::{Body, PROBLEM_JSON, Problem},
+    wire::{Body, Fields, PROBLEM_JSON, Problem, Response},
 };
 
 /// Why the data plane answered instead of the service.
@@ -110,10 +110,12 @@ pub enum Rejection {
         certificate: bool,
     },
     /// The endpoint ended the exchange before it answered.
-    #[error("{service} closed the connection before it answered")]
+    #[error("{service} closed the connection before it answered{}", unrepeated(*.spent))]
     UpstreamReset {
         /// The service.
         service: ServiceName,
+        /// Whether it might have been tried again, had its body not been too large to keep.
+        spent: bool,
     },
     /// The endpoint's answer is no valid HTTP.
     #[error("{service} sent an answer that is no valid HTTP")]
@@ -162,6 +164,11 @@ pub enum Rejection {
     /// The request has been here before.
     #[error("the request came back to the proxy that sent it, or passed too many")]
     Loop,
+}
+
+/// Why there was no further attempt, where that is the body's doing.
+fn unrepeated(spent: bool) -> &'static str {
+    if spent { "; the body was too large to be sent again" } else { "" }
 }
 
 /// The scopes that are missing, for people.
@@ -341,32 +348,35 @@ impl Rejection {
 
     /// The answer. `request_id` is repeated in it; `grpc` says it as trailers only.
     #[must_use]
-    pub fn answer(&self, request_id: Option<&HeaderValue>, grpc: bool) -> Response<Body> {
+    pub fn answer(&self, request_id: Option<&HeaderValue>, grpc: bool) -> Response {
         let verdict = self.verdict();
-        let mut headers = HeaderMap::with_capacity(8);
+        let mut fields = Fields::with_capacity(8);
         if let Ok(value) = HeaderValue::try_from(format!("infrar; error={}", verdict.proxy_status))
         {
-            headers.insert("proxy-status", value);
+            fields.append(HeaderName::from_static("proxy-status"), value);
         }
         if let Some(id) = request_id {
-            headers.insert("x-request-id", id.clone());
+            fields.append(HeaderName::from_static("x-request-id"), id.clone());
         }
         if let Some(wait) = self.retry_after() {
-            headers.insert(header::RETRY_AFTER, HeaderValue::from(wait.as_secs().max(1)));
+            fields.append(header::RETRY_AFTER, HeaderValue::from(wait.as_secs().max(1)));
         }
         if let Some(challenge) = self.challenge() {
-            headers.insert(header::WWW_AUTHENTICATE, challenge);
+            fields.append(header::WWW_AUTHENTICATE, challenge);
         }
         let (status, body) = if grpc {
-            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
-            headers.insert("grpc-status", HeaderValue::from_static(verdict.grpc));
+            fields.append(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+            fields.append(
+                HeaderName::from_static("grpc-status"),
+                HeaderValue::from_static(verdict.grpc),
+            );
             let message = format!("{}: {self}", verdict.code);
             if let Ok(message) = HeaderValue::try_from(percent_encode(&message)) {
-                headers.insert("grpc-message", message);
+                fields.append(HeaderName::from_static("grpc-message"), message);
             }
             (StatusCode::OK, Body::Empty)
         } else {
-            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(PROBLEM_JSON));
+            fields.append(header::CONTENT_TYPE, HeaderValue::from_static(PROBLEM_JSON));
             let mut problem = Problem::new(verdict.status.as_u16(), verdict.code, self.to_string());
             problem.request_id =
                 request_id.and_then(|id| id.to_str().ok()).unwrap_or_default().to_owned();
@@ -376,10 +386,7 @@ impl Rejection {
             let bytes = serde_json::to_vec(&problem).unwrap_or_default();
             (verdict.status, Body::Full(bytes.into()))
         };
-        let mut response = Response::new(body);
-        *response.status_mut() = status;
-        *response.headers_mut() = headers;
-        response
+        Response { status, fields, body }
     }
 }
 
@@ -411,10 +418,13 @@ mod tests {
             nearest: vec!["reports".into()],
         };
         let answer = rejection.answer(Some(&HeaderValue::from_static("7")), false);
-        assert_eq!(answer.status(), 404);
-        assert_eq!(answer.headers()["proxy-status"], "infrar; error=destination_not_found");
-        assert_eq!(answer.headers()["content-type"], "application/problem+json");
-        let Body::Full(bytes) = answer.body() else { panic!("a body") };
+        assert_eq!(answer.status, 404);
+        assert_eq!(
+            answer.fields.get("proxy-status").unwrap(),
+            "infrar; error=destination_not_found"
+        );
+        assert_eq!(answer.fields.get("content-type").unwrap(), "application/problem+json");
+        let Body::Full(bytes) = &answer.body else { panic!("a body") };
         let problem: Problem = serde_json::from_slice(bytes).unwrap();
         assert_eq!((problem.code.as_str(), problem.request_id.as_str()), ("unknown-service", "7"));
         assert_eq!(problem.nearest, Some(vec!["reports".to_owned()]));
@@ -424,16 +434,19 @@ mod tests {
     fn a_grpc_caller_is_told_in_trailers_only() {
         let rejection = Rejection::Deadline { service: service(), limit: Duration::from_secs(2) };
         let answer = rejection.answer(None, true);
-        assert_eq!(answer.status(), 200);
-        assert_eq!(answer.headers()["grpc-status"], "4");
-        assert_eq!(answer.headers()["grpc-message"], "deadline: reports gave no answer within 2s");
-        assert!(answer.body().is_empty());
+        assert_eq!(answer.status, 200);
+        assert_eq!(answer.fields.get("grpc-status").unwrap(), "4");
+        assert_eq!(
+            answer.fields.get("grpc-message").unwrap(),
+            "deadline: reports gave no answer within 2s"
+        );
+        assert!(answer.body.is_empty());
     }
 
     #[test]
     fn who_lacks_a_token_or_a_scope_is_told_how_to_ask() {
         let told = |rejection: Rejection| {
-            rejection.answer(None, false).headers().get("www-authenticate").cloned()
+            rejection.answer(None, false).fields.get("www-authenticate").cloned()
         };
         assert_eq!(told(Rejection::TokenMissing).unwrap(), "Bearer realm=\"infrar\"");
         assert!(told(Rejection::TokenExpired).unwrap().to_str().unwrap().contains("invalid_token"));

@@ -13,7 +13,7 @@ use std::{
 };
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use http::{HeaderMap, Method, Request, Response, StatusCode, Version, header};
+use http::{Method, StatusCode, Version, header};
 use http_body::{Body as _, Frame, SizeHint};
 use tokio::io::AsyncWrite;
 use tokio_util::io::poll_read_buf;
@@ -23,7 +23,7 @@ use crate::{
         self, BodyDecoder, Framing, HeadError, ParsedRequest, Piece, encode_headers,
         encode_status_line,
     },
-    net::Stream,
+    net::{LANDING_BYTES, Stream},
     proxy::{
         headers,
         record::Record,
@@ -32,8 +32,8 @@ use crate::{
         tunnel,
         worker::{Answer, Call, Peer},
     },
-    runtime::{Guard, Phase},
-    wire::{Body, BodyError, Interim},
+    runtime::{Alarm, Guard, Phase, Turn},
+    wire::{Body, BodyError, Fields, Interim, Request, Response},
 };
 
 /// What a read asks for at first.
@@ -70,9 +70,16 @@ struct Wire {
 impl Wire {
     fn poll_fill(&self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         let mut read = self.read.borrow_mut();
+        let mut stream = self.stream.borrow_mut();
+        if self.next_read.get() <= LANDING_BYTES {
+            let count = ready!(stream.poll_land(cx, &mut read))?;
+            if count == LANDING_BYTES {
+                self.next_read.set(LANDING_BYTES * 2);
+            }
+            return Poll::Ready(Ok(count));
+        }
         read.reserve(self.next_read.get());
         let room = read.capacity() - read.len();
-        let mut stream = self.stream.borrow_mut();
         let count = ready!(poll_read_buf(Pin::new(&mut *stream), cx, &mut *read))?;
         if count >= room {
             self.next_read.set((self.next_read.get() * 2).min(LARGEST_READ));
@@ -185,7 +192,7 @@ enum Pause {
 
 /// Two sides that are to be joined.
 struct Tunnel {
-    response: Response<()>,
+    response: Response,
     far: Stream,
     record: Record,
     asked: Asked,
@@ -211,6 +218,7 @@ pub(super) struct Connection {
     story: Rc<Story>,
     peer: Peer,
     interim: Interim,
+    alarm: RefCell<Alarm>,
     write: BytesMut,
 }
 
@@ -236,7 +244,14 @@ impl Connection {
             limit: limits.body_bytes,
             stall: limits.stall_timeout,
         });
-        Self { wire, story, peer, interim: Interim::default(), write: BytesMut::new() }
+        Self {
+            wire,
+            story,
+            peer,
+            interim: Interim::default(),
+            alarm: RefCell::default(),
+            write: BytesMut::new(),
+        }
     }
 
     /// Serves requests until either side has had enough.
@@ -260,6 +275,7 @@ impl Connection {
         let wire = &self.wire;
         *wire.read.borrow_mut() = BytesMut::new();
         self.write = BytesMut::new();
+        self.alarm.get_mut().stop();
         wire.guard.arm(self.story.worker().limits().idle_timeout);
         poll_fn(|cx| {
             if self.story.end().reached(Phase::Drain) || wire.guard.poll_expired(cx).is_ready() {
@@ -349,12 +365,12 @@ impl Connection {
     }
 
     /// Makes a request of a head, with the body that follows it.
-    fn request(&self, head: ParsedRequest) -> Result<(Request<Body>, Asked), Rejection> {
+    fn request(&self, head: ParsedRequest) -> Result<(Request, Asked), Rejection> {
         let limits = self.story.worker().limits();
         if head.method == Method::CONNECT && !self.story.takes_connect() {
             return Err(Rejection::BadRequest("CONNECT is for the outbound port"));
         }
-        let framing = http1::request_framing(head.version, &head.headers).map_err(refuse)?;
+        let framing = http1::request_framing(head.version, &head.fields).map_err(refuse)?;
         if let (Framing::Length(length), Some(limit)) = (framing, limits.body_bytes)
             && length > limit
         {
@@ -366,9 +382,9 @@ impl Connection {
         wire.next_read.set(FIRST_READ);
         let waits = head.version == Version::HTTP_11
             && framing != Framing::None
-            && headers::lists(&head.headers, &header::EXPECT, "100-continue");
+            && headers::lists(&head.fields, &header::EXPECT, "100-continue");
         wire.expects.set(waits);
-        let keep_alive = keeps_alive(head.version, &head.headers);
+        let keep_alive = keeps_alive(head.version, &head.fields);
         let mut read = wire.read.borrow_mut();
         let body = match framing {
             Framing::None | Framing::UntilClose => Body::Empty,
@@ -388,25 +404,27 @@ impl Connection {
             *wire.decoder.borrow_mut() = BodyDecoder::Length(0);
         }
         let asked = Asked { method: head.method.clone(), version: head.version, keep_alive };
-        let mut request = Request::new(body);
-        *request.method_mut() = head.method;
-        *request.uri_mut() = head.uri;
-        *request.version_mut() = head.version;
-        *request.headers_mut() = head.headers;
+        let request = Request {
+            method: head.method,
+            uri: head.uri,
+            version: head.version,
+            fields: head.fields,
+            body,
+        };
         Ok((request, asked))
     }
 
     /// Lets the story answer; `None` when the client went away or stalled meanwhile.
-    async fn answer(&mut self, request: Request<Body>) -> Option<Answer> {
+    async fn answer(&mut self, request: Request) -> Option<Answer> {
         let story = Rc::clone(&self.story);
-        let call = Call { request, peer: &self.peer, interim: &self.interim };
+        let call = Call { request, peer: &self.peer, interim: &self.interim, alarm: &self.alarm };
         let mut walk = pin!(story.answer(call));
         let (wire, interim, write) = (&self.wire, &self.interim, &mut self.write);
         poll_fn(|cx| {
             let walked = walk.as_mut().poll(cx);
-            for (status, headers) in interim.take() {
+            for (status, fields) in interim.take() {
                 encode_status_line(status, write);
-                encode_headers(&headers, write);
+                encode_headers(fields.iter(), write);
                 write.put_slice(b"\r\n");
             }
             if !write.is_empty() {
@@ -428,19 +446,14 @@ impl Connection {
     }
 
     /// Writes an answer and says whether the connection can be used again.
-    async fn finish(
-        &mut self,
-        response: Response<Body>,
-        record: Record,
-        asked: &Asked,
-    ) -> Afterwards {
-        let (parts, body) = response.into_parts();
+    async fn finish(&mut self, response: Response, record: Record, asked: &Asked) -> Afterwards {
+        let Response { status, fields, body } = response;
         let unread = !self.wire.decoder.borrow().is_done() || self.wire.broken.get();
         let draining = self.story.end().reached(Phase::Drain);
         let mut keep_alive = asked.keep_alive
             && !draining
             && !(unread && (self.wire.expects.get() || body_is_short(&body)));
-        let framing = self.encode_head(parts.status, parts.headers, &body, asked, &mut keep_alive);
+        let framing = self.encode_head(status, fields, &body, asked, &mut keep_alive);
         let written = self.write_body(body, framing).await;
         self.wire.guard.disarm();
         let Ok(written) = written else { return Afterwards::Close };
@@ -457,7 +470,7 @@ impl Connection {
     fn encode_head(
         &mut self,
         status: StatusCode,
-        mut head: HeaderMap,
+        mut fields: Fields,
         body: &Body,
         asked: &Asked,
         keep_alive: &mut bool,
@@ -468,12 +481,12 @@ impl Connection {
             || status == StatusCode::NOT_MODIFIED
             || status.is_informational();
         let declared =
-            head.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+            fields.get(&header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
         let framing = match (bodiless, body.exact_len(), declared) {
             (true, ..) => Framing::None,
             (false, Some(length), _) => {
                 if declared != Some(length) {
-                    head.insert(header::CONTENT_LENGTH, length.into());
+                    fields.set(header::CONTENT_LENGTH, length.into());
                 }
                 Framing::Length(length)
             }
@@ -485,7 +498,7 @@ impl Connection {
             }
         };
         encode_status_line(status, write);
-        encode_headers(&head, write);
+        encode_headers(fields.iter(), write);
         if framing == Framing::Chunked {
             write.put_slice(b"transfer-encoding: chunked\r\n");
         }
@@ -577,7 +590,9 @@ impl Connection {
     async fn flush(&mut self, mut frame: Bytes) -> io::Result<()> {
         let (wire, write) = (&self.wire, &mut self.write);
         let mut left = usize::MAX;
+        let mut turn = Turn::default();
         poll_fn(|cx| {
+            ready!(turn.poll_give(cx));
             let mut stream = wire.stream.borrow_mut();
             match poll_write_all(&mut stream, write, &mut frame, cx) {
                 Poll::Ready(done) => Poll::Ready(done),
@@ -600,10 +615,9 @@ impl Connection {
     /// Hands both sides to each other.
     async fn tunnel(mut self, tunnel: Tunnel) {
         let Tunnel { response, far, record, asked } = tunnel;
-        let (parts, ()) = response.into_parts();
-        encode_status_line(parts.status, &mut self.write);
+        encode_status_line(response.status, &mut self.write);
         if asked.method != Method::CONNECT {
-            encode_headers(&parts.headers, &mut self.write);
+            encode_headers(response.fields.iter(), &mut self.write);
         }
         self.write.put_slice(b"\r\n");
         if self.flush(Bytes::new()).await.is_err() {
@@ -709,11 +723,11 @@ fn client_gone(wire: &Wire, cx: &mut Context<'_>) -> bool {
 }
 
 /// RFC 9112 §9.3.
-fn keeps_alive(version: Version, map: &HeaderMap) -> bool {
+fn keeps_alive(version: Version, fields: &Fields) -> bool {
     if version == Version::HTTP_10 {
-        return headers::lists(map, &header::CONNECTION, "keep-alive");
+        return headers::lists(fields, &header::CONNECTION, "keep-alive");
     }
-    !headers::lists(map, &header::CONNECTION, "close")
+    !headers::lists(fields, &header::CONNECTION, "close")
 }
 
 fn refuse(error: HeadError) -> Rejection {

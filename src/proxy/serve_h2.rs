@@ -4,7 +4,7 @@
 //! reset before they were answered (rapid reset, CVE-2023-44487).
 
 use std::{
-    cell::Cell,
+    cell::{Cell, RefCell},
     future::poll_fn,
     pin::{Pin, pin},
     rc::Rc,
@@ -16,7 +16,7 @@ use h2::{
     Reason, RecvStream, SendStream,
     server::{Builder, Connection, SendResponse},
 };
-use http::{HeaderMap, Method, Request, Response, Version, header};
+use http::{HeaderMap, Method, StatusCode, Version, header};
 use http_body::{Body as _, Frame, SizeHint};
 
 use crate::{
@@ -28,7 +28,7 @@ use crate::{
         worker::{Answer, Call, Peer},
     },
     runtime::{self, Guard, Phase},
-    wire::{Body, BodyError, Interim, Prepended},
+    wire::{Body, BodyError, Fields, Interim, Prepended, Request, Response},
 };
 
 /// Window of one stream. 1 MiB carries 100 Mbit/s over a round trip of 80 ms.
@@ -123,7 +123,7 @@ async fn shake(
 }
 
 /// A request, and the way to answer it.
-type Opened = (Request<RecvStream>, SendResponse<Bytes>);
+type Opened = (http::Request<RecvStream>, SendResponse<Bytes>);
 
 /// What a connection has to attend to.
 enum Next {
@@ -152,7 +152,7 @@ impl Drop for Seat {
 
 /// Answers one request.
 async fn answer(
-    request: Request<RecvStream>,
+    request: http::Request<RecvStream>,
     mut respond: SendResponse<Bytes>,
     story: &Rc<Story>,
     peer: &Peer,
@@ -166,7 +166,6 @@ async fn answer(
     }
     let limit = story.worker().limits().body_bytes;
     let (mut parts, stream) = request.into_parts();
-    parts.version = Version::HTTP_2;
     join_cookies(&mut parts.headers);
     let length = parts
         .headers
@@ -182,14 +181,20 @@ async fn answer(
         Incoming { stream, received: Rc::clone(&received), limit, length, trailers: false };
     let body = gather(incoming).await;
     let interim = Interim::default();
-    let call = Call { request: Request::from_parts(parts, body), peer, interim: &interim };
+    let request = Request {
+        method: parts.method,
+        uri: parts.uri,
+        version: Version::HTTP_2,
+        fields: parts.headers.into(),
+        body,
+    };
+    let alarm = RefCell::default();
+    let call = Call { request, peer, interim: &interim, alarm: &alarm };
     let mut walk = pin!(story.answer(call));
     let walked = poll_fn(|cx| {
         let walked = walk.as_mut().poll(cx);
         for (status, headers) in interim.take() {
-            let mut early = Response::new(());
-            *early.status_mut() = status;
-            *early.headers_mut() = headers;
+            let early = head(status, headers);
             if let Err(error) = respond.send_informational(early) {
                 tracing::trace!(%error, "an interim response could not be sent");
             }
@@ -212,16 +217,14 @@ async fn finish(answer: Answer, respond: &mut SendResponse<Bytes>, method: &Meth
         // Upgrades are asked for in HTTP/1.1 only, so no tunnel comes back here.
         return respond.send_reset(Reason::INTERNAL_ERROR);
     };
-    let (mut parts, body) = response.into_parts();
-    parts.version = Version::HTTP_2;
-    if let (false, Some(length)) =
-        (parts.headers.contains_key(header::CONTENT_LENGTH), body.exact_len())
+    let Response { status, mut fields, body } = response;
+    if let (false, Some(length)) = (fields.contains(&header::CONTENT_LENGTH), body.exact_len())
         && length > 0
     {
-        parts.headers.insert(header::CONTENT_LENGTH, length.into());
+        fields.append(header::CONTENT_LENGTH, length.into());
     }
     let ends = body.is_empty() || *method == Method::HEAD;
-    let stream = match respond.send_response(Response::from_parts(parts, ()), ends) {
+    let stream = match respond.send_response(head(status, fields), ends) {
         Ok(stream) => stream,
         Err(error) => return tracing::debug!(%error, "an answer could not be sent"),
     };
@@ -229,6 +232,15 @@ async fn finish(answer: Answer, respond: &mut SendResponse<Bytes>, method: &Meth
     if let Some(sent) = sent {
         record.settle(received, sent);
     }
+}
+
+/// The head of an answer, as HTTP/2 sends it.
+fn head(status: StatusCode, fields: Fields) -> http::Response<()> {
+    let mut response = http::Response::new(());
+    *response.status_mut() = status;
+    *response.version_mut() = Version::HTTP_2;
+    *response.headers_mut() = fields.into();
+    response
 }
 
 /// Sends a body; `None` when it or the client broke off.

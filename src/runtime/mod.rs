@@ -5,20 +5,26 @@
 //! the [`Side`] runtime and is born through a [`Supervisor`]. [`Shutdown`] tells all of them how far the end has
 //! come. No other room starts a thread or a task by itself.
 
+mod alarm;
 mod clock;
 mod files;
+mod panics;
 mod shutdown;
 mod side;
 mod signals;
 mod supervisor;
+mod turn;
 mod watchdog;
 mod worker;
 
+pub use alarm::Alarm;
 pub use clock::Clock;
 pub use files::write_private;
+pub use panics::{panics, report_panics};
 pub use shutdown::{InFlight, Phase, Shutdown};
 pub use side::Side;
 pub use signals::{Signal, Signals};
 pub use supervisor::{Supervisor, SupervisorError};
+pub use turn::Turn;
 pub use watchdog::{Expired, Guard, TICK, Watchdog};
-pub use worker::{RuntimeError, WorkerId, Workers, cpus, panics, spawn_local};
+pub use worker::{RuntimeError, WorkerId, Workers, cpus, spawn_local};

@@ -12,7 +12,7 @@ use std::{
 };
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use http::{HeaderMap, Method, Response, StatusCode, Version, header};
+use http::{HeaderName, Method, StatusCode, Version, header};
 use http_body::{Body as _, Frame, SizeHint};
 use tokio::{
     io::AsyncWrite,
@@ -25,10 +25,13 @@ use crate::{
         self, BodyDecoder, Framing, HeadError, HeadLimits, ParsedResponse, Piece, encode_headers,
         encode_request_line,
     },
-    net::Stream,
+    net::{LANDING_BYTES, Stream},
+    runtime::Turn,
     upstream::{Failure, Home, Outgoing, Received, SendError},
-    wire::{Body, BodyError, Interim},
+    wire::{Body, BodyError, Fields, Interim, Response},
 };
+
+static KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 
 /// What one read asks for at first; a body that fills it asks for twice as much the next time.
 const FIRST_READ: usize = 8 * 1024;
@@ -78,8 +81,9 @@ enum Upload {
 }
 
 struct Exchange {
-    connection: H1,
+    connection: Box<H1>,
     upload: Upload,
+    turn: Turn,
     next_read: usize,
     answered: bool,
 }
@@ -139,6 +143,7 @@ impl Exchange {
         cx: &mut Context<'_>,
         limits: HeadLimits,
     ) -> Poll<Result<ParsedResponse, SendError>> {
+        ready!(self.turn.poll_give(cx));
         if !matches!(self.upload, Upload::Done | Upload::Failed) {
             match self.poll_upload(cx) {
                 Poll::Ready(Err(error @ SendError::RequestBody(_))) => {
@@ -168,7 +173,14 @@ impl Exchange {
     }
 
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        let connection = &mut self.connection;
+        let connection = &mut *self.connection;
+        if self.next_read <= LANDING_BYTES {
+            let count = ready!(connection.stream.poll_land(cx, &mut connection.read))?;
+            if count == LANDING_BYTES {
+                self.next_read = LANDING_BYTES * 2;
+            }
+            return Poll::Ready(Ok(count));
+        }
         connection.read.reserve(self.next_read);
         let room = connection.read.capacity() - connection.read.len();
         let read =
@@ -216,7 +228,7 @@ fn write_out(connection: &mut H1, frame: &mut Bytes, cx: &mut Context<'_>) -> Po
 /// # Errors
 /// [`Failure`], which says whether the peer can have seen the request.
 pub(super) async fn send(
-    connection: H1,
+    connection: Box<H1>,
     home: Home,
     mut outgoing: Outgoing<'_>,
     interim: &Interim,
@@ -238,32 +250,32 @@ pub(super) async fn send(
                 return Err(Failure { error, answered: true });
             }
             StatusCode::CONTINUE => exchange.proceed(),
-            status if status.is_informational() => interim.put(status, head.headers),
+            status if status.is_informational() => interim.put(status, head.fields),
             _ => return finish(exchange, home, outgoing.method, head),
         }
     }
 }
 
 /// Writes the head into the connection's buffer and settles how the body is framed.
-fn begin(mut connection: H1, outgoing: &mut Outgoing<'_>) -> Exchange {
+fn begin(mut connection: Box<H1>, outgoing: &mut Outgoing<'_>) -> Exchange {
     let write = &mut connection.write;
     write.clear();
     encode_request_line(outgoing.method, outgoing.target.as_str(), write);
-    encode_headers(outgoing.headers, write);
+    encode_headers(outgoing.fields.iter(), write);
     let body = std::mem::take(&mut outgoing.body);
     let length = body.exact_len();
     let chunked = length.is_none();
     if chunked {
         write.put_slice(b"transfer-encoding: chunked\r\n");
     } else if let Some(length) = length.filter(|n| *n > 0)
-        && !outgoing.headers.contains_key(header::CONTENT_LENGTH)
+        && !outgoing.fields.contains(&header::CONTENT_LENGTH)
     {
         write.put_slice(b"content-length: ");
         write.put_slice(itoa::Buffer::new().format(length).as_bytes());
         write.put_slice(b"\r\n");
     }
     write.put_slice(b"\r\n");
-    let waits = outgoing.headers.contains_key(header::EXPECT) && !body.is_empty();
+    let waits = !body.is_empty() && outgoing.fields.contains(&header::EXPECT);
     let upload = if waits {
         let until = Box::pin(tokio::time::sleep(CONTINUE_PATIENCE));
         Upload::Held { body, chunked, until }
@@ -275,13 +287,11 @@ fn begin(mut connection: H1, outgoing: &mut Outgoing<'_>) -> Exchange {
         };
         Upload::Sending { body, chunked, frame, ended }
     };
-    Exchange { connection, upload, next_read: FIRST_READ, answered: false }
+    Exchange { connection, upload, turn: Turn::default(), next_read: FIRST_READ, answered: false }
 }
 
 fn upgraded(exchange: Exchange, head: ParsedResponse) -> Received {
-    let mut response = Response::new(());
-    *response.status_mut() = head.status;
-    *response.headers_mut() = head.headers;
+    let response = Response { status: head.status, fields: head.fields, body: Body::Empty };
     let prefix = exchange.connection.read.freeze();
     Received::Upgraded(response, exchange.connection.stream.with_prefix(prefix))
 }
@@ -293,10 +303,10 @@ fn finish(
     method: &Method,
     head: ParsedResponse,
 ) -> Result<Received, Failure> {
-    let framing = http1::response_framing(method, head.status, &head.headers)
+    let framing = http1::response_framing(method, head.status, &head.fields)
         .map_err(|error| Failure { error: SendError::BadResponse(error), answered: true })?;
-    let mut reusable = framing != Framing::UntilClose && keeps_alive(head.version, &head.headers);
-    if let Some(value) = head.headers.get("keep-alive") {
+    let mut reusable = framing != Framing::UntilClose && keeps_alive(head.version, &head.fields);
+    if let Some(value) = head.fields.get(&KEEP_ALIVE) {
         exchange.connection.peer_idle = peer_idle(value.as_bytes());
     }
     // A body that is held back or half sent makes the connection useless after this answer.
@@ -321,16 +331,13 @@ fn finish(
             Body::stream(Incoming { exchange: Some(exchange), decoder, home, reusable })
         }
     };
-    let mut response = Response::new(body);
-    *response.status_mut() = head.status;
-    *response.headers_mut() = head.headers;
-    Ok(Received::Response(response))
+    Ok(Received::Response(Response { status: head.status, fields: head.fields, body }))
 }
 
 /// RFC 9112 §9.3.
-fn keeps_alive(version: Version, headers: &HeaderMap) -> bool {
+fn keeps_alive(version: Version, fields: &Fields) -> bool {
     let says = |word: &[u8]| {
-        headers.get_all(header::CONNECTION).iter().any(|value| {
+        fields.all(&header::CONNECTION).any(|value| {
             value
                 .as_bytes()
                 .split(|b| *b == b',')
@@ -409,10 +416,15 @@ impl http_body::Body for Incoming {
                 }
             }
             match ready!(exchange.poll_fill(cx)) {
-                Ok(0) | Err(_) => {
+                Ok(0) => {
                     let whole = matches!(this.decoder, BodyDecoder::UntilClose);
                     this.exchange = None;
                     return Poll::Ready((!whole).then_some(Err(BodyError::Incomplete)));
+                }
+                // A reset, or TLS without a close_notify (§9.8), is no end: what came before it may be half a body.
+                Err(_broken) => {
+                    this.exchange = None;
+                    return Poll::Ready(Some(Err(BodyError::Incomplete)));
                 }
                 Ok(_) => {}
             }

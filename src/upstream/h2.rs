@@ -9,7 +9,7 @@ use std::{
 
 use bytes::Bytes;
 use h2::{RecvStream, SendStream, client::ResponseFuture, client::SendRequest};
-use http::{Request, Response, Uri, Version};
+use http::{Request, Uri, Version};
 use http_body::{Body as _, Frame, SizeHint};
 use tokio::time::Instant;
 
@@ -17,7 +17,7 @@ use crate::{
     net::Stream,
     runtime,
     upstream::{ConnectError, Failure, Outgoing, Received, SendError},
-    wire::{Body, BodyError, Interim, Prepended},
+    wire::{Body, BodyError, Interim, Prepended, Response},
 };
 
 /// Window of one stream: 1 MiB carries 100 Mbit/s over 80 ms.
@@ -174,7 +174,7 @@ impl Exchange {
         &mut self,
         cx: &mut Context<'_>,
         interim: &Interim,
-    ) -> Poll<Result<Response<RecvStream>, SendError>> {
+    ) -> Poll<Result<http::Response<RecvStream>, SendError>> {
         if let Some(upload) = &mut self.upload {
             match upload.poll(cx) {
                 Poll::Ready(Err(error @ SendError::RequestBody(_))) => {
@@ -186,7 +186,7 @@ impl Exchange {
         }
         while let Poll::Ready(Some(Ok(early))) = self.answer.poll_informational(cx) {
             let (parts, ()) = early.into_parts();
-            interim.put(parts.status, parts.headers);
+            interim.put(parts.status, parts.headers.into());
         }
         let response = ready!(Pin::new(&mut self.answer).poll(cx));
         Poll::Ready(response.map_err(|error| classify(&error)))
@@ -227,7 +227,8 @@ pub(super) async fn send(
     let (parts, stream) = response.into_parts();
     let upload = exchange.upload.take();
     let body = Incoming { stream, upload, trailers: false, seat };
-    Ok(Received::Response(Response::from_parts(parts, gather(body).await)))
+    let body = gather(body).await;
+    Ok(Received::Response(Response { status: parts.status, fields: parts.headers.into(), body }))
 }
 
 /// The request line and headers as HTTP/2 sends them.
@@ -240,8 +241,7 @@ fn head(outgoing: &mut Outgoing<'_>) -> Option<Request<()>> {
     target.authority = Some(outgoing.authority.clone());
     target.path_and_query = Some(outgoing.target.clone());
     *request.uri_mut() = Uri::from_parts(target).ok()?;
-    *request.headers_mut() = outgoing.headers.clone();
-    request.headers_mut().remove(http::header::HOST);
+    *request.headers_mut() = outgoing.fields.to_map(&http::header::HOST);
     Some(request)
 }
 

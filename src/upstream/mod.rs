@@ -10,12 +10,12 @@ mod h2;
 mod pool;
 
 use http::{
-    HeaderMap, Method, Response,
+    Method,
     uri::{Authority, PathAndQuery, Scheme},
 };
 
 pub use self::{
-    connect::{ConnectError, Connector},
+    connect::{ConnectError, Connector, OwnAddresses},
     h1::H1,
     h2::H2,
     pool::{Home, Lease, Pool, PoolSettings, Want},
@@ -23,7 +23,7 @@ pub use self::{
 use crate::{
     http1::HeadError,
     net::Stream,
-    wire::{Body, BodyError, Interim},
+    wire::{Body, BodyError, Fields, Interim, Response},
 };
 
 /// A request as it goes to an endpoint. The headers carry `host`; HTTP/2 says it as `:authority` instead.
@@ -37,7 +37,7 @@ pub struct Outgoing<'a> {
     /// Path and query, as they arrived.
     pub target: &'a PathAndQuery,
     /// End-to-end headers.
-    pub headers: &'a HeaderMap,
+    pub fields: &'a Fields,
     /// The body; taken.
     pub body: Body,
     /// Whether `101 Switching Protocols` is a welcome answer.
@@ -47,9 +47,9 @@ pub struct Outgoing<'a> {
 /// What came back.
 pub enum Received {
     /// A response whose body may still be on its way.
-    Response(Response<Body>),
+    Response(Response),
     /// The peer switched protocols: the stream is the caller's now.
-    Upgraded(Response<()>, Stream),
+    Upgraded(Response, Stream),
 }
 
 /// Why an exchange failed.

@@ -67,15 +67,11 @@ pub struct Want {
 }
 
 /// A connection for one request.
-#[expect(
-    clippy::large_enum_variant,
-    reason = "made and used up once per request; a box would be an allocation each time"
-)]
 pub enum Lease {
     /// A connection of its own; it goes back when the answer is complete.
     H1 {
         /// The connection.
-        connection: H1,
+        connection: Box<H1>,
         /// Where it goes back to; counts it as busy until then.
         home: Home,
         /// Whether it has carried nothing before.
@@ -101,7 +97,11 @@ pub struct Pool {
     settings: PoolSettings,
     protocol: Protocol,
     connector: Connector,
-    idle: RefCell<Vec<H1>>,
+    #[expect(
+        clippy::vec_box,
+        reason = "a connection moves between pool and request each time: as a pointer"
+    )]
+    idle: RefCell<Vec<Box<H1>>>,
     shared: RefCell<Vec<Rc<H2>>>,
     /// HTTP/1.1 connections that carry a request.
     busy: Cell<usize>,
@@ -112,6 +112,8 @@ pub struct Pool {
     /// The peer was seen not to speak HTTP/2.
     h1_only: Cell<bool>,
     round_trip: Cell<Duration>,
+    /// The last time that anybody told: a second old at most, because pruning tells it.
+    now: Cell<Instant>,
 }
 
 impl Pool {
@@ -130,6 +132,7 @@ impl Pool {
             h2_only: Cell::new(false),
             h1_only: Cell::new(false),
             round_trip: Cell::new(Duration::ZERO),
+            now: Cell::new(Instant::now()),
         })
     }
 
@@ -166,13 +169,14 @@ impl Pool {
         }
     }
 
-    /// A connection that is there already, without waiting for anything.
+    /// A connection that is there already at `now`, without waiting for anything.
     #[must_use]
-    pub fn kept(self: &Rc<Self>, want: Want) -> Option<Lease> {
+    pub fn kept(self: &Rc<Self>, want: Want, now: Instant) -> Option<Lease> {
+        self.now.set(now);
         if self.wants_h2(want) {
             return self.roomy().map(|connection| Lease::H2 { connection });
         }
-        let connection = self.warm(Instant::now(), want.repeatable)?;
+        let connection = self.warm(now, want.repeatable)?;
         Some(Lease::H1 { connection, home: Home::begin(self), fresh: false })
     }
 
@@ -206,7 +210,7 @@ impl Pool {
         match self.connector.open_h1(limit).await {
             Ok((stream, trip)) => {
                 self.round_trip.set(trip);
-                let connection = H1::new(stream, Instant::now());
+                let connection = Box::new(H1::new(stream, Instant::now()));
                 Ok(Lease::H1 { connection, home: Home::begin(self), fresh: true })
             }
             Err(ConnectError::WantsH2) if !want.h1 => {
@@ -218,7 +222,7 @@ impl Pool {
     }
 
     /// The warmest idle connection that is still good.
-    fn warm(&self, now: Instant, repeatable: bool) -> Option<H1> {
+    fn warm(&self, now: Instant, repeatable: bool) -> Option<Box<H1>> {
         loop {
             let mut connection = self.idle.borrow_mut().pop()?;
             if self.is_fit(&mut connection, now) && is_quiet(&connection, repeatable) {
@@ -267,20 +271,20 @@ impl Pool {
     }
 
     /// Takes a connection back.
-    pub(super) fn put(&self, mut connection: H1) {
+    pub(super) fn put(&self, mut connection: Box<H1>) {
         let mut idle = self.idle.borrow_mut();
         if idle.len() < self.settings.spare {
-            connection.idle_since = Instant::now();
-            // A buffer that grew with a large body is not kept for the next small one.
-            if connection.read.capacity() > 64 * 1024 {
-                connection.read = bytes::BytesMut::new();
-            }
+            // Rather too early than too late: the peer hangs up by its own clock.
+            connection.idle_since = self.now.get();
+            // What is left of the buffer shares its memory with the answer's last bytes; a waiting connection holds none.
+            connection.read = bytes::BytesMut::new();
             idle.push(connection);
         }
     }
 
     /// Closes what is too old or unused for too long. Called about once a second.
     pub fn prune(&self, now: Instant) {
+        self.now.set(now);
         self.idle.borrow_mut().retain_mut(|connection| self.is_fit(connection, now));
         for connection in self.shared.borrow().iter() {
             let old = now.duration_since(connection.opened) >= self.settings.age;
