@@ -105,7 +105,7 @@ fn callee(
 ) -> Result<ServiceName, Rejection> {
     let named = uri.authority().map(http::uri::Authority::as_str);
     let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
-    let asked = named.or(host).unwrap_or_default();
+    let asked = &*route::lower(named.or(host).unwrap_or_default());
     // An endpoint's authority leaves out the port of its scheme; a client may write it.
     let plain = asked.strip_suffix(":443").unwrap_or(asked);
     let sni = peer.server_name.as_deref();

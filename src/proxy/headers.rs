@@ -127,11 +127,7 @@ pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
             .collect();
         for name in listed {
             // A client must not make us drop what we rely on (RFC 9110 §7.6.1, last paragraph).
-            if name != header::HOST
-                && name != header::CONTENT_LENGTH
-                && name != header::AUTHORIZATION
-                && name != header::TE
-            {
+            if !is_relied_on(&name) {
                 headers.remove(name);
             }
         }
@@ -155,6 +151,14 @@ pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
     }
     headers.remove(header::PROXY_AUTHORIZATION);
     headers.remove(header::PROXY_AUTHENTICATE);
+}
+
+/// Whether we rely on a header, so that `connection` cannot make us drop it.
+fn is_relied_on(name: &HeaderName) -> bool {
+    [&header::HOST, &header::CONTENT_LENGTH, &header::AUTHORIZATION, &header::TE, &header::VIA]
+        .into_iter()
+        .chain([&TRACEPARENT, &TRACESTATE, &REQUEST_ID])
+        .any(|relied_on| relied_on == name)
 }
 
 /// Whether a header may end at this hop. Names of another length are told apart without a comparison.
@@ -233,12 +237,19 @@ impl Forwarded {
             text.push_str(&node);
         }
         let token = host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~".contains(&b));
-        let quotes = if token { "" } else { "\"" };
-        for part in
-            ["host=", quotes, host, quotes, ";proto=", if self.tls { "https" } else { "http" }]
-        {
-            text.push_str(part);
+        text.push_str("host=");
+        if token && !host.is_empty() {
+            text.push_str(host);
+        } else {
+            // A client must not end the string and go on in our name.
+            text.push('"');
+            for letter in host.chars() {
+                text.extend(matches!(letter, '"' | '\\').then_some('\\'));
+                text.push(letter);
+            }
+            text.push('"');
         }
+        text.push_str(if self.tls { ";proto=https" } else { ";proto=http" });
         text
     }
 }
@@ -277,7 +288,10 @@ mod tests {
     #[test]
     fn what_ends_at_a_hop_is_removed_and_the_rest_is_not() {
         let mut map = headers(&[
-            ("connection", "close, X-Private, authorization"),
+            ("connection", "close, X-Private, authorization, via, traceparent, x-request-id"),
+            ("via", "1.1 a"),
+            ("traceparent", "t"),
+            ("x-request-id", "7"),
             ("x-private", "1"),
             ("keep-alive", "timeout=5"),
             ("transfer-encoding", "chunked"),
@@ -288,7 +302,14 @@ mod tests {
         strip_hop_by_hop(&mut map);
         assert_eq!(
             map,
-            headers(&[("te", "trailers"), ("authorization", "Bearer x"), ("x-other", "2")])
+            headers(&[
+                ("via", "1.1 a"),
+                ("traceparent", "t"),
+                ("x-request-id", "7"),
+                ("te", "trailers"),
+                ("authorization", "Bearer x"),
+                ("x-other", "2"),
+            ])
         );
     }
 
@@ -315,12 +336,14 @@ mod tests {
         let mut map = HeaderMap::new();
         Forwarded::new(Some("192.0.2.1:999".parse().unwrap()), false).add(&mut map, "data");
         Forwarded::new(Some("[2001:db8::1]:999".parse().unwrap()), true).add(&mut map, "data:8443");
+        Forwarded::new(None, false).add(&mut map, "a\";for=\"b");
         let all: Vec<_> = map.get_all("forwarded").iter().map(|v| v.to_str().unwrap()).collect();
         assert_eq!(
             all,
             [
                 "for=192.0.2.1;host=data;proto=http",
                 "for=\"[2001:db8::1]\";host=\"data:8443\";proto=https",
+                "host=\"a\\\";for=\\\"b\";proto=http",
             ]
         );
     }
