@@ -38,6 +38,20 @@ pub(super) struct Admitted {
     pub claims: Option<Rc<Claims>>,
 }
 
+impl Admitted {
+    /// Tells the application who calls; what a caller says of itself goes.
+    pub(super) fn introduce(&self, headers: &mut HeaderMap) {
+        headers::strip_identity(headers);
+        if let Some(claims) = &self.claims {
+            headers.insert(headers::CALLER.clone(), claims.caller_header().clone());
+            headers.insert(headers::CLAIMS.clone(), claims.claims_header().clone());
+            if let Some(scopes) = self.grant.scopes() {
+                headers.insert(headers::SCOPES.clone(), scopes.clone());
+            }
+        }
+    }
+}
+
 impl Gate {
     /// The gate of one listener on one worker.
     #[must_use]
@@ -125,14 +139,7 @@ impl Gate {
 
     /// Puts on what the application may rely on.
     pub(super) fn undress(&self, headers: &mut HeaderMap, admitted: &Admitted) {
-        headers::strip_identity(headers);
-        if let Some(claims) = &admitted.claims {
-            headers.insert(headers::CALLER.clone(), claims.caller_header().clone());
-            headers.insert(headers::CLAIMS.clone(), claims.claims_header().clone());
-            if let Some(scopes) = admitted.grant.scopes() {
-                headers.insert(headers::SCOPES.clone(), scopes.clone());
-            }
-        }
+        admitted.introduce(headers);
         if !self.settings.forward_authorization {
             headers.remove(header::AUTHORIZATION);
         }

@@ -17,6 +17,7 @@ mod route;
 mod serve_h1;
 mod serve_h2;
 mod settings;
+mod stages;
 mod story;
 mod tunnel;
 mod view;
@@ -35,6 +36,7 @@ pub use self::{
     admin::{Admin, AdminAddress, Ready},
     reject::Rejection,
     settings::{App, InboundSettings, Limits, OutboundSettings, Role, Settings, UnknownHosts},
+    stages::{Hop, Routes, service_named},
     view::{Condition, Ward},
 };
 use crate::{
