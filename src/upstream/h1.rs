@@ -293,7 +293,7 @@ fn finish(
     method: &Method,
     head: ParsedResponse,
 ) -> Result<Received, Failure> {
-    let framing = http1::response_framing(method, head.status, &head.headers)
+    let framing = http1::response_framing(method, head.version, head.status, &head.headers)
         .map_err(|error| Failure { error: SendError::BadResponse(error), answered: true })?;
     let mut reusable = framing != Framing::UntilClose && keeps_alive(head.version, &head.headers);
     if let Some(value) = head.headers.get("keep-alive") {
