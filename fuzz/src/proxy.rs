@@ -19,6 +19,7 @@ pub const AUTHORITIES: &[&[u8]] = &[
     b"data.localhost.:8080",
     b"user:pass@data.infrar",
     b"[::1]:8080",
+    b"[data.infrar]:8080",
     b"data.example.com:443",
 ];
 
@@ -37,8 +38,7 @@ pub fn authority(data: &[u8]) {
     assert!(!named.bytes().any(|byte| byte.is_ascii_uppercase()), "{text}");
     if let Ok(authority) = text.parse::<http::uri::Authority>() {
         let host = authority.host().to_ascii_lowercase();
-        let host = host.trim_start_matches('[').trim_end_matches(']');
-        let host = host.strip_suffix('.').unwrap_or(host);
+        let host = host.strip_suffix('.').unwrap_or(&host);
         let known = [".infrar.internal", ".infrar", ".localhost"];
         let bare = known.iter().find_map(|suffix| host.strip_suffix(suffix)).unwrap_or(host);
         assert_eq!(named, bare, "{text}");

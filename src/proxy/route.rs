@@ -10,12 +10,12 @@ const SUFFIXES: [&str; 3] = [".infrar.internal", ".infrar", ".localhost"];
 /// So many names are offered to whoever misspelt one.
 const OFFERED: usize = 3;
 
-/// The host part of an authority: without port, brackets kept off, and without the final dot of an absolute name.
+/// The host part of an authority: without port, an address of IPv6 in its brackets, an absolute name without its final dot.
 #[must_use]
 pub(super) fn host(authority: &str) -> &str {
     let authority = authority.rsplit_once('@').map_or(authority, |(_user, rest)| rest);
-    if let Some(rest) = authority.strip_prefix('[') {
-        return rest.split(']').next().unwrap_or(rest);
+    if authority.starts_with('[') {
+        return authority.split_inclusive(']').next().unwrap_or(authority);
     }
     let host = authority.split(':').next().unwrap_or(authority);
     host.strip_suffix('.').unwrap_or(host)
@@ -53,7 +53,9 @@ pub(super) fn nearest<'a>(
     let asked = name(asked);
     let mut near: Vec<(f64, &ServiceName)> = known
         .map(|name| (strsim::jaro_winkler(asked, name.as_str()), name))
-        .filter(|(likeness, name)| *likeness > 0.8 || (!asked.is_empty() && name.as_str().contains(asked)))
+        .filter(|(likeness, name)| {
+            *likeness > 0.8 || (!asked.is_empty() && name.as_str().contains(asked))
+        })
         .collect();
     near.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| a.1.cmp(b.1)));
     near.into_iter().take(OFFERED).map(|(_, name)| name.to_string()).collect()
@@ -79,7 +81,9 @@ mod tests {
         ] {
             assert_eq!(service(authority), "data", "{authority}");
         }
-        assert_eq!(host("[::1]:8080"), "::1");
+        assert_eq!(service("[::1]:8080"), "[::1]");
+        // An address has no other names.
+        assert_eq!(service("[data.infrar]"), "[data.infrar]");
         assert_eq!(service("data.example.com"), "data.example.com");
     }
 
