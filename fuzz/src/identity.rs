@@ -21,6 +21,12 @@ pub const PATHS: &[&[u8]] = &[
     b"/%252e%252e/x",
     b"/a;x=1/..;/b",
     b"/\\..\\a",
+    b"/open/a/b;c",
+    b"/open/..\\closed",
+    b"/open/%2e%2e%5cclosed",
+    b"/open/..;x/..%2fclosed",
+    b"/%6fpen/./x%2F..%2F..%2Fclosed",
+    b"/healthz",
 ];
 
 pub const TOKENS: &[&[u8]] = &[
