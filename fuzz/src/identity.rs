@@ -27,6 +27,7 @@ pub const PATHS: &[&[u8]] = &[
     b"/open/..;x/..%2fclosed",
     b"/%6fpen/./x%2F..%2F..%2Fclosed",
     b"/healthz",
+    b"//open/.",
 ];
 
 pub const TOKENS: &[&[u8]] = &[
@@ -120,15 +121,17 @@ fn liberal(path: &str) -> String {
         };
         decoded.push(if byte == b'\\' { b'/' } else { byte });
     }
-    let mut kept = Vec::new();
+    let (mut kept, mut open) = (Vec::new(), true);
     for segment in decoded.split(|byte| *byte == b'/') {
-        match segment.split(|byte| *byte == b';').next().unwrap_or_default() {
+        let name = segment.split(|byte| *byte == b';').next().unwrap_or_default();
+        open = matches!(name, b"" | b"." | b"..");
+        match name {
             b"" | b"." => {}
             b".." => drop(kept.pop()),
             name => kept.push(String::from_utf8_lossy(name).into_owned()),
         }
     }
-    let end = if decoded.ends_with(b"/") { "/" } else { "" };
+    let end = if open && !kept.is_empty() { "/" } else { "" };
     format!("/{}{end}", kept.join("/"))
 }
 

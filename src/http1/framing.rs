@@ -131,9 +131,8 @@ mod tests {
     #[test]
     fn some_responses_never_have_a_body() {
         let long = headers(&[("content-length", "10")]);
-        let framing = |method, status| {
-            response_framing(&method, Version::HTTP_11, status, &long).unwrap()
-        };
+        let framing =
+            |method, status| response_framing(&method, Version::HTTP_11, status, &long).unwrap();
         assert_eq!(framing(Method::HEAD, StatusCode::OK), Framing::None);
         assert_eq!(framing(Method::GET, StatusCode::NOT_MODIFIED), Framing::None);
         assert_eq!(framing(Method::GET, StatusCode::OK), Framing::Length(10));
