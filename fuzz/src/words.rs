@@ -28,6 +28,7 @@ pub const WORDS: &[&[u8]] = &[
     b"1m 30s",
     b"366d",
     b"P1DT2H",
+    b"15050003040m",
 ];
 
 /// Addresses as `url`, `internal_url` and `Host` have them.
