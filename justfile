@@ -1,7 +1,7 @@
 # The recipes of a working day. `just --list` names them; each is one line of cargo that works without just too.
 
 # What CI asks of a change, without installing anything.
-check: fmt-check lint doc deny test
+check: fmt-check lint doc deny test bench-smoke
 
 # Rewrite the sources as rustfmt wants them.
 fmt:
@@ -31,13 +31,17 @@ foreign-clients:
 demo:
     cargo run --release -- demo
 
-# The hot stages, measured by criterion.
-bench:
-    cargo bench
+# The hot stages, measured by criterion; or the benches of one file: `just bench --bench stages`.
+bench *which:
+    cargo bench {{which}}
 
-# One parser of foreign bytes under the fuzzer (nightly and cargo-fuzz): `just fuzz http1_request`.
+# Every bench once, unmeasured: that they still work. CI does the same.
+bench-smoke:
+    cargo test --bench '*'
+
+# One parser of foreign bytes under the fuzzer (needs cargo-fuzz; see fuzz/README.md): `just fuzz http1_request`.
 fuzz target seconds="60":
-    cargo +nightly fuzz run {{target}} -- -max_total_time={{seconds}}
+    RUSTC_BOOTSTRAP=1 cargo fuzz run --sanitizer none {{target}} -- -max_total_time={{seconds}}
 
 image tag="infrar":
     docker build --tag {{tag}} .

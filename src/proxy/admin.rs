@@ -178,10 +178,7 @@ async fn only_this_machine(headers: HeaderMap, request: Request, next: Next) -> 
     let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
     let named =
         request.uri().authority().map(http::uri::Authority::as_str).or(host).unwrap_or_default();
-    let host = route::host(named);
-    let loopback =
-        host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
-    if !loopback {
+    if !is_this_machine(named) {
         return problem(
             StatusCode::MISDIRECTED_REQUEST,
             "host-not-allowed",
@@ -189,6 +186,14 @@ async fn only_this_machine(headers: HeaderMap, request: Request, next: Next) -> 
         );
     }
     next.run(request).await
+}
+
+/// Whether an authority names loopback.
+fn is_this_machine(authority: &str) -> bool {
+    let host = route::host(authority);
+    let address = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(host);
+    host.eq_ignore_ascii_case("localhost")
+        || address.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
 async fn readyz(State(admin): State<Admin>) -> Response {
@@ -306,6 +311,17 @@ mod tests {
             read.unwrap();
             assert_eq!(begun.elapsed(), LIMIT, "{words:?}");
             assert!(!String::from_utf8_lossy(&heard).contains("200"), "{words:?}");
+        }
+    }
+
+    #[test]
+    fn only_names_of_this_machine_are_answered_to() {
+        for good in ["localhost", "Localhost:15000", "127.0.0.1:15000", "127.8.8.8", "[::1]:15000"]
+        {
+            assert!(is_this_machine(good), "{good}");
+        }
+        for bad in ["", "data", "localhost.example", "10.0.0.1", "[fd00::1]:15000", "127.0.0.1.x"] {
+            assert!(!is_this_machine(bad), "{bad}");
         }
     }
 }

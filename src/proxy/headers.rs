@@ -119,15 +119,21 @@ pub(super) fn strip_hop_by_hop(fields: &mut Fields) {
         .flat_map(|value| value.as_bytes().split(|b| *b == b','))
         .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
         // A client must not make us drop what we rely on (RFC 9110 §7.6.1, last paragraph).
-        .filter(|name| {
-            name != header::HOST && name != header::CONTENT_LENGTH && name != header::AUTHORIZATION
-        })
+        .filter(|name| !is_relied_on(name))
         .collect();
     let trailers = lists(fields, &header::TE, "trailers");
     fields.retain(|name| !is_hop_by_hop(name) && !listed.contains(name));
     if trailers {
         fields.append(header::TE, HeaderValue::from_static("trailers"));
     }
+}
+
+/// Whether we rely on a header, so that `connection` cannot make us drop it.
+fn is_relied_on(name: &HeaderName) -> bool {
+    [&header::HOST, &header::CONTENT_LENGTH, &header::AUTHORIZATION, &header::TE, &header::VIA]
+        .into_iter()
+        .chain([&TRACEPARENT, &TRACESTATE, &REQUEST_ID])
+        .any(|relied_on| relied_on == name)
 }
 
 /// Whether a header may end at this hop. Names of another length are told apart without a comparison.
@@ -206,14 +212,19 @@ impl Forwarded {
             text.push_str(&node);
         }
         let token = host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~".contains(&b));
-        let quotes = if token { "" } else { "\"" };
-        // What ends a quoted text, in a host that is none, is written so that it does not (RFC 9110 §5.6.4).
-        let host = host.replace('\\', "\\\\").replace('"', "\\\"");
-        for part in
-            ["host=", quotes, &host, quotes, ";proto=", if self.tls { "https" } else { "http" }]
-        {
-            text.push_str(part);
+        text.push_str("host=");
+        if token && !host.is_empty() {
+            text.push_str(host);
+        } else {
+            // A client must not end the string and go on in our name.
+            text.push('"');
+            for letter in host.chars() {
+                text.extend(matches!(letter, '"' | '\\').then_some('\\'));
+                text.push(letter);
+            }
+            text.push('"');
         }
+        text.push_str(if self.tls { ";proto=https" } else { ";proto=http" });
         text
     }
 }
@@ -264,7 +275,10 @@ mod tests {
     #[test]
     fn what_ends_at_a_hop_is_removed_and_the_rest_is_not() {
         let mut map = headers(&[
-            ("connection", "close, X-Private, authorization"),
+            ("connection", "close, X-Private, authorization, via, traceparent, x-request-id"),
+            ("via", "1.1 a"),
+            ("traceparent", "t"),
+            ("x-request-id", "7"),
             ("x-private", "1"),
             ("keep-alive", "timeout=5"),
             ("transfer-encoding", "chunked"),
@@ -275,7 +289,14 @@ mod tests {
         strip_hop_by_hop(&mut map);
         assert_eq!(
             map,
-            headers(&[("authorization", "Bearer x"), ("x-other", "2"), ("te", "trailers")])
+            headers(&[
+                ("via", "1.1 a"),
+                ("traceparent", "t"),
+                ("x-request-id", "7"),
+                ("authorization", "Bearer x"),
+                ("x-other", "2"),
+                ("te", "trailers"),
+            ])
         );
     }
 

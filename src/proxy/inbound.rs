@@ -44,6 +44,20 @@ pub(super) struct Admitted {
     pub claims: Option<Rc<Claims>>,
 }
 
+impl Admitted {
+    /// Tells the application who calls; what a caller says of itself goes.
+    pub(super) fn introduce(&self, fields: &mut Fields) {
+        headers::strip_identity(fields);
+        if let Some(claims) = &self.claims {
+            fields.set(headers::CALLER.clone(), claims.caller_header().clone());
+            fields.set(headers::CLAIMS.clone(), claims.claims_header().clone());
+            if let Some(scopes) = self.grant.scopes() {
+                fields.set(headers::SCOPES.clone(), scopes.clone());
+            }
+        }
+    }
+}
+
 impl Gate {
     /// The gate of one listener on one worker.
     #[must_use]
@@ -162,14 +176,7 @@ impl Gate {
 
     /// Puts on what the application may rely on.
     pub(super) fn undress(&self, fields: &mut Fields, admitted: &Admitted) {
-        headers::strip_identity(fields);
-        if let Some(claims) = &admitted.claims {
-            fields.set(headers::CALLER.clone(), claims.caller_header().clone());
-            fields.set(headers::CLAIMS.clone(), claims.claims_header().clone());
-            if let Some(scopes) = admitted.grant.scopes() {
-                fields.set(headers::SCOPES.clone(), scopes.clone());
-            }
-        }
+        admitted.introduce(fields);
         if !self.settings.forward_authorization {
             fields.remove(&header::AUTHORIZATION);
         }

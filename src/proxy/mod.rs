@@ -20,6 +20,7 @@ mod running;
 mod serve_h1;
 mod serve_h2;
 mod settings;
+mod stages;
 mod story;
 mod tunnel;
 mod view;
@@ -45,6 +46,7 @@ pub use self::{
     reject::Rejection,
     running::{Bound, Listener, Running},
     settings::{App, InboundSettings, Limits, OutboundSettings, Role, Settings, UnknownHosts},
+    stages::{Hop, Routes, service_named},
     view::{Condition, Ward},
 };
 use crate::{

@@ -3,7 +3,7 @@
 //! One port understands four ways of asking: an absolute target (`HTTP_PROXY`), a plain call with a `Host`, `CONNECT
 //! name:port`, and a port that belongs to one service. Whatever the way, the walk is the same.
 
-use std::{rc::Rc, sync::Arc};
+use std::{borrow::Cow, rc::Rc, sync::Arc};
 
 use http::{HeaderValue, Method, StatusCode, header};
 use tokio::time::Instant;
@@ -34,7 +34,7 @@ pub(super) struct Outbound {
 }
 
 /// Who is called.
-enum Route {
+pub(super) enum Route {
     /// A service of the project.
     Service(Rc<Cluster>),
     /// A host outside it.
@@ -128,14 +128,18 @@ impl Outbound {
         Ok(Received::Upgraded(response, stream))
     }
 
-    fn route(&self, uri: &http::Uri, asked: &str, record: &mut Record) -> Result<Route, Rejection> {
+    pub(super) fn route(
+        &self,
+        uri: &http::Uri,
+        asked: &str,
+        record: &mut Record,
+    ) -> Result<Route, Rejection> {
         let found = self.worker.view();
-        let lower = route::lower(asked);
-        let host = self
+        let named = self
             .only
             .as_ref()
-            .map_or_else(|| route::name(route::host(&lower)), ServiceName::as_str);
-        let known = found.as_ref().ok().and_then(|view| view.cluster(host));
+            .map_or_else(|| route::service(asked), |only| Cow::Borrowed(only.as_str()));
+        let known = found.as_ref().ok().and_then(|view| view.cluster(&named));
         if let Some(cluster) = known {
             record.belongs_to(Rc::clone(&cluster.series));
             if let Err(missing) = &cluster.grant {
@@ -158,9 +162,8 @@ impl Outbound {
 
     /// A name without a dot can only be a service; a host with dots was meant for the world.
     fn unknown(&self, asked: &str, view: &View) -> Rejection {
-        let host = route::host(asked);
-        let name = route::name(host);
-        let nearest = route::nearest(host, view.names());
+        let name = route::service(asked);
+        let nearest = route::nearest(&name, view.names());
         if name.contains('.') && nearest.is_empty() {
             return Rejection::HostNotAllowed { authority: asked.to_owned() };
         }
@@ -215,7 +218,7 @@ impl Outbound {
 }
 
 /// The host that the request is for: that of an absolute target, else of `host`.
-fn authority(uri: &http::Uri, fields: &Fields) -> Result<String, Rejection> {
+pub(super) fn authority(uri: &http::Uri, fields: &Fields) -> Result<String, Rejection> {
     if let Some(authority) = uri.authority() {
         return Ok(authority.as_str().to_owned());
     }

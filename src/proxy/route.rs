@@ -10,31 +10,39 @@ const SUFFIXES: [&str; 3] = [".infrar.internal", ".infrar", ".localhost"];
 /// So many names are offered to whoever misspelt one.
 const OFFERED: usize = 3;
 
-/// An authority in lower case, as names are compared (RFC 9110 §4.2.3); mostly it is already.
-#[must_use]
-pub(super) fn lower(authority: &str) -> Cow<'_, str> {
-    if authority.bytes().any(|byte| byte.is_ascii_uppercase()) {
-        Cow::Owned(authority.to_ascii_lowercase())
-    } else {
-        Cow::Borrowed(authority)
-    }
-}
-
-/// The host part of an authority: without port, brackets kept off, and without the final dot of an absolute name.
+/// The host part of an authority: without port, an address of IPv6 in its brackets, an absolute name without its final dot.
 #[must_use]
 pub(super) fn host(authority: &str) -> &str {
     let authority = authority.rsplit_once('@').map_or(authority, |(_user, rest)| rest);
-    if let Some(rest) = authority.strip_prefix('[') {
-        return rest.split(']').next().unwrap_or(rest);
+    if authority.starts_with('[') {
+        return authority.split_inclusive(']').next().unwrap_or(authority);
     }
     let host = authority.split(':').next().unwrap_or(authority);
     host.strip_suffix('.').unwrap_or(host)
 }
 
-/// The name that a host may mean, without the suffixes; not yet known to exist.
-#[must_use]
-pub(super) fn name(host: &str) -> &str {
+/// A host without the suffixes.
+fn name(host: &str) -> &str {
     SUFFIXES.iter().find_map(|suffix| host.strip_suffix(suffix)).unwrap_or(host)
+}
+
+/// The name of a service that an authority may mean; not yet known to exist.
+#[must_use]
+pub(super) fn service(authority: &str) -> Cow<'_, str> {
+    match lower(host(authority)) {
+        Cow::Borrowed(host) => Cow::Borrowed(name(host)),
+        Cow::Owned(host) => Cow::Owned(name(&host).to_owned()),
+    }
+}
+
+/// Hosts mean the same in either case (RFC 9110 §4.2.3); we know them in lower case.
+#[must_use]
+pub(super) fn lower(host: &str) -> Cow<'_, str> {
+    if host.bytes().any(|byte| byte.is_ascii_uppercase()) {
+        Cow::Owned(host.to_ascii_lowercase())
+    } else {
+        Cow::Borrowed(host)
+    }
 }
 
 /// The known names nearest to what was asked for, the nearest first; nothing that is far off.
@@ -45,7 +53,9 @@ pub(super) fn nearest<'a>(
     let asked = name(asked);
     let mut near: Vec<(f64, &ServiceName)> = known
         .map(|name| (strsim::jaro_winkler(asked, name.as_str()), name))
-        .filter(|(likeness, name)| *likeness > 0.8 || name.as_str().contains(asked))
+        .filter(|(likeness, name)| {
+            *likeness > 0.8 || (!asked.is_empty() && name.as_str().contains(asked))
+        })
         .collect();
     near.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| a.1.cmp(b.1)));
     near.into_iter().take(OFFERED).map(|(_, name)| name.to_string()).collect()
@@ -67,11 +77,14 @@ mod tests {
             "data.localhost",
             "data.",
             "u:p@data",
+            "Data.Infrar:80",
         ] {
-            assert_eq!(name(host(authority)), "data", "{authority}");
+            assert_eq!(service(authority), "data", "{authority}");
         }
-        assert_eq!(host("[::1]:8080"), "::1");
-        assert_eq!(name(host("data.example.com")), "data.example.com");
+        assert_eq!(service("[::1]:8080"), "[::1]");
+        // An address has no other names.
+        assert_eq!(service("[data.infrar]"), "[data.infrar]");
+        assert_eq!(service("data.example.com"), "data.example.com");
     }
 
     #[test]
@@ -81,12 +94,13 @@ mod tests {
         assert_eq!(nearest("data-inteligence", known.iter()), ["data-intelligence"]);
         assert_eq!(nearest("report.infrar", known.iter()), ["reports"]);
         assert!(nearest("zzz", known.iter()).is_empty());
+        assert!(nearest("", known.iter()).is_empty());
     }
 
     proptest! {
         #[test]
         fn no_authority_makes_it_panic(text in ".{0,60}") {
-            let _named = name(host(&text));
+            let _named = service(&text);
         }
     }
 }

@@ -745,7 +745,9 @@ fn refuse(error: HeadError) -> Rejection {
         HeadError::LineEnd => Rejection::BadRequest("a line of the head does not end in CR LF"),
         HeadError::Grammar(what) => Rejection::BadRequest(what),
         HeadError::Version => Rejection::BadRequest("the version is neither HTTP/1.0 nor HTTP/1.1"),
-        HeadError::Host => Rejection::BadRequest("a request has exactly one host header"),
+        HeadError::Host => {
+            Rejection::BadRequest("a request has exactly one host header, which names a host")
+        }
         HeadError::Length => Rejection::BadRequest("the length of the body is ambiguous"),
         HeadError::Coding => Rejection::BadRequest("the only transfer coding is chunked"),
     }
