@@ -1,7 +1,7 @@
 # The recipes of a working day. `just --list` names them; each is one line of cargo that works without just too.
 
 # What CI asks of a change, without installing anything.
-check: fmt-check lint doc deny test
+check: fmt-check lint doc deny test bench-smoke
 
 # Rewrite the sources as rustfmt wants them.
 fmt:
@@ -23,21 +23,25 @@ deny:
 test *words:
     cargo test {{words}}
 
-# The clients of other languages that tests/foreign.rs drives, into target/foreign.
+# What tests/foreign.rs drives: the clients of other languages, into target/foreign, and servers and tools (as root).
 foreign-clients:
     scripts/foreign-clients.sh
 
-# Two simulated clouds with live traffic.
+# Three simulated clouds with live traffic.
 demo:
     cargo run --release -- demo
 
-# The hot stages, measured by criterion.
-bench:
-    cargo bench
+# The hot stages, measured by criterion; or the benches of one file: `just bench --bench stages`.
+bench *which:
+    cargo bench {{which}}
 
-# One parser of foreign bytes under the fuzzer (nightly and cargo-fuzz): `just fuzz http1_request`.
+# Every bench once, unmeasured: that they still work. CI does the same.
+bench-smoke:
+    cargo test --bench '*'
+
+# One parser of foreign bytes under the fuzzer (needs cargo-fuzz; see fuzz/README.md): `just fuzz http1_request`.
 fuzz target seconds="60":
-    cargo +nightly fuzz run {{target}} -- -max_total_time={{seconds}}
+    RUSTC_BOOTSTRAP=1 cargo fuzz run --sanitizer none {{target}} -- -max_total_time={{seconds}}
 
 image tag="infrar":
     docker build --tag {{tag}} .

@@ -1,7 +1,7 @@
 //! Other people's clients and servers, through the real binary: a control plane, a caller's sidecar and a callee's.
 //!
 //! Nothing here is ours but the proxies between: curl, Python's requests, httpx, aiohttp, grpcio and websockets call; aiohttp,
-//! grpcio and nginx answer; h2load loads and promtool reads. `scripts/foreign-clients.sh` brings the Python ones. A story whose client is missing
+//! grpcio and nginx answer; h2load loads and promtool reads. `scripts/foreign-clients.sh` brings them all. A story whose client is missing
 //! says so and is skipped; under `CI=true` it fails instead.
 #![expect(clippy::expect_used, clippy::panic, reason = "the helpers of a test may fail it")]
 
@@ -523,10 +523,12 @@ async fn is_ready(address: SocketAddr) -> bool {
     asked.await.is_ok_and(|answer| answer.ends_with(b" 200"))
 }
 
-/// Loopback addresses that are free at the moment of asking, all different.
+/// Loopback addresses that are free at the moment of asking, all different. They lie below the ports that the kernel gives
+/// to clients, so that no outgoing connection of a busy machine takes one meanwhile.
 fn free_ports<const N: usize>() -> [SocketAddr; N] {
-    let held: [TcpListener; N] =
-        std::array::from_fn(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port"));
+    let bind = || TcpListener::bind((Ipv4Addr::LOCALHOST, fastrand::u16(10_000..32_000)));
+    let free = || (0..1000).find_map(|_| bind().ok()).expect("a free port");
+    let held: [TcpListener; N] = std::array::from_fn(|_| free());
     held.map(|listener| listener.local_addr().expect("bound"))
 }
 
@@ -552,7 +554,7 @@ fn program(name: &str) -> Option<PathBuf> {
         .chain([PathBuf::from("/usr/sbin")])
         .map(|folder| folder.join(name))
         .find(|file| file.is_file());
-    found.or_else(|| missing(&format!("{name} is not installed")))
+    found.or_else(|| missing(&format!("{name} is not installed: run scripts/foreign-clients.sh")))
 }
 
 fn missing<T>(what: &str) -> Option<T> {

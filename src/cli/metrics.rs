@@ -1,8 +1,11 @@
 //! The metrics that are worked out when somebody scrapes.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use super::world::{World, lock};
+use super::{
+    reload::Reloads,
+    world::{World, lock},
+};
 use crate::{
     balance::CircuitState,
     cost::{Meter, PriceBook},
@@ -18,7 +21,7 @@ pub(super) fn expose(
     directory: &Arc<Directory>,
     meter: &Arc<Meter>,
     running: &proxy::Running,
-    access: Option<AccessLog>,
+    log: Arc<OnceLock<AccessLog>>,
 ) {
     let (directory, meter, spread) =
         (Arc::clone(directory), Arc::clone(meter), running.connections());
@@ -46,6 +49,10 @@ pub(super) fn expose(
             &[],
             to_f64(usize::try_from(stats.failures).unwrap_or(usize::MAX)),
         );
+        for (callee, left) in &stats.left {
+            let left = left.unwrap_or_default().as_secs_f64();
+            found.gauge(names::TOKEN_LEFT, &[("callee", callee.as_str())], left);
+        }
         for keys in lock(&trust).sets() {
             let stats = keys.stats();
             let labels = [("issuer", &**keys.issuer())];
@@ -59,15 +66,32 @@ pub(super) fn expose(
                 &labels,
                 to_f64(usize::try_from(stats.failures).unwrap_or(usize::MAX)),
             );
+            found.gauge(names::JWKS_KEYS, &labels, to_f64(stats.keys));
+            found.counter(
+                names::JWKS_UNKNOWN,
+                &labels,
+                to_f64(usize::try_from(stats.unknown).unwrap_or(usize::MAX)),
+            );
             if let Some(age) = stats.age {
                 found.gauge(names::JWKS_AGE, &labels, age.as_secs_f64());
             }
         }
-        if let Some(access) = &access {
-            found.counter(names::LOG_DROPPED, &[], to_f64(access.dropped().dropped_lines()));
+        if let Some(log) = log.get() {
+            found.counter(names::LOG_DROPPED, &[], to_f64(log.dropped().dropped_lines()));
         }
         egress(found, &meter);
     }));
+}
+
+/// What came of reading the settings again.
+pub(super) fn settings(found: &mut crate::telemetry::Families, reloads: &Reloads) {
+    let (applied, refused) = reloads.counts();
+    for (outcome, count) in [("applied", applied), ("refused", refused)] {
+        let count = to_f64(usize::try_from(count).unwrap_or(usize::MAX));
+        found.counter(names::SETTINGS_RELOADS, &[("outcome", outcome)], count);
+    }
+    let current = if reloads.is_current() { 1.0 } else { 0.0 };
+    found.gauge(names::SETTINGS_CURRENT, &[], current);
 }
 
 /// Circuits and latencies by endpoint.

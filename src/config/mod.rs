@@ -4,7 +4,8 @@
 //! description of the keys checks it (`shape`, `kinds`, `*_keys`), and what depends on several values or on
 //! other files is judged last (`project`, `proxy`). Nothing is taken from a configuration with a fault.
 //!
-//! This room reads files and the environment; it neither watches them nor opens a socket.
+//! This room reads files and the environment; it neither watches them nor opens a socket. What of another file can take
+//! effect without a restart is said here too (`reload`).
 
 pub mod defaults;
 mod effective;
@@ -17,6 +18,7 @@ mod project;
 mod project_keys;
 mod proxy;
 mod proxy_keys;
+mod reload;
 mod settings;
 mod shape;
 mod show;
@@ -24,7 +26,7 @@ mod show;
 use std::path::{Path, PathBuf};
 
 pub use fault::{Fault, Faults, Position, Source};
-pub use project::ProjectFile;
+pub use project::{ProjectFile, is_loopback};
 pub use settings::{
     Access, Admin, App, AppProtocol, Control, Credential, Inbound, Log, LogFormat, Outbound,
     ProxyFile, ProxyLimits, Registry, Role, Rule, RulePath, ShutdownTimes, Tls, TlsVersion,
@@ -61,14 +63,15 @@ pub fn load_project_under(root: &Path, file: &Path) -> Result<ProjectFile, Fault
     finish(project, faults, file)
 }
 
-/// Reads the registry of a `project.yaml`, for a proxy without a control plane: identities are not looked at.
+/// Reads the registry of a `project.yaml`, for a proxy without a control plane: identities are not looked at, so it has
+/// none.
 ///
 /// # Errors
 /// Every fault of the file, and of the key sets it points at.
-pub fn load_registry(file: &Path) -> Result<Project, Faults> {
+pub fn load_registry(file: &Path) -> Result<ProjectFile, Faults> {
     let mut faults = Vec::new();
     let project = read_project(&Files::under(Path::new(ROOT)), file, Secrets::Leave, &mut faults);
-    finish(project, faults, file).map(|file| file.project)
+    finish(project, faults, file)
 }
 
 /// Reads the settings of one proxy: `flags` (path and value, such as `outbound.listen`) beat `environment`
@@ -96,13 +99,7 @@ pub fn load_proxy_under(
 ) -> Result<ProxyFile, Faults> {
     let mut faults = Vec::new();
     let files = Files::under(root);
-    let mut tree = match file {
-        Some(file) => read_tree(file, &mut faults),
-        None => {
-            let nowhere = Position::whole(Source::Variable("the environment".into()));
-            Some(Node::new(nowhere, Value::Map(Vec::new())))
-        }
-    };
+    let mut tree = tree(file, &mut faults);
     let settings = tree.as_mut().and_then(|tree| {
         layers::overlay(tree, &PROXY, environment, flags, &mut faults);
         PROXY.check(tree, &mut faults);
@@ -111,6 +108,22 @@ pub fn load_proxy_under(
         })
     });
     finish(settings, faults, file.unwrap_or_else(|| Path::new("settings")))
+}
+
+/// The form of log lines that [`load_proxy`] would find, wherever it is written, without a look at anything else: what
+/// a log must know before it can say what is wrong with the rest.
+#[must_use]
+pub fn log_format(
+    file: Option<&Path>,
+    environment: impl Iterator<Item = (String, String)>,
+    flags: &[(String, String)],
+) -> LogFormat {
+    let faults = &mut Vec::new();
+    let mut tree = tree(file, faults);
+    if let Some(tree) = &mut tree {
+        layers::overlay(tree, &PROXY, environment, flags, faults);
+    }
+    tree.map_or(LogFormat::Auto, |tree| proxy::log(tree.here().key("log")).format)
 }
 
 /// Whether a file is a `proxy.yaml`: it has `role` at its top. Any other is a `project.yaml`; one that cannot be
@@ -176,6 +189,15 @@ fn finish<T>(read: Option<T>, faults: Vec<Fault>, file: &Path) -> Result<T, Faul
             advice: "please report this file as a bug".to_owned(),
         }])
     })
+}
+
+/// What the file says; without one, nothing.
+fn tree(file: Option<&Path>, faults: &mut Vec<Fault>) -> Option<Node> {
+    let nowhere = || Position::whole(Source::Variable("the environment".into()));
+    match file {
+        Some(file) => read_tree(file, faults),
+        None => Some(Node::new(nowhere(), Value::Map(Vec::new()))),
+    }
 }
 
 fn read_tree(file: &Path, faults: &mut Vec<Fault>) -> Option<Node> {

@@ -8,6 +8,10 @@ use crate::http1::{HeadError, HeadLimits};
 /// What a chunk-size line may be at most: sixteen digits and room for extensions, which are ignored.
 const SIZE_LINE: usize = 1024;
 
+/// What the extensions of one body may be at most in all; hyper's limit. They are no part of the body, so that nothing
+/// else bounds them.
+const EXTENSIONS: usize = 16 * 1024;
+
 /// What the decoder found at the front of the buffer.
 #[derive(Debug, PartialEq)]
 pub enum Chunk {
@@ -33,13 +37,15 @@ enum Expect {
 pub struct ChunkDecoder {
     expect: Expect,
     limits: HeadLimits,
+    /// Bytes of extensions so far.
+    extensions: usize,
 }
 
 impl ChunkDecoder {
     /// A decoder at the start of a body; `limits` bound the trailers.
     #[must_use]
     pub fn new(limits: HeadLimits) -> Self {
-        Self { expect: Expect::Size, limits }
+        Self { expect: Expect::Size, limits, extensions: 0 }
     }
 
     /// Whether the last chunk and the trailers have been taken.
@@ -56,7 +62,13 @@ impl ChunkDecoder {
         loop {
             match self.expect {
                 Expect::Size => {
-                    let Some(size) = size_line(buffer)? else { return Ok(Chunk::More) };
+                    let Some((size, extension)) = size_line(buffer)? else {
+                        return Ok(Chunk::More);
+                    };
+                    self.extensions += extension;
+                    if self.extensions > EXTENSIONS {
+                        return Err(HeadError::Grammar("the extensions of chunks"));
+                    }
                     self.expect = if size == 0 { Expect::Trailers } else { Expect::Data(size) };
                 }
                 Expect::Data(left) => {
@@ -90,8 +102,8 @@ impl ChunkDecoder {
     }
 }
 
-/// Takes a chunk-size line; `None`: more bytes are needed.
-fn size_line(buffer: &mut BytesMut) -> Result<Option<u64>, HeadError> {
+/// Takes a chunk-size line: the size, and the length of what follows it; `None`: more bytes are needed.
+fn size_line(buffer: &mut BytesMut) -> Result<Option<(u64, usize)>, HeadError> {
     let Some(end) = memchr::memchr(b'\n', buffer) else {
         let bad = buffer.len() > SIZE_LINE;
         return if bad { Err(HeadError::Grammar("a chunk size")) } else { Ok(None) };
@@ -115,7 +127,7 @@ fn size_line(buffer: &mut BytesMut) -> Result<Option<u64>, HeadError> {
             .and_then(|s| s.checked_add(u64::from(value)))
             .ok_or(HeadError::Grammar("a chunk size"))?;
     }
-    Ok(Some(size))
+    Ok(Some((size, line.len() - digits.len())))
 }
 
 /// Takes the trailer section; `None`: more bytes are needed.
@@ -234,6 +246,9 @@ mod tests {
             assert!(decode(bad.into()).is_err(), "{bad:?}");
         }
         assert!(decode(BytesMut::from(&b"1".repeat(2000)[..])).is_err());
+        let chunk = format!("1;{}\r\nx\r\n", "e".repeat(1000));
+        assert!(decode(BytesMut::from(&chunk.repeat(16)[..])).is_ok());
+        assert!(decode(BytesMut::from(&chunk.repeat(17)[..])).is_err());
     }
 
     proptest! {

@@ -8,6 +8,10 @@ pub fn encode_request_line(method: &Method, target: &str, out: &mut BytesMut) {
     out.reserve(method.as_str().len() + target.len() + 16);
     out.put_slice(method.as_str().as_bytes());
     out.put_u8(b' ');
+    if target.starts_with('?') {
+        // An absolute target without a path was asked for: §3.2.1 writes one.
+        out.put_u8(b'/');
+    }
     out.put_slice(target.as_bytes());
     out.put_slice(b" HTTP/1.1\r\n");
 }
@@ -55,6 +59,9 @@ mod tests {
         encode_request_line(&Method::GET, "/p?q", &mut out);
         encode_headers(fields.iter(), &mut out);
         assert_eq!(&out[..], b"GET /p?q HTTP/1.1\r\nhost: a\r\nx: 1\r\nx: 2\r\n");
+        let mut out = BytesMut::new();
+        encode_request_line(&Method::GET, "?q", &mut out);
+        assert_eq!(&out[..], b"GET /?q HTTP/1.1\r\n");
         let mut out = BytesMut::new();
         encode_status_line(StatusCode::NOT_FOUND, &mut out);
         assert_eq!(&out[..], b"HTTP/1.1 404 Not Found\r\n");

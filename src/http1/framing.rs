@@ -62,6 +62,7 @@ pub fn request_framing(version: Version, fields: &Fields) -> Result<Framing, Hea
 /// [`HeadError::Length`] or [`HeadError::Coding`] where the length is ambiguous.
 pub fn response_framing(
     method: &Method,
+    version: Version,
     status: StatusCode,
     fields: &Fields,
 ) -> Result<Framing, HeadError> {
@@ -71,6 +72,8 @@ pub fn response_framing(
         || status == StatusCode::NOT_MODIFIED;
     match (transfer_encoding(fields), content_length(fields)) {
         (Some(_), Some(_)) => Err(HeadError::Length),
+        // §6.1, as for requests.
+        (Some(_), None) if version == Version::HTTP_10 => Err(HeadError::Coding),
         (Some(Err(error)), None) | (None, Some(Err(error))) => Err(error),
         (_, _) if bodiless => Ok(Framing::None),
         (Some(Ok(())), None) => Ok(Framing::Chunked),
@@ -129,11 +132,17 @@ mod tests {
     #[test]
     fn some_responses_never_have_a_body() {
         let long = headers(&[("content-length", "10")]);
-        let framing = |method, status| response_framing(&method, status, &long).unwrap();
+        let framing =
+            |method, status| response_framing(&method, Version::HTTP_11, status, &long).unwrap();
         assert_eq!(framing(Method::HEAD, StatusCode::OK), Framing::None);
         assert_eq!(framing(Method::GET, StatusCode::NOT_MODIFIED), Framing::None);
         assert_eq!(framing(Method::GET, StatusCode::OK), Framing::Length(10));
-        let open = response_framing(&Method::GET, StatusCode::OK, &Fields::new()).unwrap();
-        assert_eq!(open, Framing::UntilClose);
+        let open = |version, headers: &Fields| {
+            response_framing(&Method::GET, version, StatusCode::OK, headers)
+        };
+        assert_eq!(open(Version::HTTP_11, &Fields::new()), Ok(Framing::UntilClose));
+        let chunked = headers(&[("transfer-encoding", "chunked")]);
+        assert_eq!(open(Version::HTTP_11, &chunked), Ok(Framing::Chunked));
+        assert_eq!(open(Version::HTTP_10, &chunked), Err(HeadError::Coding));
     }
 }

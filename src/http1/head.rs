@@ -41,8 +41,8 @@ pub enum HeadError {
     /// Another version than HTTP/1.0 or HTTP/1.1.
     #[error("the version is neither HTTP/1.0 nor HTTP/1.1")]
     Version,
-    /// No `Host` in HTTP/1.1, or more than one (§3.2).
-    #[error("a request has exactly one host header")]
+    /// No `Host` in HTTP/1.1, more than one, or one that is no host (§3.2).
+    #[error("a request has exactly one host header, which names a host")]
     Host,
     /// `content-length` twice, not a number, or beside `transfer-encoding` (§6.1, §6.3).
     #[error("the length of the body is ambiguous")]
@@ -195,19 +195,39 @@ pub fn parse_request(
     let version = version(parsed.version);
     let uri = Uri::from_maybe_shared(head.slice(start..stop))
         .map_err(|_source| HeadError::Grammar("the request target"))?;
+    if !is_target(&method, &uri, head.get(start..stop).unwrap_or_default()) {
+        return Err(HeadError::Grammar("the request target"));
+    }
     let fields = collect(&head, parsed.headers)?;
     check_host(version, &fields)?;
     Ok(Some(ParsedRequest { method, uri, version, fields }))
 }
 
-/// §3.2: exactly one `Host` in HTTP/1.1, at most one in HTTP/1.0.
+/// §3.2: the method decides which form a target has. A fragment, which `http` would drop, and a user, which it would keep,
+/// do not belong in a request (RFC 9110 §4.2.4).
+fn is_target(method: &Method, uri: &Uri, target: &[u8]) -> bool {
+    let form = match (uri.scheme(), uri.authority()) {
+        (None, Some(_)) => *method == Method::CONNECT,
+        (None, None) if target == b"*" => *method == Method::OPTIONS,
+        (_, _) => *method != Method::CONNECT,
+    };
+    let user = || uri.authority().is_some_and(|authority| authority.as_str().contains('@'));
+    form && memchr::memchr(b'#', target).is_none() && !user()
+}
+
+/// §3.2: exactly one `Host` in HTTP/1.1, at most one in HTTP/1.0, and it must be one.
 fn check_host(version: Version, fields: &Fields) -> Result<(), HeadError> {
     let mut hosts = fields.all(&header::HOST);
-    let first = hosts.next();
-    if hosts.next().is_some() || (first.is_none() && version == Version::HTTP_11) {
-        return Err(HeadError::Host);
-    }
-    Ok(())
+    let good = match hosts.next() {
+        Some(host) => hosts.next().is_none() && host.as_bytes().iter().all(is_host),
+        None => version == Version::HTTP_10,
+    };
+    if good { Ok(()) } else { Err(HeadError::Host) }
+}
+
+/// Whether a byte may stand in `uri-host [ ":" port ]` (RFC 3986 §3.2.2).
+fn is_host(byte: &u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"-._~%!$&'()*+,;=:[]".contains(byte)
 }
 
 /// Takes one response head off the front of `buffer`. `Ok(None)`: more bytes are needed, nothing was taken.
@@ -288,8 +308,32 @@ mod tests {
             "GET /a b HTTP/1.1\r\nHost: a\r\n\r\n",
             "\nGET / HTTP/1.1\r\nHost: a\r\n\r\n",
             "GET / HTTP/1.1\r\n: a\r\nHost: a\r\n\r\n",
+            "GET / HTTP/1.1\r\nHost: a\";for=\"b\r\n\r\n",
+            "GET / HTTP/1.1\r\nHost: a@b\r\n\r\n",
+            "GET / HTTP/1.1\r\nHost: a/b\r\n\r\n",
+            "GET a:80 HTTP/1.1\r\nHost: a\r\n\r\n",
+            "GET * HTTP/1.1\r\nHost: a\r\n\r\n",
+            "CONNECT /a HTTP/1.1\r\nHost: a\r\n\r\n",
+            "CONNECT http://a/ HTTP/1.1\r\nHost: a\r\n\r\n",
+            "GET /a#b HTTP/1.1\r\nHost: a\r\n\r\n",
+            "GET http://u:p@a/ HTTP/1.1\r\nHost: a\r\n\r\n",
         ] {
             assert!(request(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn every_form_of_a_target_is_read() {
+        for good in [
+            "GET / HTTP/1.1\r\nHost: a\r\n\r\n",
+            "GET http://a:80?b HTTP/1.1\r\nHost: a\r\n\r\n",
+            "GET / HTTP/1.1\r\nHost: [fd00::1%25x]:80\r\n\r\n",
+            "GET / HTTP/1.1\r\nHost:\r\n\r\n",
+            "OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n",
+            "CONNECT a:443 HTTP/1.1\r\nHost: a:443\r\n\r\n",
+            "CONNECT [::1]:443 HTTP/1.1\r\nHost: [::1]:443\r\n\r\n",
+        ] {
+            assert!(request(good).is_ok_and(|head| head.is_some()), "{good:?}");
         }
     }
 

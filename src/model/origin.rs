@@ -103,7 +103,8 @@ impl Origin {
             return text.parse();
         }
         let mut origin: Self = format!("{}://{text}", base.scheme.as_str()).parse()?;
-        let written = text.rsplit_once(':').is_some_and(|(head, port)| {
+        let bare = text.strip_suffix('/').unwrap_or(text);
+        let written = bare.rsplit_once(':').is_some_and(|(head, port)| {
             !port.is_empty()
                 && port.bytes().all(|b| b.is_ascii_digit())
                 && (!head.contains(':') || head.ends_with(']'))
@@ -146,6 +147,10 @@ impl Origin {
 impl FromStr for Origin {
     type Err = OriginError;
     fn from_str(text: &str) -> Result<Self, OriginError> {
+        // `url` would leave out line breaks and tabs, and read `\` as `/`.
+        if text.bytes().any(|byte| byte <= b' ' || matches!(byte, b'\\' | 0x7f)) {
+            return Err(OriginError::Shape);
+        }
         let url = Url::parse(text).map_err(|_source| OriginError::Shape)?;
         let scheme = match url.scheme() {
             "http" => Scheme::Http,
@@ -211,6 +216,8 @@ mod tests {
         assert_eq!("https://u@a".parse::<Origin>(), Err(OriginError::Extra));
         assert_eq!("ftp://a".parse::<Origin>(), Err(OriginError::Scheme));
         assert_eq!("data.example".parse::<Origin>(), Err(OriginError::Shape));
+        assert_eq!("https://data\n.example".parse::<Origin>(), Err(OriginError::Shape));
+        assert_eq!("https:\\\\data.example".parse::<Origin>(), Err(OriginError::Shape));
     }
 
     #[test]
@@ -221,6 +228,7 @@ mod tests {
             ("10.1.1.10:9000", "https://10.1.1.10:9000"),
             ("[fd00::1]", "https://[fd00::1]:8443"),
             ("[fd00::1]:443", "https://[fd00::1]"),
+            ("10.1.1.10:443/", "https://10.1.1.10"),
             ("http://10.1.1.10", "http://10.1.1.10"),
         ] {
             assert_eq!(Origin::parse_relative(written, &base).unwrap().to_string(), printed);

@@ -12,15 +12,20 @@ use serde::{Deserialize, Deserializer, Serializer};
 #[error("a length of time is written 25ms, 5s, 1m or 7d")]
 pub struct SpanError;
 
+/// The longest that is read: a hundred years. Every unit can say it, so that what is printed can be read, and adding it to
+/// a moment does not overflow.
+const LONGEST: Duration = Duration::from_secs(36_525 * 86_400);
+
 /// Reads a length of time; a day has 24 hours.
 ///
 /// # Errors
-/// [`SpanError`] for anything but a non-negative number with a unit.
+/// [`SpanError`] for anything but a non-negative number with a unit, and for more than a hundred years.
 pub fn parse(text: &str) -> Result<Duration, SpanError> {
     let span: Span = text.trim().parse().map_err(|_source| SpanError)?;
     let signed =
         span.to_duration(SpanRelativeTo::days_are_24_hours()).map_err(|_source| SpanError)?;
-    Duration::try_from(signed).map_err(|_source| SpanError)
+    let span = Duration::try_from(signed).map_err(|_source| SpanError)?;
+    if span <= LONGEST { Ok(span) } else { Err(SpanError) }
 }
 
 /// Writes a length of time in the largest unit that keeps it whole.
@@ -103,7 +108,7 @@ mod tests {
         assert_eq!(parse("25ms").unwrap(), Duration::from_millis(25));
         assert_eq!(parse("7d").unwrap(), Duration::from_secs(7 * 86_400));
         assert_eq!(parse("1m30s").unwrap(), Duration::from_secs(90));
-        for bad in ["", "3", "3 sec onds", "-1s", "five"] {
+        for bad in ["", "3", "3 sec onds", "-1s", "five", "36526d", "15050003040m"] {
             assert!(parse(bad).is_err(), "{bad:?}");
         }
     }

@@ -17,7 +17,7 @@ use crate::{
         route,
         settings::InboundSettings,
         view::{Cluster, View},
-        walk::Walk,
+        walk::{self, Walk},
         worker::{Answer, Call, Peer, Worker},
     },
     upstream::Received,
@@ -38,6 +38,12 @@ impl Edge {
         Self { worker, gate }
     }
 
+    /// The same with other settings.
+    #[must_use]
+    pub(super) fn with(&self, settings: InboundSettings) -> Self {
+        Self { worker: Rc::clone(&self.worker), gate: self.gate.with(settings) }
+    }
+
     /// Answers one request; a refusal is an answer too.
     pub(super) async fn answer(&self, mut call: Call<'_>) -> Answer {
         let mut walk = Walk::begin(&self.worker.inbound_desk, &mut call.request);
@@ -47,7 +53,7 @@ impl Edge {
 
     async fn carry(&self, mut call: Call<'_>, walk: &mut Walk) -> Result<Received, Rejection> {
         // Has it been here before?
-        let host = Walk::enter(&self.worker.via_in, &mut call.request)?;
+        let host = walk::enter(&self.worker.via_in, &mut call.request)?;
         // Which service is meant?
         let view = self.worker.view()?;
         let cluster = callee(&view, &host, &call.request.fields, call.peer)?;
@@ -73,9 +79,10 @@ fn callee<'a>(
 ) -> Result<&'a Rc<Cluster>, Rejection> {
     let asked = host.to_str().unwrap_or_default();
     // An endpoint's authority leaves out the port of its scheme; a client may write it.
-    let plain = asked.strip_suffix(":443").unwrap_or(asked);
+    let lower = route::lower(asked);
+    let plain = lower.strip_suffix(":443").unwrap_or(&lower);
     let sni = peer.server_name.as_deref();
-    let by_host = [Some(plain), Some(route::host(asked)), sni].into_iter().flatten();
+    let by_host = [Some(plain), Some(route::host(&lower)), sni].into_iter().flatten();
     let named = by_host.filter_map(|host| view.service_of(host)).next();
     let named = named.and_then(|service| view.cluster(service.as_str()));
     // Nobody has shown who they are yet, so nobody is told what other names there are.

@@ -3,13 +3,13 @@
 //! One port understands four ways of asking: an absolute target (`HTTP_PROXY`), a plain call with a `Host`, `CONNECT
 //! name:port`, and a port that belongs to one service. Whatever the way, the walk is the same.
 
-use std::{rc::Rc, sync::Arc};
+use std::{borrow::Cow, rc::Rc, sync::Arc};
 
 use http::{HeaderValue, Method, StatusCode, header};
 use tokio::time::Instant;
 
 use crate::{
-    identity::{Grant, Slot, TokenUnavailable},
+    identity::{Grant, Slot},
     model::ServiceName,
     proxy::{
         forward::Forward,
@@ -18,7 +18,7 @@ use crate::{
         route,
         settings::{OutboundSettings, UnknownHosts},
         view::{Cluster, View},
-        walk::Walk,
+        walk::{self, Walk},
         worker::{Answer, Call, Worker, origin_of},
     },
     upstream::Received,
@@ -58,7 +58,7 @@ impl Outbound {
     /// The walk itself. Each stage needs what the one before it found, so none can be skipped.
     async fn carry(&self, mut call: Call<'_>, walk: &mut Walk) -> Result<Received, Rejection> {
         // Has it been here before?
-        let host = Walk::enter(&self.worker.via_out, &mut call.request)?;
+        let host = walk::enter(&self.worker.via_out, &mut call.request)?;
         // Which service is meant, where does it live now, and may we speak to it?
         let cluster = self.route(&call.request.uri, asked(&host)?, &mut walk.record)?;
         let grant = granted(&cluster)?;
@@ -87,16 +87,18 @@ impl Outbound {
         Ok(Received::Upgraded(response, stream))
     }
 
-    fn route(
+    pub(super) fn route(
         &self,
         uri: &http::Uri,
         asked: &str,
         record: &mut Record,
     ) -> Result<Rc<Cluster>, Rejection> {
         let found = self.worker.view();
-        let host =
-            self.only.as_ref().map_or_else(|| route::name(route::host(asked)), ServiceName::as_str);
-        let known = found.as_ref().ok().and_then(|view| view.cluster(host));
+        let named = self
+            .only
+            .as_ref()
+            .map_or_else(|| route::service(asked), |only| Cow::Borrowed(only.as_str()));
+        let known = found.as_ref().ok().and_then(|view| view.cluster(&named));
         let cluster = match (known, self.settings.unknown_hosts) {
             (Some(cluster), _) => Rc::clone(cluster),
             (None, UnknownHosts::Allow) if self.only.is_none() => {
@@ -114,9 +116,8 @@ impl Outbound {
 
     /// A name without a dot can only be a service; a host with dots was meant for the world.
     fn unknown(&self, asked: &str, view: &View) -> Rejection {
-        let host = route::host(asked);
-        let name = route::name(host);
-        let nearest = route::nearest(host, view.names());
+        let name = route::service(asked);
+        let nearest = route::nearest(&name, view.names());
         if name.contains('.') && nearest.is_empty() {
             return Rejection::HostNotAllowed { authority: asked.to_owned() };
         }
@@ -153,14 +154,14 @@ impl Outbound {
         match tokio::time::timeout(limit, slot.bearer()).await {
             Ok(Ok(bearer)) => Ok(bearer.header().clone()),
             Ok(Err(error)) if error.is_permission() => Err(Rejection::NotPermitted {
-                caller: self.worker.settings.service.to_string(),
+                caller: self.worker.me.to_string(),
                 callee: service(),
             }),
             Ok(Err(error)) => {
-                tracing::warn!(
+                tracing::debug!(
                     service = %cluster.service, error = &error as &dyn std::error::Error, "no token for a call"
                 );
-                Err(Rejection::TokenUnavailable { service: service(), why: why(&error) })
+                Err(Rejection::TokenUnavailable { service: service(), why: error.reason() })
             }
             Err(_elapsed) => Err(Rejection::TokenUnavailable {
                 service: service(),
@@ -171,19 +172,15 @@ impl Outbound {
 }
 
 /// Whether this proxy's service may speak to a cluster.
-fn granted(cluster: &Cluster) -> Result<&Grant, Rejection> {
+pub(super) fn granted(cluster: &Cluster) -> Result<&Grant, Rejection> {
     cluster.grant.as_ref().map_err(|missing| Rejection::NotPermitted {
         caller: missing.caller.to_string(),
         callee: missing.callee.clone(),
     })
 }
 
-fn why(_error: &TokenUnavailable) -> &'static str {
-    "the issuer cannot be reached or refused; the proxy's log says more"
-}
-
 /// The host that a request asks for; the way out needs one.
-fn asked(host: &HeaderValue) -> Result<&str, Rejection> {
+pub(super) fn asked(host: &HeaderValue) -> Result<&str, Rejection> {
     let text = host.to_str().unwrap_or_default();
     if text.is_empty() { Err(Rejection::BadRequest("the request names no host")) } else { Ok(text) }
 }

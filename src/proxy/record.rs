@@ -84,16 +84,20 @@ impl Series {
         self.registry.counter(names::REQUESTS, &labels)
     }
 
+    /// Counts a call that passes only because the project is learning. Of the first on the way out the log tells; on the
+    /// way in the gate does, which knows what is missing.
     fn learned(&self) {
         let first = || {
-            let (direction, caller, callee) =
-                (self.direction.as_str(), &*self.caller, &*self.callee);
-            tracing::warn!(
-                direction,
-                caller,
-                callee,
-                "`permissions` does not grant this call: it passes while the project learns"
-            );
+            let (caller, callee) = (&*self.caller, &*self.callee);
+            if self.direction == Direction::Outbound {
+                let refused = format!("{caller} has no grant at {callee}");
+                tracing::info!(
+                    callee,
+                    would_be_refused = refused,
+                    "a call that enforcing permissions would refuse"
+                );
+            }
+            let direction = self.direction.as_str();
             let labels = [("direction", direction), ("caller", caller), ("callee", callee)];
             self.registry.counter(names::LEARNED_GRANTS, &labels)
         };
@@ -116,7 +120,7 @@ impl Series {
 pub(super) struct Desk {
     direction: Direction,
     registry: Arc<Registry>,
-    access: Option<AccessLog>,
+    access: RefCell<Option<AccessLog>>,
     /// Of requests whose caller or callee is not known (yet).
     unknown: Rc<Series>,
     by_caller: RefCell<ByCaller>,
@@ -142,11 +146,16 @@ impl Desk {
         Self {
             direction,
             registry: Arc::clone(registry),
-            access,
+            access: RefCell::new(access),
             unknown: Series::new(registry, direction, caller, callee),
             by_caller: RefCell::default(),
             last: RefCell::default(),
         }
+    }
+
+    /// Records that are opened from now on are written to `access`, or to nothing.
+    pub(super) fn log_to(&self, access: Option<AccessLog>) {
+        self.access.replace(access);
     }
 
     /// Opens the record of a request.
@@ -162,7 +171,7 @@ impl Desk {
     }
 
     fn record(&self, asked: impl FnOnce() -> Option<(Method, Uri)>) -> Record {
-        let notes = self.access.as_ref().map(|log| {
+        let notes = self.access.borrow().as_ref().map(|log| {
             Box::new(Notes {
                 log: log.clone(),
                 wall: Clock::system().now(),

@@ -1,6 +1,8 @@
 //! Authority → service. A name matches as `NAME`, `NAME.infrar`, `NAME.infrar.internal` or `NAME.localhost`; a port
 //! does not matter.
 
+use std::borrow::Cow;
+
 use http::{HeaderValue, Uri, header};
 
 use crate::{model::ServiceName, proxy::reject::Rejection, wire::Fields};
@@ -15,8 +17,7 @@ const LONGEST_HOST: usize = 253;
 /// Nor is one of its labels, and so the name of a service.
 const LONGEST_NAME: usize = 63;
 
-/// The authority that a request names: that of an absolute target, else of `host`; empty where it names none. In lower
-/// case, as hosts are compared (RFC 9110 §4.2.3).
+/// The authority that a request names: that of an absolute target, else of `host`; empty where it names none.
 ///
 /// # Errors
 /// [`Rejection::BadRequest`] for what is no authority, or of another scheme than HTTP.
@@ -38,26 +39,42 @@ pub(super) fn authority(uri: &Uri, fields: &Fields) -> Result<HeaderValue, Rejec
     if host(text).len() > LONGEST_HOST {
         return Err(Rejection::BadRequest("the host is longer than a name can be"));
     }
-    if !text.bytes().any(|b| b.is_ascii_uppercase()) {
-        return Ok(named);
-    }
-    HeaderValue::try_from(text.to_ascii_lowercase()).map_err(|_source| no_host)
+    Ok(named)
 }
 
-/// The host part of an authority: without port, brackets kept off, and without the final dot of an absolute name.
+/// The host part of an authority: without port, an address of IPv6 in its brackets, an absolute name without its final dot.
 #[must_use]
 pub(super) fn host(authority: &str) -> &str {
-    if let Some(rest) = authority.strip_prefix('[') {
-        return rest.split(']').next().unwrap_or(rest);
+    let authority = authority.rsplit_once('@').map_or(authority, |(_user, rest)| rest);
+    if authority.starts_with('[') {
+        return authority.split_inclusive(']').next().unwrap_or(authority);
     }
     let host = authority.split(':').next().unwrap_or(authority);
     host.strip_suffix('.').unwrap_or(host)
 }
 
-/// The name that a host may mean, without the suffixes; not yet known to exist.
-#[must_use]
-pub(super) fn name(host: &str) -> &str {
+/// A host without the suffixes.
+fn name(host: &str) -> &str {
     SUFFIXES.iter().find_map(|suffix| host.strip_suffix(suffix)).unwrap_or(host)
+}
+
+/// The name of a service that an authority may mean; not yet known to exist.
+#[must_use]
+pub(super) fn service(authority: &str) -> Cow<'_, str> {
+    match lower(host(authority)) {
+        Cow::Borrowed(host) => Cow::Borrowed(name(host)),
+        Cow::Owned(host) => Cow::Owned(name(&host).to_owned()),
+    }
+}
+
+/// Hosts mean the same in either case (RFC 9110 §4.2.3); we know them in lower case.
+#[must_use]
+pub(super) fn lower(host: &str) -> Cow<'_, str> {
+    if host.bytes().any(|byte| byte.is_ascii_uppercase()) {
+        Cow::Owned(host.to_ascii_lowercase())
+    } else {
+        Cow::Borrowed(host)
+    }
 }
 
 /// The known names nearest to what was asked for, the nearest first; nothing that is far off.
@@ -92,11 +109,15 @@ mod tests {
             "data.infrar.internal:8080",
             "data.localhost",
             "data.",
+            "u:p@data",
+            "Data.Infrar:80",
         ] {
-            assert_eq!(name(host(authority)), "data", "{authority}");
+            assert_eq!(service(authority), "data", "{authority}");
         }
-        assert_eq!(host("[::1]:8080"), "::1");
-        assert_eq!(name(host("data.example.com")), "data.example.com");
+        assert_eq!(service("[::1]:8080"), "[::1]");
+        // An address has no other names.
+        assert_eq!(service("[data.infrar]"), "[data.infrar]");
+        assert_eq!(service("data.example.com"), "data.example.com");
     }
 
     #[test]
@@ -111,14 +132,14 @@ mod tests {
     }
 
     #[test]
-    fn a_host_is_read_in_lower_case_and_what_is_none_is_refused() {
+    fn what_is_no_host_is_refused() {
         let named = |uri: &str, host: &'static str| {
             let mut fields = Fields::new();
             fields.append(header::HOST, HeaderValue::from_static(host));
             authority(&uri.parse().unwrap(), &fields)
         };
-        assert_eq!(named("/", "Data.Infrar:80").unwrap(), "data.infrar:80");
-        assert_eq!(named("http://DATA/x", "other").unwrap(), "data");
+        assert_eq!(named("/", "Data.Infrar:80").unwrap(), "Data.Infrar:80");
+        assert_eq!(named("http://data/x", "other").unwrap(), "data");
         assert_eq!(authority(&Uri::default(), &Fields::new()).unwrap(), "");
         for (uri, host) in [("http://u:p@data/", "data"), ("/", "u@data"), ("ftp://data/", "data")]
         {
@@ -133,7 +154,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_authority_makes_it_panic(text in ".{0,60}") {
-            let _named = name(host(&text));
+            let _named = service(&text);
         }
     }
 }

@@ -464,7 +464,7 @@ impl Connection {
     async fn finish(&mut self, response: Response, record: Record, asked: &Asked) -> Afterwards {
         let Response { status, fields, body } = response;
         let unread = !self.wire.decoder.borrow().is_done() || self.wire.broken.get();
-        let draining = self.story.end().reached(Phase::Drain);
+        let draining = self.story.end().reached(Phase::StopAccepting);
         let mut keep_alive = asked.keep_alive
             && !draining
             && !(unread && (self.wire.expects.get() || body_is_short(&body)));
@@ -753,7 +753,9 @@ fn refuse(error: HeadError) -> Rejection {
         HeadError::LineEnd => Rejection::BadRequest("a line of the head does not end in CR LF"),
         HeadError::Grammar(what) => Rejection::BadRequest(what),
         HeadError::Version => Rejection::BadRequest("the version is neither HTTP/1.0 nor HTTP/1.1"),
-        HeadError::Host => Rejection::BadRequest("a request has exactly one host header"),
+        HeadError::Host => {
+            Rejection::BadRequest("a request has exactly one host header, which names a host")
+        }
         HeadError::Length => Rejection::BadRequest("the length of the body is ambiguous"),
         HeadError::Coding => Rejection::BadRequest("the only transfer coding is chunked"),
     }

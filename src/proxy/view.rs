@@ -4,9 +4,8 @@
 //! on it. Pools, vitals and budgets outlive views: an endpoint that did not change keeps its warm connections.
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::RefCell,
     collections::HashMap,
-    net::SocketAddr,
     rc::Rc,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -25,17 +24,17 @@ use crate::{
     cost::{Kind, Leg, Meter, Path, PathKey, PriceBook, PriceClass, Site},
     identity::{self, Grant, NotPermitted, Slot, Strictness, Tokens, permits},
     model::{
-        AuthMethod, Circuit, Endpoint, EndpointId, EndpointState, NetworkMode, Networking, Origin,
-        Place, Protocol, Routing, Scheme, Service, ServiceName, Timeouts, Zone,
+        AuthMethod, Circuit, Endpoint, EndpointId, EndpointState, Enforcement, NetworkMode,
+        Networking, Origin, Place, Protocol, Routing, Scheme, Service, ServiceName, Timeouts, Zone,
     },
-    net::{ClientTls, Resolver, Tally},
+    net::{Resolver, Tally},
     proxy::{
         record::Series,
         settings::{App, Role, Settings},
     },
     runtime::Clock,
     telemetry::{Direction, Registry},
-    upstream::{Connector, Pool, PoolSettings},
+    upstream::{Connector, OwnAddresses, Pool, PoolSettings},
 };
 
 /// Service, endpoint, address, and the network mode in which it is reached.
@@ -181,8 +180,8 @@ pub(super) struct View {
     clusters: HashMap<ServiceName, Rc<Cluster>, RandomState>,
     /// Authority of an endpoint's `url`, and its host alone → its service.
     hosts: HashMap<Box<str>, ServiceName, RandomState>,
-    /// Whether missing grants refuse, as of the last look.
-    pub strictness: Cell<Strictness>,
+    /// Whether missing grants refuse.
+    pub strictness: Strictness,
 }
 
 impl View {
@@ -196,6 +195,26 @@ impl View {
     #[must_use]
     pub(super) fn service_of(&self, authority: &str) -> Option<&ServiceName> {
         self.hosts.get(authority)
+    }
+
+    /// Whether missing grants refuse at `now` as they did when it was made.
+    #[must_use]
+    pub(super) fn is_as_strict_as_at(&self, now: jiff::Timestamp) -> bool {
+        Strictness::at(&self.catalog.project.mode, now) == self.strictness
+    }
+
+    /// How much longer the project learns; `None` when this view does not.
+    #[must_use]
+    pub(super) fn learns_for(&self, now: jiff::Timestamp) -> Option<Duration> {
+        match (self.strictness, &self.catalog.project.mode) {
+            (Strictness::Learn, Enforcement::LearnUntil(end)) => {
+                // Not a moment too early, or it would be looked at in vain.
+                let left =
+                    end.duration_since(now).saturating_add(jiff::SignedDuration::from_millis(1));
+                Some(Duration::try_from(left).unwrap_or(Duration::ZERO))
+            }
+            (Strictness::Learn | Strictness::Enforce, _) => None,
+        }
     }
 
     /// Every name there is.
@@ -258,17 +277,15 @@ type PoolKey = (ServiceName, EndpointId, Origin, Origin, NetworkMode, Protocol);
 /// Builds views on one worker.
 pub(super) struct Surveyor {
     /// The proxy's settings.
-    pub settings: Arc<Settings>,
+    pub settings: RefCell<Arc<Settings>>,
     /// What the workers share.
     pub ward: Arc<Ward>,
     /// Where tokens come from.
     pub tokens: Arc<Tokens>,
-    /// Whom TLS trusts.
-    pub tls: Arc<ClientTls>,
     /// Names to addresses.
     pub resolver: Resolver,
     /// The proxy's own listeners.
-    pub own: Arc<[SocketAddr]>,
+    pub own: OwnAddresses,
     /// Counts bytes.
     pub meter: Arc<Meter>,
     /// Counts requests.
@@ -293,9 +310,26 @@ struct Way<'a> {
 const FALLBACK_RANK: u8 = 100;
 
 impl Surveyor {
+    /// The proxy's settings right now.
+    #[must_use]
+    pub(super) fn settings(&self) -> Arc<Settings> {
+        Arc::clone(&self.settings.borrow())
+    }
+
+    /// Surveys with other settings from now on; gives those before.
+    pub(super) fn survey_by(&self, settings: Arc<Settings>) -> Arc<Settings> {
+        self.settings.replace(settings)
+    }
+
+    /// The connections of the views so far serve no later one: what was believed or counted of them has changed.
+    pub(super) fn begin_anew(&self) {
+        let _old = self.pools.take();
+    }
+
     /// The view of a snapshot.
     #[must_use]
     pub(super) fn survey(&self, catalog: Arc<Catalog>) -> Rc<View> {
+        let settings = self.settings();
         let strictness = Strictness::at(&catalog.project.mode, Clock::system().now());
         let mut kept = HashMap::new();
         let clusters = catalog
@@ -303,18 +337,20 @@ impl Surveyor {
             .services
             .iter()
             .map(|(name, service)| {
-                let cluster = self.cluster(&catalog, name, service, strictness, &mut kept);
+                let cluster =
+                    self.cluster(&settings, &catalog, name, service, strictness, &mut kept);
                 (name.clone(), Rc::new(cluster))
             })
             .collect();
         let hosts = hosts(&catalog.project.services);
         // Pools that no endpoint uses any more end with the requests that still hold them.
         *self.pools.borrow_mut() = kept;
-        Rc::new(View { hosts, clusters, catalog, strictness: Cell::new(strictness) })
+        Rc::new(View { hosts, clusters, catalog, strictness })
     }
 
     fn cluster(
         &self,
+        settings: &Settings,
         catalog: &Catalog,
         name: &ServiceName,
         service: &Service,
@@ -322,11 +358,11 @@ impl Surveyor {
         kept: &mut HashMap<PoolKey, Rc<Pool>>,
     ) -> Cluster {
         let mut absence = "it has no endpoints";
-        let ways = self.ways(&catalog.project.networking, service, &mut absence);
+        let ways = self.ways(settings, &catalog.project.networking, service, &mut absence);
         let mut targets = Vec::new();
         let mut candidates = Vec::new();
         for way in ways {
-            match self.target(name, service, &way, kept) {
+            match self.target(settings, name, service, &way, kept) {
                 Some((target, candidate)) => {
                     targets.push(Rc::new(target));
                     candidates.push(candidate);
@@ -337,9 +373,8 @@ impl Surveyor {
         let wants_token = targets.iter().any(|target| target.takes_token);
         Cluster {
             service: name.clone(),
-            grant: permits(&catalog.project, &self.settings.service, name, strictness),
-            token: (wants_token && self.settings.role != Role::Edge)
-                .then(|| self.tokens.slot(name)),
+            grant: permits(&catalog.project, &settings.service, name, strictness),
+            token: (wants_token && settings.role != Role::Edge).then(|| self.tokens.slot(name)),
             targets,
             candidates,
             aim: Aim::new(&service.routing, &service.circuit),
@@ -348,18 +383,18 @@ impl Surveyor {
             max_attempts: service.retries.max_attempts.max(1),
             backoff: (service.retries.backoff.base, service.retries.backoff.max),
             budget: self.ward.budget(name),
-            series: self.series_of(name),
+            series: self.series_of(settings, name),
             absence,
         }
     }
 
-    fn series_of(&self, name: &ServiceName) -> Rc<Series> {
+    fn series_of(&self, settings: &Settings, name: &ServiceName) -> Rc<Series> {
         let mut known = self.series.borrow_mut();
         let made = || {
             Series::new(
                 &self.registry,
                 Direction::Outbound,
-                self.settings.service.as_str(),
+                settings.service.as_str(),
                 name.as_str(),
             )
         };
@@ -369,13 +404,14 @@ impl Surveyor {
     /// Every way from here to an endpoint of the service, preferred ones first.
     fn ways<'a>(
         &self,
+        settings: &Settings,
         networking: &Networking,
         service: &'a Service,
         absence: &mut &'static str,
     ) -> Vec<Way<'a>> {
         let mut ways = Vec::new();
         for endpoint in &service.endpoints {
-            let Some(here) = &self.settings.place else {
+            let Some(here) = &settings.place else {
                 // Without a place (a laptop) everything is far away and public.
                 ways.push(Way {
                     endpoint,
@@ -389,7 +425,7 @@ impl Surveyor {
             if *here == endpoint.place {
                 let (address, mode) = endpoint.local_address();
                 // An edge never dials a host it serves itself.
-                if self.settings.role == Role::Edge && mode == NetworkMode::Public {
+                if settings.role == Role::Edge && mode == NetworkMode::Public {
                     *absence = "its endpoint here has neither private_url nor internal_url for the edge to use";
                     continue;
                 }
@@ -418,15 +454,16 @@ impl Surveyor {
 
     fn target(
         &self,
+        settings: &Settings,
         name: &ServiceName,
         service: &Service,
         way: &Way<'_>,
         kept: &mut HashMap<PoolKey, Rc<Pool>>,
     ) -> Option<(Target, Candidate)> {
-        let outbound = self.settings.outbound.as_ref();
+        let outbound = settings.outbound.as_ref();
         // Cross-cloud calls may go through this cloud's own edge.
         let edge = outbound.and_then(|outbound| outbound.via.as_ref()).filter(|_| {
-            self.settings
+            settings
                 .place
                 .as_ref()
                 .is_some_and(|here| here.provider() != way.endpoint.place.provider())
@@ -443,36 +480,31 @@ impl Surveyor {
         let found = self.pools.borrow().get(&key).cloned();
         let pool = match found {
             Some(pool) => pool,
-            None => self.pool(name, way, edge, service.protocol)?,
+            None => self.pool(settings, name, way, edge, service.protocol)?,
         };
         kept.insert(key, Rc::clone(&pool));
         let direct = match edge {
             Some(_) => {
-                let direct = self.connector(way.address, &way.endpoint.url)?;
-                Some(tallied(direct, self.path(name, way), &[Kind::Tunnel]))
+                let direct = self.connector(settings, way.address, &way.endpoint.url)?;
+                Some(tallied(direct, self.path(settings, name, way), &[Kind::Tunnel]))
             }
             None => None,
         };
         let whom = (name.clone(), way.endpoint.id.clone(), address.clone(), way.mode);
         let vitals = self.ward.vitals(whom, &service.circuit);
-        let here = self.settings.place.as_ref();
+        let here = settings.place.as_ref();
         let rank = here.map_or(0, |here| {
-            Candidate::rank(
-                service.routing.locality,
-                here,
-                self.settings.zone.as_ref(),
-                way.endpoint,
-            )
+            Candidate::rank(service.routing.locality, here, settings.zone.as_ref(), way.endpoint)
         });
         let rank = if way.fallback { rank.saturating_add(FALLBACK_RANK) } else { rank };
-        let price = self.price(way);
+        let price = Self::price(settings, way);
         let candidate =
             Candidate::new(way.endpoint, rank, price, service.limits.requests, Arc::clone(&vitals));
         let host = way.endpoint.url.authority();
         let safe = address.scheme() == Scheme::Https
             || address.host().is_loopback()
             || matches!(address.host(), crate::model::Host::Address(ip) if ip.is_loopback());
-        let keeps_host = self.settings.role == Role::Edge && way.local;
+        let keeps_host = settings.role == Role::Edge && way.local;
         let target = Target {
             id: way.endpoint.id.clone(),
             mode: way.mode,
@@ -490,24 +522,30 @@ impl Surveyor {
         Some((target, candidate))
     }
 
-    fn price(&self, way: &Way<'_>) -> Option<crate::model::NanoUsd> {
-        let here = self.settings.place.as_ref()?;
+    fn price(settings: &Settings, way: &Way<'_>) -> Option<crate::model::NanoUsd> {
+        let here = settings.place.as_ref()?;
         // The book is some milliseconds of parsing: only who asks for prices pays.
         let book = PriceBook::shipped();
-        let from = Site { place: here, zone: self.settings.zone.as_ref() };
+        let from = Site { place: here, zone: settings.zone.as_ref() };
         let to = Site { place: &way.endpoint.place, zone: way.endpoint.zone.as_ref() };
         let class = book.class(from, to, way.mode);
         book.rate(class, here, Some(&way.endpoint.place)).map(|rate| rate.per_gb)
     }
 
-    fn connector(&self, address: &Origin, named: &Origin) -> Option<Connector> {
-        let (resolver, own) = (self.resolver.clone(), Arc::clone(&self.own));
-        Connector::new(address.clone(), named.host(), &self.tls, resolver, own).ok()
+    fn connector(
+        &self,
+        settings: &Settings,
+        address: &Origin,
+        named: &Origin,
+    ) -> Option<Connector> {
+        let (resolver, own) = (self.resolver.clone(), self.own.clone());
+        Connector::new(address.clone(), named.host(), &settings.tls, resolver, own).ok()
     }
 
     /// The connections to an endpoint, or to the edge in front of it.
     fn pool(
         &self,
+        settings: &Settings,
         name: &ServiceName,
         way: &Way<'_>,
         edge: Option<&Origin>,
@@ -515,38 +553,42 @@ impl Surveyor {
     ) -> Option<Rc<Pool>> {
         let connector = match edge {
             // The edge counts what it sends to the other cloud: counted here too, it would be paid twice.
-            Some(edge) => {
-                tallied(self.connector(edge, edge)?, self.path_next_door(name), &[Kind::Http])
-            }
+            Some(edge) => tallied(
+                self.connector(settings, edge, edge)?,
+                self.path_next_door(settings, name),
+                &[Kind::Http],
+            ),
             None => {
-                let connector = self.connector(way.address, &way.endpoint.url)?;
-                tallied(connector, self.path(name, way), &[Kind::Http, Kind::Tunnel])
+                let connector = self.connector(settings, way.address, &way.endpoint.url)?;
+                tallied(connector, self.path(settings, name, way), &[Kind::Http, Kind::Tunnel])
             }
         };
-        let settings = PoolSettings { head: self.settings.limits.head, ..PoolSettings::default() };
-        Some(Pool::new(settings, protocol, connector))
+        let pool = PoolSettings { head: settings.limits.head, ..PoolSettings::default() };
+        Some(Pool::new(pool, protocol, connector))
     }
 
     /// The path to an endpoint.
-    fn path(&self, name: &ServiceName, way: &Way<'_>) -> Option<Path> {
-        self.path_to(name, &way.endpoint.place, way.endpoint.zone.as_ref(), way.mode)
+    fn path(&self, settings: &Settings, name: &ServiceName, way: &Way<'_>) -> Option<Path> {
+        let zone = way.endpoint.zone.as_ref();
+        self.path_to(settings, name, &way.endpoint.place, zone, way.mode)
     }
 
     /// The path to the edge of this place: it ends there, at a public address in a zone that nobody knows.
-    fn path_next_door(&self, name: &ServiceName) -> Option<Path> {
-        self.path_to(name, self.settings.place.as_ref()?, None, NetworkMode::Public)
+    fn path_next_door(&self, settings: &Settings, name: &ServiceName) -> Option<Path> {
+        self.path_to(settings, name, settings.place.as_ref()?, None, NetworkMode::Public)
     }
 
     fn path_to(
         &self,
+        settings: &Settings,
         name: &ServiceName,
         to: &Place,
         zone: Option<&Zone>,
         mode: NetworkMode,
     ) -> Option<Path> {
-        let from = self.settings.place.clone()?;
+        let from = settings.place.clone()?;
         let class = PriceBook::shipped().class(
-            Site { place: &from, zone: self.settings.zone.as_ref() },
+            Site { place: &from, zone: settings.zone.as_ref() },
             Site { place: to, zone },
             mode,
         );
@@ -555,8 +597,8 @@ impl Surveyor {
     }
 
     /// The path to a host outside the project; on this machine there is nothing to count.
-    fn path_outside(&self, name: &ServiceName, host: &Origin) -> Option<Path> {
-        let from = self.settings.place.clone().filter(|_| !host.host().is_loopback())?;
+    fn path_outside(&self, settings: &Settings, name: &ServiceName, host: &Origin) -> Option<Path> {
+        let from = settings.place.clone().filter(|_| !host.host().is_loopback())?;
         let (mode, class) = (NetworkMode::Public, PriceClass::Internet);
         Some(self.meter.path(PathKey { callee: name.clone(), from, to: None, mode, class }))
     }
@@ -567,28 +609,30 @@ impl Surveyor {
     pub(super) fn outside(&self, host: &Origin) -> Option<Cluster> {
         // Reserved, so no service of the project has it.
         let name: ServiceName = "infrar-outside".parse().ok()?;
+        let settings = self.settings();
         let vitals = Arc::new(Vitals::new(self.ward.tick(Instant::now())));
         let connector = tallied(
-            self.connector(host, host)?,
-            self.path_outside(&name, host),
+            self.connector(&settings, host, host)?,
+            self.path_outside(&settings, &name, host),
             &[Kind::Http, Kind::Tunnel],
         );
         let app = App { origin: host.clone(), protocol: Protocol::Auto };
         let grant = Ok(identity::outside());
-        self.single(&app, &name, connector, vitals, grant, Some(host.authority()))
+        self.single(&app, &name, (connector, vitals), grant, Some(host.authority()))
     }
 
     /// The cluster of the application behind an inbound listener.
     #[must_use]
     pub(super) fn app(&self, app: &App) -> Option<Cluster> {
-        let me = &self.settings.service;
+        let settings = self.settings();
+        let me = &settings.service;
         let id: EndpointId = APP.parse().ok()?;
         let whom = (me.clone(), id, app.origin.clone(), NetworkMode::Public);
         let vitals = self.ward.vitals(whom, &NEVER_LEFT_ALONE);
-        let connector = self.connector(&app.origin, &app.origin)?;
+        let connector = self.connector(&settings, &app.origin, &app.origin)?;
         // Nobody calls it but for a caller who was granted something.
         let grant = Err(NotPermitted { caller: me.clone(), callee: me.clone() });
-        self.single(app, me, connector, vitals, grant, None)
+        self.single(app, me, (connector, vitals), grant, None)
     }
 
     /// The cluster of a single address that is no part of the catalog.
@@ -596,16 +640,16 @@ impl Surveyor {
         &self,
         app: &App,
         service: &ServiceName,
-        connector: Connector,
-        vitals: Arc<Vitals>,
+        (connector, vitals): (Connector, Arc<Vitals>),
         grant: Result<Grant, NotPermitted>,
         host: Option<String>,
     ) -> Option<Cluster> {
+        let settings = self.settings();
         // An application behind TLS speaks what ALPN finds; on loopback HTTP/1.1 costs less than HTTP/2.
         let prefer_h2 = app.origin.scheme() == Scheme::Https;
-        let settings =
-            PoolSettings { head: self.settings.limits.head, prefer_h2, ..PoolSettings::default() };
-        let pool = Pool::new(settings, app.protocol, connector);
+        let pool =
+            PoolSettings { head: settings.limits.head, prefer_h2, ..PoolSettings::default() };
+        let pool = Pool::new(pool, app.protocol, connector);
         let id: EndpointId = APP.parse().ok()?;
         let endpoint = Endpoint {
             id: id.clone(),
@@ -645,7 +689,7 @@ impl Surveyor {
             max_attempts: 1,
             backoff: (Duration::ZERO, Duration::ZERO),
             budget: self.ward.budget(service),
-            series: self.series_of(service),
+            series: self.series_of(&settings, service),
             absence: "",
         })
     }

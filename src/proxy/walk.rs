@@ -9,10 +9,10 @@ use crate::{
         record::{Desk, Record},
         reject::Rejection,
         route,
-        worker::{Answer, Call},
+        worker::{Answer, Call, Peer},
     },
     upstream::Received,
-    wire::{Request, TraceContext, request_id},
+    wire::{Fields, Request, TraceContext, request_id},
 };
 
 /// One request on its way, and what must be known to answer it, whatever comes of it.
@@ -25,18 +25,62 @@ pub(super) struct Walk {
     upgrade: Option<HeaderValue>,
 }
 
+/// What a head says of itself, once it has been undressed.
+pub(super) struct Opened {
+    id: HeaderValue,
+    trace: TraceContext,
+    grpc: bool,
+    upgrade: Option<HeaderValue>,
+}
+
+/// Takes off what ends at this hop and what only infrar may say; only then, so that nobody can talk it away, an id and a
+/// trace are put on.
+pub(super) fn open(request: &mut Request) -> Opened {
+    let fields = &mut request.fields;
+    let grpc = headers::is_grpc(fields);
+    let upgrade = headers::upgrade(&request.method, request.version, fields);
+    headers::strip_hop_by_hop(fields);
+    headers::strip_identity(fields);
+    let id = headers::identify(fields);
+    Opened { id, trace: headers::continue_trace(fields), grpc, upgrade }
+}
+
+/// Has a request been here before, and which host does it ask for? Empty where it names none, as HTTP/1.0 may.
+///
+/// # Errors
+/// [`Rejection::Loop`], and [`Rejection::BadRequest`] for what is no host.
+pub(super) fn enter(via: &Via, request: &mut Request) -> Result<HeaderValue, Rejection> {
+    via.pass(request.version, &mut request.fields)?;
+    route::authority(&request.uri, &request.fields)
+}
+
+/// Says where a request came from and which host it asked for, and repeats the wish to switch protocols.
+pub(super) fn see_off(
+    fields: &mut Fields,
+    peer: &Peer,
+    host: &HeaderValue,
+    upgrade: Option<&HeaderValue>,
+) {
+    peer.forwarded.add(fields, host.to_str().unwrap_or_default());
+    if let Some(protocol) = upgrade {
+        fields.set(header::CONNECTION, HeaderValue::from_static("upgrade"));
+        fields.set(header::UPGRADE, protocol.clone());
+    }
+}
+
+impl Opened {
+    /// The protocol that the client asks to switch to.
+    pub(super) fn upgrade(&self) -> Option<&HeaderValue> {
+        self.upgrade.as_ref()
+    }
+}
+
 impl Walk {
-    /// Opens the record. What ends at this hop and what only infrar may say is taken off first, so that nobody can talk
-    /// away what is put on then: an id and a trace. Both are known before anything can refuse the request.
+    /// Opens the record of a request and undresses it. Its id and trace are known before anything can refuse it.
     pub(super) fn begin(desk: &Desk, request: &mut Request) -> Self {
         let mut record = desk.open(&request.method, &request.uri);
-        let fields = &mut request.fields;
-        let grpc = headers::is_grpc(fields);
-        let upgrade = headers::upgrade(&request.method, request.version, fields);
-        headers::strip_hop_by_hop(fields);
-        headers::strip_identity(fields);
-        let id = headers::identify(fields);
-        record.identified(&id, headers::continue_trace(fields));
+        let Opened { id, trace, grpc, upgrade } = open(request);
+        record.identified(&id, trace);
         Self { record, id, grpc, upgrade }
     }
 
@@ -48,15 +92,6 @@ impl Walk {
         Self { record, id, grpc: false, upgrade: None }
     }
 
-    /// Has it been here before, and which host does it ask for? Empty where it names none, as HTTP/1.0 may.
-    ///
-    /// # Errors
-    /// [`Rejection::Loop`], and [`Rejection::BadRequest`] for what is no host.
-    pub(super) fn enter(via: &Via, request: &mut Request) -> Result<HeaderValue, Rejection> {
-        via.pass(request.version, &mut request.fields)?;
-        route::authority(&request.uri, &request.fields)
-    }
-
     /// The request as it goes on: it says where it came from and which `host` it asked for. `bearer` is for endpoints that
     /// take one.
     pub(super) fn dispatch<'a>(
@@ -66,11 +101,7 @@ impl Walk {
         bearer: Option<HeaderValue>,
     ) -> Dispatch<'a> {
         let Request { method, uri, mut fields, body, .. } = call.request;
-        call.peer.forwarded.add(&mut fields, host.to_str().unwrap_or_default());
-        if let Some(protocol) = &self.upgrade {
-            fields.set(header::CONNECTION, HeaderValue::from_static("upgrade"));
-            fields.set(header::UPGRADE, protocol.clone());
-        }
+        see_off(&mut fields, call.peer, host, self.upgrade.as_ref());
         Dispatch {
             method,
             uri,

@@ -18,9 +18,9 @@ pub enum Phase {
     Running = 0,
     /// `/readyz` says no, so that balancers look elsewhere; everything is still served.
     NotReady = 1,
-    /// Listeners close.
+    /// Listeners close; answers say `connection: close`.
     StopAccepting = 2,
-    /// Connections end after what they are doing: `connection: close`, GOAWAY.
+    /// Connections end after what they are doing, idle ones at once; GOAWAY.
     Drain = 3,
     /// Whatever is left is dropped.
     Abort = 4,

@@ -1,19 +1,16 @@
 //! The data plane's threads: one single-threaded runtime each, tasks that never change thread.
 
-use std::{
-    fmt, io,
-    num::NonZeroUsize,
-    panic::AssertUnwindSafe,
-    sync::atomic::{AtomicU64, Ordering},
-    thread,
-};
+use std::{fmt, io, num::NonZeroUsize, panic::AssertUnwindSafe, thread};
 
 use futures_util::FutureExt;
+use rustix::process::{Resource, getrlimit};
 use tokio::{
     runtime::{Builder, LocalOptions, LocalRuntime},
     sync::oneshot,
     task::JoinHandle,
 };
+
+use super::panics::caught;
 
 /// Stack of a worker thread: room for deep futures; untouched pages cost nothing.
 const STACK_BYTES: usize = 2 * 1024 * 1024;
@@ -157,7 +154,7 @@ where
         // Nobody listens when the owner did not join; that is its right.
         ended.send(()).ok();
     } else {
-        count_panic("worker");
+        caught("worker");
     }
 }
 
@@ -174,29 +171,23 @@ where
     // Combinators, not an async block: that would keep room for the future twice.
     tokio::task::spawn_local(AssertUnwindSafe(future).catch_unwind().map(move |outcome| {
         if outcome.is_err() {
-            count_panic(name);
+            caught(name);
         }
     }))
-}
-
-static PANICS: AtomicU64 = AtomicU64::new(0);
-
-/// How many tasks of this process have panicked. Zero, unless there is a bug to be found.
-#[must_use]
-pub fn panics() -> u64 {
-    PANICS.load(Ordering::Relaxed)
-}
-
-/// The panic's own text went to the panic hook already.
-pub(super) fn count_panic(task: &str) {
-    PANICS.fetch_add(1, Ordering::Relaxed);
-    tracing::error!(task, "a task panicked; the others go on");
 }
 
 /// CPUs this container may use: affinity and the cgroup's quota count, and there is always one.
 #[must_use]
 pub fn cpus() -> NonZeroUsize {
     thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)
+}
+
+/// How many files and sockets this process may have open at a time.
+#[must_use]
+pub fn open_files() -> usize {
+    // No limit at all is `None`.
+    let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    usize::try_from(files).unwrap_or(usize::MAX)
 }
 
 #[cfg(test)]
@@ -206,6 +197,7 @@ mod tests {
     use tokio::sync::mpsc;
 
     use super::*;
+    use crate::runtime::panics;
 
     #[tokio::test]
     async fn each_worker_runs_its_own_future_on_its_own_named_thread() {

@@ -303,7 +303,7 @@ fn finish(
     method: &Method,
     head: ParsedResponse,
 ) -> Result<Received, Failure> {
-    let framing = http1::response_framing(method, head.status, &head.fields)
+    let framing = http1::response_framing(method, head.version, head.status, &head.fields)
         .map_err(|error| Failure { error: SendError::BadResponse(error), answered: true })?;
     let mut reusable = framing != Framing::UntilClose && keeps_alive(head.version, &head.fields);
     if let Some(value) = head.fields.get(&KEEP_ALIVE) {

@@ -239,7 +239,11 @@ fn head(outgoing: &mut Outgoing<'_>) -> Option<Request<()>> {
     let mut target = http::uri::Parts::default();
     target.scheme = Some(outgoing.scheme.clone());
     target.authority = Some(authority(outgoing));
-    target.path_and_query = Some(outgoing.target.clone());
+    // As in HTTP/1.1: an absolute target may have come without a path (RFC 9113 §8.3.1).
+    target.path_and_query = Some(match outgoing.target.as_str() {
+        query if query.starts_with('?') => format!("/{query}").parse().ok()?,
+        _ => outgoing.target.clone(),
+    });
     *request.uri_mut() = Uri::from_parts(target).ok()?;
     *request.headers_mut() = outgoing.fields.to_map(&http::header::HOST);
     Some(request)

@@ -7,6 +7,7 @@ mod fields;
 mod interim;
 mod message;
 mod problem;
+mod replay;
 mod trace;
 mod trailers;
 
@@ -15,5 +16,6 @@ pub use fields::Fields;
 pub use interim::Interim;
 pub use message::{Request, Response};
 pub use problem::{PROBLEM_JSON, Problem};
+pub use replay::Replay;
 pub use trace::{TraceContext, request_id};
 pub use trailers::trailers;
