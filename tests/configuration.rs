@@ -780,6 +780,18 @@ proxy.yaml:35:10: workers: found \"0\"; write auto, or a number from 1 to 1024
 ";
 
 #[test]
+fn an_issuer_that_would_make_its_callers_names_unclear_is_refused() {
+    let machine = Machine::new();
+    for issuer in ["https://idp.example#part", "https://idp.example/a b"] {
+        let told = machine.wrong_project(&format!(
+            "project: shop\nservices: {{}}\nissuers:\n  - {{ issuer: '{issuer}', jwks_uri: 'https://idp.example/keys' }}\n"
+        ));
+        assert!(told.contains("project.yaml:4:15: issuers[0].issuer: found"), "{told}");
+        assert!(told.contains("write it without spaces and #"), "{told}");
+    }
+}
+
+#[test]
 fn an_edge_has_a_public_listener_and_no_application() {
     let machine = Machine::new();
     assert_eq!(

@@ -231,6 +231,42 @@ async fn what_is_not_granted_is_refused_as_oauth_says() {
 }
 
 #[tokio::test]
+async fn a_project_that_learns_grants_what_exists_and_says_what_it_would_refuse() {
+    let folder = tempfile::tempdir().unwrap();
+    let learning = |until: jiff::Timestamp| Project {
+        mode: Enforcement::LearnUntil(until),
+        ..project("data.example")
+    };
+    let now = jiff::Timestamp::now();
+    let hour = jiff::SignedDuration::from_hours(1);
+    let settings = Settings::new(anywhere(), folder.path().join("data"));
+    let running = Control::start(settings, learning(now + hour), identities()).await.unwrap();
+    let client = client(&running);
+    let scope = async |audience: &str, wanted: Option<&str>| {
+        let wanted = wanted.map(scopes);
+        client.token(&web(), audience, wanted.as_ref()).await.map(|token| token.scope.to_string())
+    };
+    // Nobody granted this; what exists there is given, or what of it was asked for.
+    assert_eq!(scope("reports", None).await.unwrap(), "read:data write:data write:query");
+    assert_eq!(scope("reports", Some("write:data no:such")).await.unwrap(), "write:data");
+    assert_eq!(scope("data-intelligence", Some("write:data")).await.unwrap(), "write:data");
+    // What is granted is given as ever; a service that is none, and the control plane itself, are not learned.
+    assert_eq!(scope("data-intelligence", None).await.unwrap(), "read:data write:query");
+    for (audience, wanted) in [("nowhere", None), (CONTROL_AUDIENCE, Some("infrar:keys:write"))] {
+        let (status, _) = refused_with(scope(audience, wanted).await);
+        assert_eq!(status, StatusCode::BAD_REQUEST, "{audience}");
+    }
+    // Its time is over.
+    running.replace(learning(now - hour), &identities()).unwrap();
+    assert_eq!(refused_with(scope("reports", None).await).1, "invalid_target");
+    assert_eq!(
+        refused_with(scope("data-intelligence", Some("write:data")).await).1,
+        "invalid_scope"
+    );
+    running.shutdown().await;
+}
+
+#[tokio::test]
 async fn who_cannot_prove_who_it_is_gets_no_token() {
     let folder = tempfile::tempdir().unwrap();
     let running = start(folder.path()).await;

@@ -83,6 +83,55 @@ async fn a_project_that_is_edited_is_followed_and_a_broken_edit_is_not() {
 }
 
 #[tokio::test]
+async fn a_new_grant_is_in_force_without_waiting_for_a_token_to_age() {
+    let app = Origin::plain("ok").await;
+    let pair = Pair::open(app.at, "", "").await;
+    let callee = pair.folder.read("callee.yaml");
+    let rule = "tls: off, rules: [{ path: /*, scopes: [write] }] }";
+    pair.folder.write("callee.yaml", &callee.replace("tls: off }", rule));
+    // The caller has a token from here on, without the scope.
+    until("the rule is in force", async || {
+        get(pair.out, "data", "/").await.code() == "scope-missing"
+    })
+    .await;
+    let project = Pair::project(pair.inbound, "").replace("[use]", "[use, write]");
+    pair.folder.write("project.yaml", &project);
+    until("the grant is in force", async || get(pair.out, "data", "/").await.body == "ok").await;
+}
+
+#[tokio::test]
+async fn a_project_that_learns_lets_a_call_through_and_tells_which_grant_it_would_need() {
+    let app = Origin::plain("ok").await;
+    let pair = Pair::open(app.at, "", "").await;
+    let enforcing = Pair::project(pair.inbound, "").replace("data: [use],", "");
+    let until_then = jiff::Timestamp::now() + jiff::SignedDuration::from_hours(1);
+    let learning = format!("{enforcing}mode: learn\nlearn_until: {until_then}\n");
+    pair.folder.write("project.yaml", &learning);
+    until("both proxies learn", async || {
+        for admin in [pair.caller_admin, pair.callee_admin] {
+            let snapshot = get(admin, &admin.to_string(), "/v1/snapshot").await;
+            if !snapshot.body.contains("learn_until") {
+                return false;
+            }
+        }
+        true
+    })
+    .await;
+    assert_eq!(get(pair.out, "data", "/").await.body, "ok", "{}", pair.logs());
+    until("the control plane says what is missing", async || {
+        let log = pair.processes.control.log();
+        log.lines().any(|line| {
+            line.contains("would refuse") && line.contains("permissions grant web nothing at")
+        })
+    })
+    .await;
+    let told = || pair.processes.callee.log().matches("web has no grant here").count();
+    until("so does the callee's proxy", async || told() > 0).await;
+    pair.folder.write("project.yaml", &enforcing);
+    until("it enforces", async || get(pair.out, "data", "/").await.code() == "not-permitted").await;
+}
+
+#[tokio::test]
 async fn keys_change_under_load_and_no_call_is_refused() {
     let app = Origin::plain("ok").await;
     let pair = Pair::open(app.at, "", "").await;

@@ -31,6 +31,7 @@ const ISSUER: &str = "https://issuer.example";
 struct Callee {
     infrar: Infrar,
     inbound: SocketAddr,
+    admin: SocketAddr,
     app: Origin,
     issuer: KeyPair,
     folder: Folder,
@@ -47,7 +48,8 @@ impl Callee {
             &format!(
                 "project: shop\nservices:\n  data:\n    scopes: [read:data, write:query]\n    endpoints:\n      \
                  - {{ url: 'https://localhost:{}', provider: aws, region: us-east-1 }}\n\
-                 issuers:\n  - {{ issuer: '{ISSUER}', jwks_file: jwks.json, audiences: [data] }}\n",
+                 issuers:\n  - {{ issuer: '{ISSUER}', jwks_file: jwks.json, audiences: [data] }}\n\
+                 permissions: {{ web: {{ data: [read:data, write:query] }} }}\n",
                 inbound.port()
             ),
         );
@@ -67,7 +69,7 @@ impl Callee {
         );
         let mut infrar = Infrar::start(&folder, "proxy", &["proxy", "--config", "proxy.yaml"]);
         infrar.ready(admin).await;
-        Self { infrar, inbound, app, issuer, folder }
+        Self { infrar, inbound, admin, app, issuer, folder }
     }
 
     async fn asks(&self, method: &str, path: &str, further: &str) -> Said {
@@ -300,12 +302,29 @@ async fn rules_decide_and_the_app_learns_who_calls_from_the_proxy_alone() {
     );
     assert_eq!(status("POST", "/query", &forged).await.0, 200);
     let head = callee.app.heads().pop().expect("a request");
-    assert_eq!(header(&head, "infrar-caller"), Some("web"), "{head}");
+    // Not `web`, which is a service of ours: the token is another issuer's.
+    assert_eq!(header(&head, "infrar-caller"), Some("https://issuer.example#web"), "{head}");
     assert!(!head.contains("root") && header(&head, "infrar-scopes") != Some("all"), "{head}");
     assert_eq!(header(&head, "authorization"), None, "{head}");
     assert_eq!(status("GET", "/healthz", "infrar-caller: root\r\n").await.0, 200);
     let head = callee.app.heads().pop().expect("a request");
     assert_eq!(header(&head, "infrar-caller"), None, "{head}");
+}
+
+#[tokio::test]
+async fn a_subject_of_another_issuer_is_never_taken_for_the_service_of_that_name() {
+    let callee = Callee::open("off", "").await;
+    // `permissions` grant the service `web` what this token does not carry.
+    let stranger = bearer(&callee.token(&es256(), &with(&json!({"scope": "", "scopes": []}))));
+    let said = callee.asks("POST", "/query", &stranger).await;
+    assert_eq!((said.status(), said.code()), (403, "scope-missing"), "{said:?}");
+    assert!(said.body.contains("https://issuer.example#web lacks"), "{said:?}");
+    assert_eq!(callee.asks("GET", "/any", &stranger).await.status(), 200);
+    let head = callee.app.heads().pop().expect("a request");
+    assert_eq!(header(&head, "infrar-caller"), Some("https://issuer.example#web"), "{head}");
+    let metrics = get(callee.admin, &callee.admin.to_string(), "/metrics").await.body;
+    assert!(metrics.contains("caller=\"https://issuer.example#web\""), "{metrics}");
+    assert!(!metrics.contains("caller=\"web\""), "{metrics}");
 }
 
 /// A handshake with the callee, with these versions of TLS alone.
@@ -349,6 +368,54 @@ async fn tls_1_2_is_refused_and_a_new_certificate_is_used_without_a_restart() {
         })
     })
     .await;
+}
+
+#[tokio::test]
+async fn the_oldest_tls_and_the_ca_that_is_believed_change_while_it_runs() {
+    let callee = Callee::open("{ cert_file: leaf.pem, key_file: leaf.key }", "").await;
+    let mut kept = Line::over(handshake(&callee, &[&rustls::version::TLS13]).await.expect("1.3"));
+    assert!(handshake(&callee, &[&rustls::version::TLS12]).await.is_err());
+    let file = callee.folder.read("proxy.yaml");
+    let older = "key_file: leaf.key, min_version: \"1.2\" }";
+    callee.folder.write("proxy.yaml", &file.replace("key_file: leaf.key }", older));
+    until("TLS 1.2 is spoken", async || {
+        handshake(&callee, &[&rustls::version::TLS12]).await.is_ok()
+    })
+    .await;
+    kept.say("GET /healthz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").await;
+    assert!(kept.rest().await.ends_with("reached"));
+
+    // A caller that believes somebody else's CA, until the file it names says otherwise.
+    let [out, admin] = free_ports();
+    let folder = Folder::new();
+    let project =
+        callee.folder.read("project.yaml").replace("us-east-1 }", "us-east-1, auth_method: none }");
+    // However often it fails until then.
+    let project = project.replace(
+        "    scopes:",
+        "    circuit: { failure_threshold: 1000, recovery_timeout: 1s }\n    scopes:",
+    );
+    let project = project.split("issuers:").next().expect("a beginning");
+    folder.write(
+        "project.yaml",
+        &format!("{project}permissions: {{ web: {{ data: [read:data] }} }}\n"),
+    );
+    folder.write("ca.pem", &Certificates::new().ca.pem());
+    folder.write(
+        "proxy.yaml",
+        &format!(
+            "service: web\nplace: aws_us_east_1\nproject: project.yaml\nadmin: {{ listen: '{admin}' }}\n\
+             outbound: {{ listen: '{out}' }}\ntrust: {{ ca_file: ca.pem }}\n"
+        ),
+    );
+    let mut caller = Infrar::start(&folder, "caller", &["proxy", "--config", "proxy.yaml"]);
+    caller.ready(admin).await;
+    let said = get(out, "data", "/healthz").await;
+    assert_eq!((said.status(), said.code()), (502, "tls-failed"), "{said:?}");
+    folder.write("ca.pem", &callee.folder.read("ca.pem"));
+    caller.signal("HUP");
+    until("the CA is believed", async || get(out, "data", "/healthz").await.body == "reached")
+        .await;
 }
 
 #[tokio::test]

@@ -479,6 +479,86 @@ async fn a_post_that_may_have_been_seen_is_not_sent_twice() {
     assert!(service.heads().len() > 2, "{:?}", service.heads());
 }
 
+/// A PUT whose body comes in chunks of 1 KiB, so that nobody knows its length before its end.
+fn put(kib: usize) -> String {
+    let chunk = format!("400\r\n{}\r\n", "x".repeat(1024));
+    let body = chunk.repeat(kib);
+    format!(
+        "PUT / HTTP/1.1\r\nhost: data\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n{body}0\r\n\r\n"
+    )
+}
+
+#[tokio::test]
+async fn a_small_body_that_streams_is_sent_again_and_a_large_one_is_not() {
+    // The endpoint that is called first dies with the whole request in its hands, the other says how much it was given.
+    let service = Origin::scripted(|mut visit: Visit| async move {
+        while let Some(head) = visit.head().await {
+            let length = visit.body(&head).await.matches('x').count().to_string();
+            if visit.number == 0 {
+                return;
+            }
+            let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", length.len());
+            visit.say(head + &length).await;
+        }
+    })
+    .await;
+    let dying = Origin::scripted(|mut visit: Visit| async move {
+        if let Some(head) = visit.head().await {
+            visit.body(&head).await;
+        }
+    })
+    .await;
+    let services: [Service<'_>; 2] =
+        [("data", &[service.at, service.at], ""), ("gone", &[dying.at, dying.at], "")];
+    let sidecar = Sidecar::open(&services).await;
+    let said = sidecar.says(&put(10)).await;
+    assert_eq!((said.status(), &*said.body), (200, "10240"), "{said:?}");
+    assert_eq!(service.heads().len(), 2, "{:?}", service.heads());
+    // 100 KiB are more than is kept: the one attempt that there can be ends it.
+    let said = sidecar.says(&put(100).replace("host: data", "host: gone")).await;
+    assert_refused(&said, 502, "upstream-reset", "connection_terminated");
+    assert!(said.body.contains("too large to be sent again"), "{said:?}");
+    assert_eq!(dying.heads().len(), 1);
+    // What was not to be repeated is not, however small.
+    let said =
+        sidecar.says(&put(1).replace("PUT", "POST").replace("host: data", "host: gone")).await;
+    assert_refused(&said, 502, "upstream-reset", "connection_terminated");
+    assert!(!said.body.contains("too large"), "{said:?}");
+    assert_eq!(dying.heads().len(), 2);
+}
+
+#[tokio::test]
+async fn a_streamed_post_that_the_peer_says_it_has_not_seen_is_sent_again() {
+    // Over HTTP/2 the first stream is refused once some of its body is there; others are answered with what they sent.
+    let service = Origin::scripted(|visit: Visit| async move {
+        let Ok(mut connection) = h2::server::handshake(visit.line.stream).await else { return };
+        let mut refused = visit.number > 0;
+        while let Some(Ok((request, mut respond))) = connection.accept().await {
+            let refuse = !std::mem::replace(&mut refused, true);
+            tokio::spawn(async move {
+                let mut body = request.into_body();
+                let mut length = 0;
+                while let Some(Ok(data)) = body.data().await {
+                    length += data.len();
+                    body.flow_control().release_capacity(data.len()).expect("an open stream");
+                    if refuse {
+                        return respond.send_reset(h2::Reason::REFUSED_STREAM);
+                    }
+                }
+                let mut answer =
+                    respond.send_response(http::Response::new(()), false).expect("open");
+                answer.send_data(length.to_string().into(), true).expect("open");
+            });
+        }
+    })
+    .await;
+    let sidecar = Sidecar::open(&[("data", &[service.at], "    protocol: h2\n")]).await;
+    let said = sidecar.says(&put(10).replace("PUT", "POST")).await;
+    assert_eq!((said.status(), &*said.body), (200, "10240"), "{said:?}\n{}", sidecar.infrar.log());
+    let log = || sidecar.infrar.log();
+    until("the log tells of both attempts", async || log().contains("\"attempts\":2")).await;
+}
+
 #[tokio::test]
 async fn an_endpoint_that_refuses_connections_is_passed_over() {
     let [nobody] = free_ports();

@@ -1,8 +1,11 @@
 //! The metrics that are worked out when somebody scrapes.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use super::world::{World, lock};
+use super::{
+    reload::Reloads,
+    world::{World, lock},
+};
 use crate::{
     balance::CircuitState,
     cost::{Meter, PriceBook},
@@ -18,7 +21,7 @@ pub(super) fn expose(
     directory: &Arc<Directory>,
     meter: &Arc<Meter>,
     running: &proxy::Running,
-    access: Option<AccessLog>,
+    log: Arc<OnceLock<AccessLog>>,
 ) {
     let (directory, meter, spread) =
         (Arc::clone(directory), Arc::clone(meter), running.connections());
@@ -63,11 +66,22 @@ pub(super) fn expose(
                 found.gauge(names::JWKS_AGE, &labels, age.as_secs_f64());
             }
         }
-        if let Some(access) = &access {
-            found.counter(names::LOG_DROPPED, &[], to_f64(access.dropped().dropped_lines()));
+        if let Some(log) = log.get() {
+            found.counter(names::LOG_DROPPED, &[], to_f64(log.dropped().dropped_lines()));
         }
         egress(found, &meter);
     }));
+}
+
+/// What came of reading the settings again.
+pub(super) fn settings(found: &mut crate::telemetry::Families, reloads: &Reloads) {
+    let (applied, refused) = reloads.counts();
+    for (outcome, count) in [("applied", applied), ("refused", refused)] {
+        let count = to_f64(usize::try_from(count).unwrap_or(usize::MAX));
+        found.counter(names::SETTINGS_RELOADS, &[("outcome", outcome)], count);
+    }
+    let current = if reloads.is_current() { 1.0 } else { 0.0 };
+    found.gauge(names::SETTINGS_CURRENT, &[], current);
 }
 
 /// Circuits and latencies by endpoint.

@@ -10,6 +10,7 @@ mod health;
 mod metrics;
 mod proxy;
 mod reach;
+mod reload;
 mod sample;
 mod scene;
 pub mod services;
@@ -30,7 +31,7 @@ use crate::{
     control::ControlError,
     net,
     proxy::StartError,
-    runtime::{Side, Supervisor},
+    runtime::{Side, Supervisor, report_panics},
     telemetry::{self, Format},
 };
 
@@ -84,6 +85,7 @@ pub fn main() -> ExitCode {
         Ok(log) => log,
         Err(error) => return fail(&error.into()),
     };
+    report_panics();
     let side = match Side::start() {
         Ok(side) => side,
         Err(error) => return fail(&error.into()),

@@ -3,25 +3,32 @@
 //! This is where the rooms meet: settings become parts, sources feed the directory, and signals become the order in
 //! which everything ends.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context;
-use tokio::{net::TcpListener, runtime::Handle, sync::Notify, time::Instant};
+use tokio::{
+    net::TcpListener,
+    runtime::Handle,
+    sync::{Notify, watch},
+    time::Instant,
+};
 
 use super::{
     flags::ProxyFlags,
-    metrics::{conditions, expose},
-    settings::settings,
-    world::World,
+    metrics::{conditions, expose, settings},
+    reload::{Helm, Reloads},
+    settings::{Workshop, reread},
+    watch::{WatchedFile, changed},
+    world::{World, lock},
 };
 use crate::{
-    config::{self, ProxyFile},
+    config::{self, Faults, ProxyFile},
     cost::Meter,
     discovery::Directory,
-    net::{self, ClientTls, Reload, Resolver, ServerTls},
+    net::{self, Resolver},
     proxy::{self, Admin, Ends, Parts},
     runtime::{Phase, Signal, Signals, Supervisor, cpus},
-    telemetry::{AccessLog, Flushing, Format, Registry},
+    telemetry::Registry,
 };
 
 /// How often certificates and secrets are looked at.
@@ -45,18 +52,19 @@ impl Proxy {
     /// # Errors
     /// Whatever keeps it from beginning: faults of its settings, an address in use.
     pub(crate) async fn run(self) -> anyhow::Result<()> {
-        let load = move || {
+        let load = || {
             config::load_proxy(
                 self.flags.config.as_deref(),
                 config::environment().into_iter(),
                 &self.flags.pairs(),
             )
         };
+        // Watched before it is read, so that no edit falls between.
+        let mut watched = watch(self.flags.config.as_deref());
         let file = load()?;
         let mut signals = Signals::listen().context("signals cannot be listened to")?;
-        let settings = file.shutdown.clone();
-        let running = start(&file)?;
-        tracing::info!(listeners = ?running.listeners, "the proxy serves");
+        let mut running = start(&file)?;
+        tracing::info!(listeners = ?running.listeners(), "the proxy serves");
         loop {
             tokio::select! {
                 signal = signals.next() => match signal {
@@ -65,22 +73,28 @@ impl Proxy {
                         let _: () = running.abort().await;
                         Ok(())
                     },
-                    Signal::Reload => match load() {
-                        Ok(_same_shape) => running.reload(),
-                        Err(faults) => tracing::error!("the settings were not taken over, the old ones stay:\n{faults}"),
-                    },
+                    Signal::Reload => running.reload(load()),
                 },
+                () = changed(&mut watched) => running.reload(load()),
                 () = running.drained.notified() => break,
             }
         }
         tracing::info!("told to end");
         tokio::select! {
-            () = running.end(settings.grace, settings.deadline) => {}
+            () = running.end() => {}
             () = stopped(&mut signals) => tracing::warn!("told twice: ending at once"),
         }
         running.abort().await;
         Ok(())
     }
+}
+
+/// Watches the file of the settings; without one the environment says everything, and nobody edits that.
+fn watch(file: Option<&Path>) -> Option<WatchedFile> {
+    file.map(WatchedFile::new).transpose().unwrap_or_else(|error| {
+        tracing::warn!(%error, "the settings cannot be watched; after an edit, send SIGHUP");
+        None
+    })
 }
 
 async fn stopped(signals: &mut Signals) {
@@ -94,16 +108,11 @@ async fn stopped(signals: &mut Signals) {
 
 /// A proxy that runs in this process.
 pub(crate) struct RunningProxy {
-    /// Where it listens.
-    pub(crate) listeners: Vec<(proxy::Listener, SocketAddr)>,
+    helm: Helm,
     ends: Ends,
     supervisor: Arc<Supervisor>,
     running: proxy::Running,
-    apps: Vec<crate::model::Origin>,
-    certificates: Vec<Arc<ServerTls>>,
     drained: Arc<Notify>,
-    #[expect(dead_code, reason = "held for its Drop, which writes the lines that wait")]
-    flushing: Option<Flushing>,
 }
 
 /// Starts a proxy on the current runtime; afterwards its listeners are open.
@@ -115,25 +124,20 @@ pub(crate) fn start(file: &ProxyFile) -> anyhow::Result<RunningProxy> {
     let admin_socket = bind(file.admin.listen, "admin.listen")?;
     let probes_socket = file.admin.probes.map(|at| bind(at, "admin.probes")).transpose()?;
     let admin_at = admin_socket.local_addr()?;
-    let tls = trusted(file)?;
+    let mut workshop = Workshop::default();
+    let (sender, receiver) = watch::channel(Arc::new(workshop.settings(file)?));
     let directory = Arc::new(Directory::default());
     let world = World::open(file, &supervisor, &directory)?;
-    let log = file.log.access.then(|| AccessLog::stdout(format(file.log.format)));
-    let (access, flushing) = log.unzip();
-    let settings = Arc::new(settings(file)?);
-    let certificates: Vec<_> = settings.inbound.iter().filter_map(|it| it.tls.clone()).collect();
     let (ends, ward) = (Ends::default(), Arc::<proxy::Ward>::default());
     let (meter, registry) = (Arc::new(Meter::default()), Arc::new(Registry::default()));
     let parts = Parts {
-        settings: Arc::clone(&settings),
+        settings: receiver,
         directory: Arc::clone(&directory),
         tokens: Arc::clone(&world.tokens),
         trust: world.verifier(),
-        tls,
         resolver: Resolver::new(Handle::current()),
         meter: Arc::clone(&meter),
         registry: Arc::clone(&registry),
-        access: access.clone(),
         ends: ends.clone(),
         ward: Arc::clone(&ward),
         own: vec![admin_at],
@@ -143,45 +147,32 @@ pub(crate) fn start(file: &ProxyFile) -> anyhow::Result<RunningProxy> {
         config::Workers::Count(count) => count,
     };
     let running = proxy::start(parts, count)?;
+    let helm = Helm {
+        in_force: file.clone(),
+        workshop,
+        settings: sender,
+        reins: world.reins(),
+        certificates: Arc::default(),
+        log: Arc::default(),
+        reloads: Arc::<Reloads>::default(),
+    };
+    helm.note();
     registry.register_collector(Box::new(move |found| conditions(found, &ward)));
-    expose(&registry, &world, &directory, &meter, &running, access);
+    let reloads = Arc::clone(&helm.reloads);
+    registry.register_collector(Box::new(move |found| settings(found, &reloads)));
+    expose(&registry, &world, &directory, &meter, &running, Arc::clone(&helm.log));
     let drained = Arc::new(Notify::new());
-    let inbound = !settings.inbound.is_empty();
     let admin = Admin {
         registry,
         directory: Arc::clone(&directory),
-        ready: world.readiness(inbound),
+        ready: world.readiness(!file.inbound.is_empty()),
         shutdown: ends.inbound.clone(),
         drain: Arc::clone(&drained),
     };
     serve(&supervisor, admin, admin_socket, probes_socket)?;
     world.live(&supervisor);
-    watch_certificates(&supervisor, &certificates);
-    Ok(RunningProxy {
-        listeners: running.listeners.clone(),
-        ends,
-        supervisor,
-        running,
-        apps: settings
-            .inbound
-            .iter()
-            .filter_map(|it| Some(it.app.as_ref()?.origin.clone()))
-            .collect(),
-        certificates,
-        drained,
-        flushing,
-    })
-}
-
-/// Whom TLS believes.
-fn trusted(file: &ProxyFile) -> anyhow::Result<Arc<ClientTls>> {
-    let tls = Arc::new(ClientTls::new(file.trust_ca_file.as_deref())?);
-    if file.trust_ca_file.is_none() {
-        let tls = Arc::clone(&tls);
-        // Reading the system's roots takes long; nobody waits for it.
-        drop(Handle::current().spawn_blocking(move || tls.preload()));
-    }
-    Ok(tls)
+    watch_certificates(&supervisor, &helm);
+    Ok(RunningProxy { helm, ends, supervisor, running, drained })
 }
 
 fn bind(at: SocketAddr, key: &str) -> anyhow::Result<TcpListener> {
@@ -213,6 +204,16 @@ fn serve(
 }
 
 impl RunningProxy {
+    /// Where it listens.
+    pub(crate) fn listeners(&self) -> &[(proxy::Listener, SocketAddr)] {
+        &self.running.listeners
+    }
+
+    /// Takes over other settings, or says why not and keeps the old ones.
+    fn reload(&mut self, loaded: Result<ProxyFile, Faults>) {
+        self.helm.follow(loaded, &mut self.running, &self.supervisor);
+    }
+
     /// Ends it quickly, in order: for `up` and `demo`.
     pub(crate) async fn shutdown(self) {
         self.ends.inbound.advance(Phase::Drain);
@@ -227,7 +228,8 @@ impl RunningProxy {
 
     /// The order of the end: not ready; no new connections in; what is in flight in ends; then the way out closes, once
     /// the application has ended.
-    async fn end(&self, grace: Duration, deadline: Duration) {
+    async fn end(&self) {
+        let config::ShutdownTimes { grace, deadline } = self.helm.in_force.shutdown;
         let deadline = Instant::now() + deadline;
         let Ends { inbound, outbound } = &self.ends;
         inbound.advance(Phase::NotReady);
@@ -248,11 +250,13 @@ impl RunningProxy {
 
     /// Ends when the application behind us refuses connections; without one, when nobody has called out for a while.
     async fn application_ended(&self) {
+        let inbound = self.helm.in_force.inbound.iter();
+        let apps: Vec<_> = inbound.filter_map(|it| Some(it.app.as_ref()?.origin.clone())).collect();
         let mut ticks = tokio::time::interval(Duration::from_millis(250));
         let mut quiet_since = Instant::now();
         loop {
             ticks.tick().await;
-            if self.apps.is_empty() {
+            if apps.is_empty() {
                 if self.ends.outbound.in_flight() > 0 {
                     quiet_since = Instant::now();
                 }
@@ -262,7 +266,7 @@ impl RunningProxy {
                 continue;
             }
             let mut alive = false;
-            for app in &self.apps {
+            for app in &apps {
                 let at = (app.host().to_string(), app.port());
                 alive |= tokio::net::TcpStream::connect((at.0.trim_matches(['[', ']']), at.1))
                     .await
@@ -272,11 +276,6 @@ impl RunningProxy {
                 return;
             }
         }
-    }
-
-    /// Looks at certificates now.
-    fn reload(&self) {
-        reload(&self.certificates);
     }
 
     /// Ends what is left.
@@ -292,40 +291,16 @@ impl RunningProxy {
     }
 }
 
-fn reload(certificates: &[Arc<ServerTls>]) {
-    for certificate in certificates {
-        match certificate.reload() {
-            Ok(Reload::Changed) => tracing::info!("a new certificate is in use"),
-            Ok(Reload::Unchanged) => {}
-            Err(error) => tracing::error!(
-                error = &error as &dyn std::error::Error,
-                "a new certificate cannot be used; the old one stays"
-            ),
-        }
-    }
-}
-
-fn watch_certificates(supervisor: &Supervisor, certificates: &[Arc<ServerTls>]) {
-    if certificates.is_empty() {
-        return;
-    }
-    let certificates = certificates.to_vec();
+fn watch_certificates(supervisor: &Supervisor, helm: &Helm) {
+    let in_use = Arc::clone(&helm.certificates);
     supervisor.spawn_until_end("certificates", async move {
         let mut ticks = tokio::time::interval(LOOK);
         loop {
             ticks.tick().await;
-            let certificates = certificates.clone();
-            if tokio::task::spawn_blocking(move || reload(&certificates)).await.is_err() {
+            let certificates = lock(&in_use).clone();
+            if tokio::task::spawn_blocking(move || reread(&certificates)).await.is_err() {
                 return;
             }
         }
     });
-}
-
-fn format(format: config::LogFormat) -> Format {
-    match format {
-        config::LogFormat::Auto => Format::Auto,
-        config::LogFormat::Text => Format::Text,
-        config::LogFormat::Json => Format::Json,
-    }
 }

@@ -90,6 +90,17 @@ impl Trust {
         self.followed.notify_one();
     }
 
+    /// Fetches keys by another client from now on, because it believes other certificates. Those that are known serve
+    /// until they are fetched anew.
+    pub(super) fn fetch_by(&mut self, client: Client, catalog: &Catalog, supervisor: &Supervisor) {
+        self.client = client;
+        let known = std::mem::take(&mut self.known);
+        self.remembered.extend(known.into_iter().filter_map(|((issuer, _), keys)| {
+            Some((issuer, serde_json::to_value(keys.load().source()).ok()?))
+        }));
+        self.follow(catalog, supervisor);
+    }
+
     /// Tells one listener that the key sets may be others.
     pub(super) fn followed(&self) -> Arc<Notify> {
         Arc::clone(&self.followed)

@@ -62,6 +62,14 @@ impl WatchedFile {
     }
 }
 
+/// As [`WatchedFile::changed`]; never ends where nothing is watched.
+pub(crate) async fn changed(watched: &mut Option<WatchedFile>) {
+    match watched {
+        Some(watched) => watched.changed().await,
+        None => std::future::pending().await,
+    }
+}
+
 fn read(path: &Path) -> Option<Vec<u8>> {
     let read: io::Result<Vec<u8>> = fs::read(path);
     read.ok()

@@ -11,28 +11,69 @@ use std::{
 use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use secrecy::SecretString;
 use serde_json::Value;
-use tokio::runtime::Handle;
+use tokio::{runtime::Handle, sync::Notify};
 
-use super::{trust::Trust, watch::WatchedFile};
+use super::{
+    trust::Trust,
+    watch::{WatchedFile, changed},
+};
 use crate::{
     api::{CONTROL_AUDIENCE, Catalog, Client, ClientSettings, Credential, TokenAnswer},
     config::{self, ProxyFile},
     discovery::{AskBearer, Directory, Registry as Source, State},
     identity::{ControlTokens, NoTokens, StoredToken, TokenSource, TokenUnavailable, Tokens},
-    model::ServiceName,
+    model::{Project, ServiceName},
     proxy,
     runtime::{Clock, Supervisor},
 };
 
 /// What a proxy knows of the world beyond its listeners: the project, tokens, keys, and the folder that keeps them.
 pub(super) struct World {
+    me: ServiceName,
     directory: Arc<Directory>,
     pub(super) tokens: Arc<Tokens>,
     pub(super) trust: Arc<Mutex<Trust>>,
     state: Option<State>,
     source: Option<Source>,
-    /// A project that is read from a file.
-    file: Option<PathBuf>,
+    /// A project that is read from a file, and its watch unless the system gives none.
+    file: Option<(PathBuf, Option<WatchedFile>)>,
+    /// Told when that file is to be read although nobody edited it: what it points at may have changed.
+    again: Arc<Notify>,
+}
+
+/// What of the world follows the settings of the proxy.
+pub(super) struct Reins {
+    directory: Arc<Directory>,
+    tokens: Arc<Tokens>,
+    trust: Arc<Mutex<Trust>>,
+    again: Arc<Notify>,
+}
+
+impl Reins {
+    /// Has it follow another file.
+    pub(super) fn follow(&self, next: &ProxyFile, trust_changed: bool, supervisor: &Supervisor) {
+        self.tokens.read_from(World::token_files(next));
+        if trust_changed && matches!(next.registry, config::Registry::File(_)) {
+            self.believe(next.trust_ca_file.clone(), supervisor);
+        }
+    }
+
+    /// Reads the project again, where that is a file.
+    pub(super) fn look_again(&self) {
+        self.again.notify_one();
+    }
+
+    /// Without a control plane, the keys of issuers are fetched from whoever `trust.ca_file` vouches for.
+    fn believe(&self, ca_file: Option<PathBuf>, supervisor: &Supervisor) {
+        let Some(catalog) = self.directory.load() else { return };
+        match Client::new(ClientSettings::new(Vec::new(), ca_file)) {
+            Ok(client) => lock(&self.trust).fetch_by(client, &catalog, supervisor),
+            Err(error) => tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "keys are fetched by the old trust.ca_file"
+            ),
+        }
+    }
 }
 
 /// The names of the kept files.
@@ -65,6 +106,12 @@ impl World {
         supervisor: &Supervisor,
         directory: &Arc<Directory>,
     ) -> anyhow::Result<Self> {
+        // Watched before it is read, so that no edit falls between.
+        let watched = WatchedFile::new(path)
+            .inspect_err(|error| {
+                tracing::warn!(%error, "the project cannot be watched; after an edit, send SIGHUP");
+            })
+            .ok();
         let catalog =
             Catalog { revision: 1, issuer: String::new(), project: config::load_registry(path)? };
         let client = Client::new(ClientSettings::new(Vec::new(), file.trust_ca_file.clone()))?;
@@ -78,12 +125,14 @@ impl World {
             Clock::system(),
         );
         Ok(Self {
+            me: file.service.clone(),
             directory: Arc::clone(directory),
             tokens: Arc::new(tokens),
             trust: Arc::new(Mutex::new(trust)),
             state: None,
             source: None,
-            file: Some(path.to_owned()),
+            file: Some((path.to_owned(), watched)),
+            again: Arc::default(),
         })
     }
 
@@ -140,17 +189,29 @@ impl World {
         });
         let source = Source::new(client, bearer, Arc::clone(directory));
         Ok(Self {
+            me: file.service.clone(),
             directory: Arc::clone(directory),
             tokens,
             trust: Arc::new(Mutex::new(trust)),
             state,
             source: Some(source),
             file: None,
+            again: Arc::default(),
         })
     }
 
     pub(super) fn verifier(&self) -> Arc<arc_swap::ArcSwap<crate::identity::Verifier>> {
         lock(&self.trust).verifier()
+    }
+
+    /// What of it follows the settings.
+    pub(super) fn reins(&self) -> Reins {
+        Reins {
+            directory: Arc::clone(&self.directory),
+            tokens: Arc::clone(&self.tokens),
+            trust: Arc::clone(&self.trust),
+            again: Arc::clone(&self.again),
+        }
     }
 
     /// Ready: there is a snapshot, and keys wherever tokens are to be verified.
@@ -170,15 +231,16 @@ impl World {
 
     /// Starts everything that keeps it current.
     pub(super) fn live(self, supervisor: &Arc<Supervisor>) {
-        let Self { directory, tokens, trust, state, source, file } = self;
+        let Self { me, directory, tokens, trust, state, source, file, again } = self;
         if let Some(source) = source {
             supervisor.spawn_until_end("registry", source.follow());
         }
-        if let Some(path) = file {
-            supervisor.spawn_until_end("project-file", follow_file(path, Arc::clone(&directory)));
+        if let Some((path, watched)) = file {
+            let following = follow_file(path, watched, Arc::clone(&directory), again);
+            supervisor.spawn_until_end("project-file", following);
         }
         if let Some(state) = &state {
-            let secrets = keep_secrets(state.clone(), Arc::clone(&trust), tokens);
+            let secrets = keep_secrets(state.clone(), Arc::clone(&trust), Arc::clone(&tokens));
             supervisor.spawn_until_end("kept-secrets", secrets);
         }
         let keeper = Arc::clone(supervisor);
@@ -188,6 +250,7 @@ impl World {
             while changes.changed().await.is_ok() {
                 let Some(catalog) = directory.load() else { continue };
                 lock(&trust).follow(&catalog, &keeper);
+                tokens.reconcile(&catalog.project, &me);
                 if let Some(state) = &state {
                     keep(state, SNAPSHOT, (*catalog).clone()).await;
                 }
@@ -262,26 +325,35 @@ async fn keep<T: serde::Serialize + Send + 'static>(state: &State, name: &'stati
     }
 }
 
-/// Re-reads a project file when it changes; one with faults changes nothing.
-async fn follow_file(path: PathBuf, directory: Arc<Directory>) {
-    let mut watched = match WatchedFile::new(&path) {
-        Ok(watched) => watched,
-        Err(error) => {
-            return tracing::error!(%error, path = %path.display(), "the project file cannot be watched");
-        }
-    };
+/// Re-reads a project file when it changes, or when told to; one with faults changes nothing.
+async fn follow_file(
+    path: PathBuf,
+    mut watched: Option<WatchedFile>,
+    directory: Arc<Directory>,
+    again: Arc<Notify>,
+) {
     loop {
-        watched.changed().await;
+        tokio::select! {
+            () = changed(&mut watched) => {}
+            () = again.notified() => {}
+        }
         match config::load_registry(&path) {
-            Ok(project) => {
-                let revision = directory.load().map_or(1, |catalog| catalog.revision + 1);
-                directory.publish(Catalog { revision, issuer: String::new(), project });
-            }
+            Ok(project) => take_over(&directory, project),
             Err(faults) => {
                 tracing::error!("the project was not taken over, the old one stays:\n{faults}")
             }
         }
     }
+}
+
+fn take_over(directory: &Directory, project: Project) {
+    let before = directory.load();
+    if before.as_ref().is_some_and(|before| before.project == project) {
+        return directory.confirm();
+    }
+    let revision = before.map_or(1, |catalog| catalog.revision + 1);
+    directory.publish(Catalog { revision, issuer: String::new(), project });
+    tracing::info!(revision, "the project is in force");
 }
 
 /// Tokens from the control plane; the secret is read each time, so one that was exchanged is found.

@@ -4,7 +4,8 @@
 //! description of the keys checks it (`shape`, `kinds`, `*_keys`), and what depends on several values or on
 //! other files is judged last (`project`, `proxy`). Nothing is taken from a configuration with a fault.
 //!
-//! This room reads files and the environment; it neither watches them nor opens a socket.
+//! This room reads files and the environment; it neither watches them nor opens a socket. What of another file can take
+//! effect without a restart is said here too (`reload`).
 
 pub mod defaults;
 mod effective;
@@ -17,6 +18,7 @@ mod project;
 mod project_keys;
 mod proxy;
 mod proxy_keys;
+mod reload;
 mod settings;
 mod shape;
 mod show;

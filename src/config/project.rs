@@ -456,6 +456,11 @@ impl Reader<'_> {
         for node in at.items() {
             let here = node.here();
             let Some(issuer) = here.key("issuer").text().map(str::to_owned) else { continue };
+            // Its callers are named ISSUER#SUBJECT, in headers too.
+            if issuer.contains('#') || !issuer.bytes().all(|byte| byte.is_ascii_graphic()) {
+                let at = here.key("issuer").0.unwrap_or(node);
+                self.faults.push(at.fault("write it without spaces and #, as its tokens say it"));
+            }
             if !seen.insert(issuer.clone()) {
                 let found = "this issuer a second time";
                 self.faults.push(node.fault_found(found, "keep one entry per issuer"));

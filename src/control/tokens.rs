@@ -23,7 +23,7 @@ use crate::{
         reject::TokenRefusal,
         throttle::Throttle,
     },
-    identity::Mint,
+    identity::{Mint, Strictness},
     model::{Scope, ScopeSet, ServiceName},
 };
 
@@ -67,9 +67,12 @@ impl Desk<'_> {
         let caller = self.caller(&claimed(request.headers, &form)?, request.peer)?;
         // For which callee, and what may the caller do there?
         let callee = callee(&form)?;
-        let granted = self.granted(&caller, &callee)?;
-        // With less than that?
-        let scopes = narrowed(&form, granted, &caller, &callee)?;
+        let wanted = wanted(&form)?;
+        let scopes = match self.scopes(&caller, &callee, wanted.as_ref()) {
+            Ok(scopes) => scopes,
+            // Is it too early to say no?
+            Err(refusal) => self.learned(refusal, &caller, &callee, wanted.as_ref())?,
+        };
         let minted =
             self.mint.sign(self.issuer, &caller, &callee, &scopes, self.now).map_err(|error| {
                 tracing::error!(error = &error as &dyn std::error::Error, "no token was signed");
@@ -107,6 +110,27 @@ impl Desk<'_> {
         }
     }
 
+    /// What `permissions` grant: everything, or what was asked for if all of that is granted.
+    fn scopes(
+        &self,
+        caller: &ServiceName,
+        callee: &str,
+        wanted: Option<&ScopeSet>,
+    ) -> Result<ScopeSet, TokenRefusal> {
+        let granted = self.granted(caller, callee)?;
+        let Some(wanted) = wanted else { return Ok(granted) };
+        if granted.covers(wanted) {
+            return Ok(wanted.clone());
+        }
+        let missing: Vec<&str> =
+            wanted.iter().filter(|scope| !granted.contains(scope)).map(Scope::as_str).collect();
+        Err(TokenRefusal::ScopeNotGranted {
+            caller: caller.clone(),
+            callee: callee.to_owned(),
+            missing: missing.join(" "),
+        })
+    }
+
     fn granted(&self, caller: &ServiceName, callee: &str) -> Result<ScopeSet, TokenRefusal> {
         let row = self.version.project.permissions.get(caller);
         let written = row.and_then(|row| row.get(callee));
@@ -120,6 +144,28 @@ impl Desk<'_> {
             caller: caller.clone(),
             callee: callee.to_owned(),
         })
+    }
+
+    /// While the project learns, what `refusal` would keep back at a service of the project: the scopes that exist
+    /// there, as far as they were asked for. The log says what would have been refused. The control plane's own API
+    /// never learns.
+    fn learned(
+        &self,
+        refusal: TokenRefusal,
+        caller: &ServiceName,
+        callee: &str,
+        wanted: Option<&ScopeSet>,
+    ) -> Result<ScopeSet, TokenRefusal> {
+        let strictness = Strictness::at(&self.version.project.mode, self.now);
+        let service = self.version.project.services.get(callee);
+        let (Strictness::Learn, Some(service)) = (strictness, service) else { return Err(refusal) };
+        let listed = &service.scopes;
+        let scopes = wanted.map_or_else(|| listed.clone(), |wanted| wanted.intersection(listed));
+        tracing::info!(
+            %caller, callee, %scopes, would_be_refused = %refusal,
+            "a token that enforcing permissions would refuse"
+        );
+        Ok(scopes)
     }
 }
 
@@ -209,25 +255,10 @@ fn callee(form: &BTreeMap<String, String>) -> Result<String, TokenRefusal> {
     }
 }
 
-/// What was asked for, if all of it is granted; everything that is granted, if nothing was said.
-fn narrowed(
-    form: &BTreeMap<String, String>,
-    granted: ScopeSet,
-    caller: &ServiceName,
-    callee: &str,
-) -> Result<ScopeSet, TokenRefusal> {
-    let Some(text) = form.get("scope") else { return Ok(granted) };
-    let wanted = ScopeSet::parse_list(text).map_err(TokenRefusal::ScopeSyntax)?;
-    let missing: Vec<&str> =
-        wanted.iter().filter(|scope| !granted.contains(scope)).map(Scope::as_str).collect();
-    if missing.is_empty() {
-        return Ok(wanted);
-    }
-    Err(TokenRefusal::ScopeNotGranted {
-        caller: caller.clone(),
-        callee: callee.to_owned(),
-        missing: missing.join(" "),
-    })
+/// The scopes that were asked for; `None` when nothing was said.
+fn wanted(form: &BTreeMap<String, String>) -> Result<Option<ScopeSet>, TokenRefusal> {
+    let text = form.get("scope");
+    text.map(|text| ScopeSet::parse_list(text)).transpose().map_err(TokenRefusal::ScopeSyntax)
 }
 
 #[cfg(test)]

@@ -92,13 +92,13 @@ pub enum Refused {
     /// `permissions` gives the caller nothing here (any more).
     #[error("{caller} has no grant here")]
     NotPermitted {
-        /// The token's subject.
+        /// Who it is.
         caller: String,
     },
     /// The action needs scopes that the caller lacks.
     #[error("{caller} lacks the scope {missing}")]
     ScopeMissing {
-        /// The token's subject.
+        /// Who it is.
         caller: String,
         /// What it lacks; empty when any one scope would have done.
         missing: ScopeSet,

@@ -302,8 +302,13 @@ pub struct TokenStats {
 pub struct Tokens {
     shared: Arc<Shared>,
     source: Arc<dyn TokenSource>,
+    desk: Mutex<Desk>,
+}
+
+/// Which slots there are, and which of them read a file.
+struct Desk {
     files: HashMap<ServiceName, PathBuf>,
-    slots: Mutex<HashMap<ServiceName, Arc<Slot>>>,
+    slots: HashMap<ServiceName, Arc<Slot>>,
 }
 
 struct Shared {
@@ -316,7 +321,7 @@ struct Shared {
 
 impl fmt::Debug for Tokens {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Tokens").field("slots", &self.lock().len()).finish_non_exhaustive()
+        f.debug_struct("Tokens").field("slots", &self.lock().slots.len()).finish_non_exhaustive()
     }
 }
 
@@ -332,18 +337,28 @@ impl Tokens {
         let changes = watch::Sender::new(0);
         let (received, failures) = (AtomicU64::new(0), AtomicU64::new(0));
         let shared = Arc::new(Shared { side, clock, changes, received, failures });
-        Self { shared, source, files, slots: Mutex::default() }
+        Self { shared, source, desk: Mutex::new(Desk { files, slots: HashMap::new() }) }
     }
 
-    /// The slot for a callee, for as long as this process lives. Takes a lock: look it up when a snapshot is
+    /// Takes the tokens for services in `files` from their file from now on, and those of all others from the source.
+    /// Slots of services for which that is no change stay; of the others, whoever looks up the slot again gets a new
+    /// one.
+    pub fn read_from(&self, files: HashMap<ServiceName, PathBuf>) {
+        let mut desk = self.lock();
+        let before = std::mem::replace(&mut desk.files, files);
+        let Desk { files, slots } = &mut *desk;
+        slots.retain(|callee, _| before.get(callee) == files.get(callee));
+    }
+
+    /// The slot for a callee, until [`read_from`](Self::read_from) says where else its token comes from. Takes a lock: look it up when a snapshot is
     /// built, not for every request.
     #[must_use]
     pub fn slot(&self, callee: &ServiceName) -> Arc<Slot> {
-        let mut slots = self.lock();
-        if let Some(slot) = slots.get(callee) {
+        let mut desk = self.lock();
+        if let Some(slot) = desk.slots.get(callee) {
             return slot.clone();
         }
-        let file = self.files.get(callee);
+        let file = desk.files.get(callee);
         let source = file.map_or_else(
             || self.source.clone(),
             |path| Arc::new(TokenFile { path: path.clone(), clock: self.shared.clock }),
@@ -352,17 +367,17 @@ impl Tokens {
         if let Some(path) = file {
             self.shared.side.spawn(watch_file(Arc::downgrade(&slot), path.clone()));
         }
-        slots.insert(callee.clone(), slot.clone());
+        desk.slots.insert(callee.clone(), slot.clone());
         slot
     }
 
-    /// Renews at once every token whose scopes are not what `permissions` grants `me` now, so that a new grant
-    /// does not wait for half a token's life.
+    /// Renews at once every token that lacks a scope that `permissions` grants `me` now, so that a new grant does not
+    /// wait for half a token's life. One that is taken away needs no renewal: it no longer counts at the callee.
     pub fn reconcile(&self, project: &Project, me: &ServiceName) {
-        for slot in self.lock().values() {
+        for slot in self.lock().slots.values() {
             let Some(bearer) = slot.bearer.load_full() else { continue };
             let granted = project.granted(me, &slot.callee);
-            if !slot.from_file && granted.is_some_and(|granted| *granted != bearer.scope) {
+            if !slot.from_file && granted.is_some_and(|granted| !bearer.scope.covers(granted)) {
                 slot.ask();
             }
         }
@@ -378,7 +393,8 @@ impl Tokens {
     #[must_use]
     pub fn snapshot(&self) -> Vec<StoredToken> {
         let now = Instant::now();
-        let slots: Vec<_> = self.lock().values().filter(|slot| !slot.from_file).cloned().collect();
+        let slots: Vec<_> =
+            self.lock().slots.values().filter(|slot| !slot.from_file).cloned().collect();
         let stored = slots.iter().filter_map(|slot| {
             let bearer = slot.bearer.load_full().filter(|bearer| bearer.is_usable(now))?;
             Some(StoredToken {
@@ -423,12 +439,17 @@ impl Tokens {
         TokenStats {
             received: self.shared.received.load(Ordering::Relaxed),
             failures: self.shared.failures.load(Ordering::Relaxed),
-            left: self.lock().values().map(|slot| (slot.callee.clone(), left(slot))).collect(),
+            left: self
+                .lock()
+                .slots
+                .values()
+                .map(|slot| (slot.callee.clone(), left(slot)))
+                .collect(),
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<ServiceName, Arc<Slot>>> {
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Desk> {
+        self.desk.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -796,8 +817,8 @@ mod tests {
         assert_eq!(issuer.asked(), 1);
         sleep(LIFE.mul_f64(0.12)).await;
         assert_eq!(issuer.asked(), 2);
-        // Nobody has looked at the second one, so nobody needs a third.
-        sleep(LIFE.mul_f64(0.9)).await;
+        // Nobody has looked at the second one, so nobody needs a third. It was received after half a life at the earliest.
+        sleep(LIFE.mul_f64(0.8)).await;
         assert_eq!(issuer.asked(), 2);
         // One look is enough, however late.
         assert_eq!(slot.current(Instant::now()).unwrap().header(), "Bearer data-2");

@@ -124,17 +124,28 @@ impl TokenFault {
 pub enum Caller {
     /// A caller that `permissions` can name: the token is our own issuer's.
     Ours(ServiceName),
-    /// Whoever another issuer says it is.
+    /// Whoever another issuer says it is, as `ISSUER#SUBJECT`: its subjects may be named like our services, and are
+    /// somebody else.
     Foreign(Box<str>),
 }
 
 impl Caller {
-    /// The token's `sub`.
+    /// A name that nobody else has: the service, or issuer and subject of another issuer's token. No service's name has
+    /// a `#` in it.
     #[must_use]
     pub fn as_str(&self) -> &str {
         match self {
             Self::Ours(name) => name.as_str(),
-            Self::Foreign(subject) => subject,
+            Self::Foreign(name) => name,
+        }
+    }
+
+    /// The name under which `permissions` may have a row for it: those are for our own callers.
+    #[must_use]
+    pub fn ours(&self) -> Option<&ServiceName> {
+        match self {
+            Self::Ours(name) => Some(name),
+            Self::Foreign(_) => None,
         }
     }
 }
@@ -306,7 +317,7 @@ impl Verifier {
             return Err(TokenFault::Type);
         }
         let subject = body.subject.as_ref().ok_or(TokenFault::NoSubject)?;
-        let caller = read_caller(&subject.0, trusted.ours)?;
+        let caller = read_caller(&subject.0, trusted)?;
         let named = |list: &[Cow<'_, str>]| list.iter().any(|name| audience.contains(&&**name));
         let for_everyone_here =
             body.audience.0.iter().any(|name| trusted.audiences.iter().any(|one| one == name));
@@ -371,16 +382,16 @@ pub(super) fn peek_expiry(token: &[u8]) -> Option<i64> {
     strict::<Body<'_>>(&body).ok()?.expires_at
 }
 
-/// Our own subjects are names that `permissions` can hold; others any printable text.
-fn read_caller(subject: &str, ours: bool) -> Result<Caller, TokenFault> {
-    if ours {
+/// Our own subjects are names that `permissions` can hold; others any printable text behind their issuer's.
+fn read_caller(subject: &str, trusted: &Trusted) -> Result<Caller, TokenFault> {
+    if trusted.ours {
         return subject.parse().map(Caller::Ours).map_err(|_source| TokenFault::NoSubject);
     }
     let printable = subject.bytes().all(|byte| matches!(byte, 0x21..=0x7e));
     if subject.is_empty() || subject.len() > MAX_SUBJECT || !printable {
         return Err(TokenFault::NoSubject);
     }
-    Ok(Caller::Foreign(subject.into()))
+    Ok(Caller::Foreign(format!("{}#{subject}", trusted.issuer).into()))
 }
 
 /// The three parts of a compact JWS (RFC 7515 §7.1).
@@ -699,6 +710,32 @@ mod tests {
     }
 
     #[test]
+    fn a_stranger_with_the_name_of_a_service_is_somebody_else() {
+        let (own, other) = (Forge::new("k1", Algorithm::Es256), Forge::new("k1", Algorithm::Es256));
+        let trusted = |issuer: &str, ours, key: &Forge| Trusted {
+            issuer: issuer.into(),
+            ours,
+            audiences: Vec::new(),
+            keys: Jwks::fixed(issuer.into(), KeySet::from_json(&set(&[key])).unwrap()),
+        };
+        let elsewhere = "https://elsewhere.example/realms/a";
+        let verifier =
+            Verifier::new(vec![trusted(ISSUER, true, &own), trusted(elsewhere, false, &other)]);
+        let ours = own.sign(&own.header().to_string(), &body().to_string());
+        let ours = verifier.verify(ours.as_bytes(), HERE, NOW).unwrap();
+        let mut claims = body();
+        claims["iss"] = elsewhere.into();
+        let theirs = other.sign(&other.header().to_string(), &claims.to_string());
+        let theirs = verifier.verify(theirs.as_bytes(), HERE, NOW).unwrap();
+        assert_eq!(ours.caller().ours().map(ServiceName::as_str), Some("web-application"));
+        assert_eq!(theirs.caller().ours(), None);
+        assert_eq!(theirs.caller_header(), "https://elsewhere.example/realms/a#web-application");
+        assert_ne!(ours.caller().as_str(), theirs.caller().as_str());
+        // Nor can a subject of theirs be written so that it is one of ours: the first # ends the issuer.
+        assert!("a#b".parse::<ServiceName>().is_err());
+    }
+
+    #[test]
     fn hostile_headers_are_refused() {
         let key = Forge::new("k1", Algorithm::Es256);
         let verifier = trusting(&[&key]);
@@ -910,7 +947,10 @@ mod tests {
         let claims = verifier.verify(token.as_bytes(), HERE, NOW).unwrap();
         assert!(!claims.is_ours() && claims.is_for("data-intelligence"));
         assert_eq!(claims.scopes().to_string(), "read:data");
-        assert_eq!(claims.caller().as_str(), "system:serviceaccount:shop:Workers");
+        assert_eq!(
+            claims.caller().as_str(),
+            "https://login.example/tenant/v2.0#system:serviceaccount:shop:Workers"
+        );
         for bad in ["two words", "ä", "a\r\nb", &"x".repeat(MAX_SUBJECT + 1)] {
             let mut payload = payload.clone();
             payload["sub"] = bad.into();

@@ -1,6 +1,6 @@
 //! Socket → TLS → HTTP connection; the connection limit; draining.
 
-use std::{net::SocketAddr, pin::Pin, rc::Rc, sync::Arc, task::Poll};
+use std::{cell::RefCell, net::SocketAddr, pin::Pin, rc::Rc, sync::Arc, task::Poll};
 
 use bytes::BytesMut;
 use ipnet::IpNet;
@@ -11,7 +11,9 @@ use tokio_util::io::poll_read_buf;
 use crate::{
     net::{self, Handover, Open, Placement, ServerTls, Spread, Stream, Tallied},
     proxy::{
+        Listener,
         headers::Forwarded,
+        live::Live,
         reject::Rejection,
         serve_h1, serve_h2,
         story::Story,
@@ -29,20 +31,62 @@ pub(super) const TOLD_AT_ONCE: usize = 64;
 
 /// One listener on one worker.
 pub(super) struct Door {
-    /// Its place in the list of listeners, the same on every worker.
-    pub index: usize,
+    /// Tells it from the others; the same on every worker.
+    pub id: usize,
+    /// What it is for.
+    pub listener: Listener,
+    /// The address that the settings give it.
+    pub address: SocketAddr,
     /// What it does with requests.
     pub story: Rc<Story>,
+    /// Who is let in.
+    pub terms: Live<Terms>,
+}
+
+/// Whom a listener lets in, and how.
+#[derive(Default)]
+pub(super) struct Terms {
     /// Its certificate; `None`: plaintext.
     pub tls: Option<Arc<ServerTls>>,
     /// Where connections may come from; empty: from anywhere.
     pub allow_from: Vec<IpNet>,
 }
 
-impl Door {
+impl Terms {
     fn allows(&self, peer: SocketAddr) -> bool {
         let ip = peer.ip().to_canonical();
         self.allow_from.is_empty() || self.allow_from.iter().any(|net| net.contains(&ip))
+    }
+}
+
+/// The listeners of one worker; some may open and close while it serves.
+#[derive(Default)]
+pub(super) struct Doors(RefCell<Vec<Rc<Door>>>);
+
+impl Doors {
+    /// Another one.
+    pub(super) fn add(&self, door: Rc<Door>) {
+        self.0.borrow_mut().push(door);
+    }
+
+    /// All of them.
+    #[must_use]
+    pub(super) fn all(&self) -> Vec<Rc<Door>> {
+        self.0.borrow().clone()
+    }
+
+    /// One less.
+    pub(super) fn remove(&self, id: usize) {
+        let mut doors = self.0.borrow_mut();
+        let at = doors.iter().position(|door| door.id == id);
+        let gone = at.map(|at| doors.remove(at));
+        // Dropped after the borrow.
+        drop(doors);
+        drop(gone);
+    }
+
+    fn find(&self, id: usize) -> Option<Rc<Door>> {
+        self.0.borrow().iter().find(|door| door.id == id).cloned()
     }
 }
 
@@ -76,7 +120,7 @@ fn welcome(
     me: WorkerId,
     spread: &Spread<usize>,
 ) {
-    if !door.allows(peer) {
+    if !door.terms.now().allows(peer) {
         tracing::debug!(%peer, "a connection from an address that is not allowed was closed");
         let why = Rejection::AddressNotAllowed("the client's address is not allowed");
         return turn_away(door, tcp, why);
@@ -89,7 +133,7 @@ fn welcome(
         Placement::Keep(open) => admit(door, tcp, peer, open, worker),
         Placement::HandTo(open) => {
             let Ok(std) = tcp.into_std() else { return };
-            if let Err(back) = spread.hand(std, peer, door.index, open) {
+            if let Err(back) = spread.hand(std, peer, door.id, open) {
                 let Handover { stream, peer, .. } = *back;
                 if let Ok(tcp) = TcpStream::from_std(stream) {
                     admit(door, tcp, peer, spread.count(me), worker);
@@ -101,13 +145,13 @@ fn welcome(
 
 /// Takes over connections that other workers accepted.
 pub(super) async fn take_over(
-    doors: Vec<Rc<Door>>,
+    doors: Rc<Doors>,
     mut handed: tokio::sync::mpsc::Receiver<Handover<usize>>,
     worker: Rc<Worker>,
 ) {
     while let Some(Handover { stream, peer, what, open }) = handed.recv().await {
-        if let (Some(door), Ok(tcp)) = (doors.get(what), TcpStream::from_std(stream)) {
-            admit(door, tcp, peer, open, &worker);
+        if let (Some(door), Ok(tcp)) = (doors.find(what), TcpStream::from_std(stream)) {
+            admit(&door, tcp, peer, open, &worker);
         }
     }
 }
@@ -116,7 +160,7 @@ pub(super) async fn take_over(
 fn turn_away(door: &Rc<Door>, tcp: TcpStream, why: Rejection) {
     let story = Rc::clone(&door.story);
     let seat = Arc::clone(&story.worker().telling).try_acquire_owned();
-    let (None, Ok(seat)) = (&door.tls, seat) else { return };
+    let (None, Ok(seat)) = (&door.terms.now().tls, seat) else { return };
     let guard = story.worker().watchdog.register();
     let peer = Peer { server_name: None, forwarded: Forwarded::new(None, false) };
     let stream = Stream::plain(Tallied::new(tcp, None));
@@ -146,7 +190,8 @@ async fn connection(
 ) {
     let tallied = Tallied::new(tcp, None);
     let limit = door.story.worker().limits().header_timeout;
-    let mut stream = match &door.tls {
+    let terms = door.terms.now();
+    let mut stream = match &terms.tls {
         None => Stream::plain(tallied),
         Some(tls) => {
             let shake = TlsAcceptor::from(tls.current()).accept(tallied);
@@ -165,7 +210,7 @@ async fn connection(
     let forwarded = Forwarded::new(named, stream.is_tls());
     let peer = Peer { server_name, forwarded };
     let story = Rc::clone(&door.story);
-    drop(door);
+    drop((door, terms));
     match stream.alpn() {
         Some(b"h2") => Box::pin(serve_h2::serve(stream, guard, story, peer)).await,
         Some(_) => {

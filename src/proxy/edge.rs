@@ -40,6 +40,12 @@ impl Edge {
         Self { worker, gate }
     }
 
+    /// The same with other settings.
+    #[must_use]
+    pub(super) fn with(&self, settings: InboundSettings) -> Self {
+        Self { worker: Rc::clone(&self.worker), gate: self.gate.with(settings) }
+    }
+
     /// Answers one request; a refusal is an answer too.
     pub(super) async fn answer(&self, mut call: Call<'_>) -> Answer {
         let mut record = self.worker.inbound_desk.open(&call.request.method, &call.request.uri);

@@ -20,8 +20,8 @@ use crate::{
         view::{Cluster, Target, Ward},
     },
     runtime::Alarm,
-    upstream::{ConnectError, Failure, Outgoing, Received, SendError, Want},
-    wire::{Body, BodyError, Fields, Interim},
+    upstream::{ConnectError, Failure, Lease, Outgoing, Received, SendError, Want},
+    wire::{Body, BodyError, Fields, Interim, Replay},
 };
 
 /// A fast failure must not look like a fast endpoint.
@@ -67,8 +67,10 @@ pub(super) struct Forward<'a> {
     begun: Instant,
     deadline: Instant,
     repeatable: bool,
-    /// Whether a body that streams has been given to an attempt.
+    /// Whether a body that streams has been given to an attempt for good.
     spent: bool,
+    /// A body that streams and may have to be sent again, once an attempt has it.
+    replay: Option<Replay>,
     tried: Tried,
     attempts: u32,
 }
@@ -109,6 +111,7 @@ impl<'a> Forward<'a> {
             deadline,
             repeatable,
             spent: false,
+            replay: None,
             tried: Tried::default(),
             attempts: 0,
         }
@@ -294,8 +297,9 @@ impl<'a> Forward<'a> {
                 Box::pin(self.renew()).await.map_err(|rejection| (rejection, false))?;
             }
             let stale = lease.may_be_stale();
-            // A body that streams is gone once it has been handed over.
-            let whole = self.is_whole() && !matches!(self.dispatch.body, Body::Stream(_));
+            if matches!(self.dispatch.body, Body::Stream(_)) {
+                self.keep(&lease);
+            }
             let interim = self.dispatch.interim;
             let alarm = self.dispatch.alarm;
             let sent = {
@@ -310,14 +314,16 @@ impl<'a> Forward<'a> {
             };
             match sent {
                 Some(Ok(received)) => return Ok(received),
-                Some(Err(failure)) if stale && whole && self.repeatable && is_dead(&failure) => {
+                Some(Err(failure))
+                    if stale && self.is_whole() && self.repeatable && is_dead(&failure) =>
+                {
                     now = Instant::now();
                 }
-                Some(Err(failure)) => return Err(self.refuse(&failure, whole)),
+                Some(Err(failure)) => return Err(self.refuse(&failure)),
                 None => {
                     let limit = deadline.duration_since(self.record.started());
                     let service = self.cluster.service.clone();
-                    let again = self.repeatable && whole && deadline < self.deadline;
+                    let again = self.repeatable && self.is_whole() && deadline < self.deadline;
                     return Err((Rejection::Deadline { service, limit }, again));
                 }
             }
@@ -340,7 +346,20 @@ impl<'a> Forward<'a> {
 
     /// Whether the body can still be sent from its beginning.
     fn is_whole(&self) -> bool {
-        !self.spent
+        self.replay.as_ref().map_or(!self.spent, Replay::is_whole)
+    }
+
+    /// Keeps what passes of a body that streams, where the request might be sent again after it met `lease`: it is
+    /// repeatable, or it goes where the peer can say that it has not seen it.
+    fn keep(&mut self, lease: &Lease) {
+        let more = self.cluster.max_attempts > 1;
+        let unseen = matches!(lease, Lease::H2 { .. });
+        let again =
+            (more && (self.repeatable || unseen)) || (self.repeatable && lease.may_be_stale());
+        match std::mem::take(&mut self.dispatch.body) {
+            Body::Stream(stream) if again => self.replay = Some(Replay::new(stream)),
+            body @ (Body::Empty | Body::Full(_) | Body::Stream(_)) => self.dispatch.body = body,
+        }
     }
 
     /// The request as this target gets it.
@@ -364,10 +383,11 @@ impl<'a> Forward<'a> {
                 fields.remove(&header::AUTHORIZATION);
             }
         }
-        let body = match &self.dispatch.body {
-            Body::Empty => Body::Empty,
-            Body::Full(bytes) => Body::Full(bytes.clone()),
-            Body::Stream(_) => {
+        let body = match (&self.dispatch.body, &self.replay) {
+            (Body::Empty, None) => Body::Empty,
+            (Body::Full(bytes), _) => Body::Full(bytes.clone()),
+            (Body::Empty, Some(replay)) => replay.body(),
+            (Body::Stream(_), _) => {
                 self.spent = true;
                 std::mem::take(&mut self.dispatch.body)
             }
@@ -384,15 +404,17 @@ impl<'a> Forward<'a> {
     }
 
     /// What a failed exchange means for the client, and whether another may follow.
-    fn refuse(&self, failure: &Failure, whole: bool) -> (Rejection, bool) {
+    fn refuse(&self, failure: &Failure) -> (Rejection, bool) {
         let service = self.cluster.service.clone();
+        let whole = self.is_whole();
         tracing::debug!(
             %service, error = &failure.error as &dyn std::error::Error, answered = failure.answered,
             "an exchange with an endpoint failed"
         );
         let rejection = match &failure.error {
             SendError::Refused | SendError::Closed | SendError::Reset | SendError::Io(_) => {
-                Rejection::UpstreamReset { service }
+                let spent = self.repeatable && !whole && !failure.answered;
+                Rejection::UpstreamReset { service, spent }
             }
             SendError::BadResponse(_) => Rejection::BadResponse { service },
             SendError::RequestBody(BodyError::TooLarge { limit }) => {

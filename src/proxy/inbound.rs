@@ -3,19 +3,19 @@
 //! Who is it, may it, and only then: pass. A request without a grant never reaches the application, and identity
 //! headers that it brings itself are removed before anything is decided.
 
-use std::{cell::RefCell, rc::Rc};
+use std::{cell::RefCell, collections::HashSet, rc::Rc};
 
 use http::{HeaderValue, Uri, header};
 
 use crate::{
-    identity::{Action, Claims, Grant, Refused, TokenCache, TokenFault, admit},
-    model::ServiceName,
+    identity::{Action, Claims, Grant, Refused, Strictness, TokenCache, TokenFault, admit},
+    model::{ScopeSet, ServiceName},
     proxy::{
         forward::{Dispatch, Forward},
         headers,
         record::Record,
         reject::Rejection,
-        settings::InboundSettings,
+        settings::{App, InboundSettings},
         view::{Cluster, View},
         worker::{Answer, Call, Peer, Worker, refused, relayed},
     },
@@ -28,8 +28,13 @@ use crate::{
 pub(super) struct Gate {
     worker: Rc<Worker>,
     settings: InboundSettings,
-    cache: RefCell<TokenCache>,
+    cache: Rc<RefCell<TokenCache>>,
+    /// Callers of which the log knows what they would be refused, were the project not learning.
+    told: RefCell<HashSet<(Box<str>, ServiceName)>>,
 }
+
+/// So many callers are told of; the log is for people.
+const MOST_TOLD: usize = 1000;
 
 /// Who was let in.
 pub(super) struct Admitted {
@@ -43,8 +48,18 @@ impl Gate {
     /// The gate of one listener on one worker.
     #[must_use]
     pub(super) fn new(worker: Rc<Worker>, settings: InboundSettings) -> Self {
-        let cache = RefCell::new(TokenCache::new(settings.token_cache));
-        Self { worker, settings, cache }
+        let cache = Rc::new(RefCell::new(TokenCache::new(settings.token_cache)));
+        Self { worker, settings, cache, told: RefCell::default() }
+    }
+
+    /// The gate with other settings. What was verified stays verified: rules are asked for each request.
+    #[must_use]
+    pub(super) fn with(&self, settings: InboundSettings) -> Self {
+        if settings.token_cache != self.settings.token_cache {
+            return Self::new(Rc::clone(&self.worker), settings);
+        }
+        let (worker, cache) = (Rc::clone(&self.worker), Rc::clone(&self.cache));
+        Self { worker, settings, cache, told: RefCell::new(self.told.borrow().clone()) }
     }
 
     /// Lets a request for `callee` in, or says why not.
@@ -66,24 +81,27 @@ impl Gate {
         let claims = self.claims(&request.fields, callee).await?;
         let caller = claims.caller().as_str();
         record.belongs_to(self.worker.inbound_desk.of_caller(caller, callee));
-        let grant = Self::grant(&claims, action, callee, view)?;
+        let grant = self.grant(&claims, action, callee, view)?;
         Ok(Admitted { grant, claims: Some(claims) })
     }
 
     fn grant(
+        &self,
         claims: &Claims,
         action: Action<'_>,
         callee: &ServiceName,
         view: Option<&View>,
     ) -> Result<Grant, Rejection> {
-        let caller = claims.caller();
-        let granted = view.and_then(|view| {
-            let name: &str = caller.as_str();
-            view.catalog.project.permissions.get(name)?.get(callee)
-        });
-        let strictness =
-            view.map_or(crate::identity::Strictness::Enforce, |view| view.strictness.get());
-        admit(claims, action, granted, strictness).map_err(|refused| match refused {
+        // A caller of another issuer has no row, whatever its subject is called.
+        let granted = view
+            .zip(claims.caller().ours())
+            .and_then(|(view, caller)| view.catalog.project.granted(caller, callee));
+        let strictness = view.map_or(Strictness::Enforce, |view| view.strictness);
+        let grant = admit(claims, action, granted, strictness);
+        if grant.as_ref().is_ok_and(Grant::is_learned) {
+            self.learned(claims, action, callee, granted);
+        }
+        grant.map_err(|refused| match refused {
             Refused::NotPermitted { caller } => {
                 Rejection::NotPermitted { caller, callee: callee.clone() }
             }
@@ -95,6 +113,24 @@ impl Gate {
                 Rejection::BadRequest("the path can be read in more than one way; write it plainly")
             }
         })
+    }
+
+    /// Says once of each caller what would be refused if the project did not learn.
+    fn learned(
+        &self,
+        claims: &Claims,
+        action: Action<'_>,
+        callee: &ServiceName,
+        granted: Option<&ScopeSet>,
+    ) {
+        let mut told = self.told.borrow_mut();
+        let key = (claims.caller().as_str().into(), callee.clone());
+        if told.len() >= MOST_TOLD || !told.insert(key) {
+            return;
+        }
+        if let Err(refused) = admit(claims, action, granted, Strictness::Enforce) {
+            tracing::info!(%callee, would_be_refused = %refused, "a call that enforcing permissions would refuse");
+        }
     }
 
     /// Who is it? The token is verified, or remembered as verified.
@@ -183,9 +219,22 @@ impl Inbound {
     /// The way in to `app`.
     #[must_use]
     pub(super) fn new(worker: Rc<Worker>, settings: InboundSettings, app: Rc<Cluster>) -> Self {
-        let callee = worker.settings.service.clone();
+        let callee = worker.me.clone();
         let gate = Gate::new(Rc::clone(&worker), settings);
         Self { worker, gate, callee, app }
+    }
+
+    /// The way in with other settings, to `app`.
+    #[must_use]
+    pub(super) fn with(&self, settings: InboundSettings, app: Rc<Cluster>) -> Self {
+        let (worker, callee) = (Rc::clone(&self.worker), self.callee.clone());
+        Self { worker, gate: self.gate.with(settings), callee, app }
+    }
+
+    /// Where it leads, if that is still `app`.
+    #[must_use]
+    pub(super) fn leads_to(&self, app: &App) -> Option<Rc<Cluster>> {
+        (self.gate.settings.app.as_ref() == Some(app)).then(|| Rc::clone(&self.app))
     }
 
     /// Answers one request from outside; a refusal is an answer too.

@@ -10,10 +10,13 @@ mod edge;
 mod forward;
 mod headers;
 mod inbound;
+mod live;
 mod outbound;
 mod record;
 mod reject;
+mod reload;
 mod route;
+mod running;
 mod serve_h1;
 mod serve_h2;
 mod settings;
@@ -25,15 +28,22 @@ mod worker;
 use std::{net::SocketAddr, num::NonZeroUsize, rc::Rc, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
-use tokio::{net::TcpListener, sync::mpsc};
+use tokio::sync::{mpsc, watch};
 
 use self::{
-    accept::Door, edge::Edge, headers::Via, inbound::Inbound, outbound::Outbound, record::Desk,
-    story::Story, view::Surveyor, worker::Worker,
+    accept::Doors,
+    headers::Via,
+    live::Live,
+    record::Desk,
+    reload::{Opening, open},
+    running::OPENINGS,
+    view::Surveyor,
+    worker::Worker,
 };
 pub use self::{
     admin::{Admin, AdminAddress, Ready},
     reject::Rejection,
+    running::{Bound, Listener, Running},
     settings::{App, InboundSettings, Limits, OutboundSettings, Role, Settings, UnknownHosts},
     view::{Condition, Ward},
 };
@@ -41,10 +51,10 @@ use crate::{
     cost::Meter,
     discovery::Directory,
     identity::{Tokens, Verifier},
-    model::ServiceName,
-    net::{self, BindError, ClientTls, Handover, Resolver, ServerTls, Spread},
+    net::{self, BindError, Handover, Resolver, Spread},
     runtime::{self, Phase, RuntimeError, Shutdown, Watchdog, WorkerId, Workers},
-    telemetry::{AccessLog, Direction, Registry},
+    telemetry::{Direction, Registry},
+    upstream::OwnAddresses,
 };
 
 /// How often pools are looked through for connections that are too old.
@@ -67,24 +77,20 @@ pub enum StartError {
 /// What the data plane is made of.
 #[derive(Clone)]
 pub struct Parts {
-    /// What it should do.
-    pub settings: Arc<Settings>,
+    /// What it should do, now and from then on.
+    pub settings: watch::Receiver<Arc<Settings>>,
     /// Where snapshots come from.
     pub directory: Arc<Directory>,
     /// Where outbound tokens come from.
     pub tokens: Arc<Tokens>,
     /// Who verifies inbound tokens.
     pub trust: Arc<ArcSwap<Verifier>>,
-    /// Whom TLS trusts.
-    pub tls: Arc<ClientTls>,
     /// Names to addresses.
     pub resolver: Resolver,
     /// Counts bytes.
     pub meter: Arc<Meter>,
     /// Counts requests.
     pub registry: Arc<Registry>,
-    /// Writes a line per request, if anybody wants to read it.
-    pub access: Option<AccessLog>,
     /// How far the end has come, each way.
     pub ends: Ends,
     /// What is known about endpoints.
@@ -102,63 +108,17 @@ pub struct Ends {
     pub outbound: Shutdown,
 }
 
-/// A data plane that runs.
-pub struct Running {
-    /// Where it listens.
-    pub listeners: Vec<(Listener, SocketAddr)>,
-    workers: Workers,
-    spread: Spread<usize>,
-}
-
-impl Running {
-    /// Waits until every worker has ended, which they do when [`Phase::Drain`] has come and nothing is left.
-    ///
-    /// # Errors
-    /// [`RuntimeError`] when one of them broke.
-    pub async fn join(self) -> Result<(), RuntimeError> {
-        self.workers.join().await
-    }
-
-    /// Open connections of clients.
-    #[must_use]
-    pub fn connections(&self) -> Spread<usize> {
-        self.spread.clone()
-    }
-}
-
-/// What a listener is for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Listener {
-    /// Calls out, by name.
-    Outbound,
-    /// Calls out, to one service.
-    Port(ServiceName),
-    /// Calls in; the place in `inbound`.
-    Inbound(usize),
-}
-
-impl Listener {
-    /// The key of the settings that says where it listens.
-    fn key(&self) -> String {
-        match self {
-            Self::Outbound => "outbound.listen".to_owned(),
-            Self::Port(service) => format!("outbound.ports.{service}"),
-            Self::Inbound(0) => "inbound.listen".to_owned(),
-            Self::Inbound(index) => format!("inbound[{index}].listen"),
-        }
-    }
-}
-
 /// What one worker is given to start with.
 struct Share {
-    listeners: Vec<std::net::TcpListener>,
+    openings: Vec<Opening>,
     handed: mpsc::Receiver<Handover<usize>>,
+    later: mpsc::Receiver<Opening>,
 }
 
 /// Which worker it is, and what it has in common with the others.
 struct Site {
     id: WorkerId,
-    own: Arc<[SocketAddr]>,
+    own: OwnAddresses,
     /// This process on the way out and on the way in.
     vias: (Via, Via),
 }
@@ -168,33 +128,37 @@ struct Site {
 /// # Errors
 /// [`StartError`]; nothing runs then.
 pub fn start(parts: Parts, count: NonZeroUsize) -> Result<Running, StartError> {
-    let plan = plan(&parts.settings);
+    let plan = plan(&parts.settings.borrow());
     let (spread, handed) = Spread::new(count);
+    let (ways, laters): (Vec<_>, Vec<_>) =
+        (0..count.get()).map(|_| mpsc::channel(OPENINGS)).unzip();
+    let ends = handed.into_iter().zip(laters);
     let mut shares: Vec<Share> =
-        handed.into_iter().map(|handed| Share { listeners: Vec::new(), handed }).collect();
-    let mut listeners = Vec::new();
-    let mut own = parts.own.clone();
-    for (listener, address) in plan {
+        ends.map(|(handed, later)| Share { openings: Vec::new(), handed, later }).collect();
+    let (mut listeners, mut asked) = (Vec::new(), Vec::new());
+    for (id, (listener, address)) in plan.into_iter().enumerate() {
         let sockets = net::bind(address, count.get(), &listener.key())?;
         let bound = sockets.first().and_then(|socket| socket.local_addr().ok()).unwrap_or(address);
         for (share, socket) in shares.iter_mut().zip(sockets) {
-            share.listeners.push(socket);
+            share.openings.push(Opening { id, listener: listener.clone(), asked: address, socket });
         }
-        own.push(bound);
         listeners.push((listener, bound));
+        asked.push(address);
     }
+    let (own, others) = (OwnAddresses::default(), parts.own.clone());
+    let open = listeners.iter().map(|(_, at)| *at);
+    own.set(open.chain(others.iter().copied()).collect());
     let shares = Arc::new(std::sync::Mutex::new(shares.into_iter().map(Some).collect::<Vec<_>>()));
-    let own: Arc<[SocketAddr]> = own.into();
-    let kinds: Arc<[Listener]> = listeners.iter().map(|(kind, _)| kind.clone()).collect();
-    let given = spread.clone();
+    let (given, list) = (spread.clone(), own.clone());
     let vias = (Via::random(), Via::random());
     let workers = Workers::start(count, "infrar", move |id: WorkerId| {
         let share = shares.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let share = { share }.get_mut(id.index()).and_then(Option::take);
-        let worker = Site { id, own: Arc::clone(&own), vias: (vias.0.copy(), vias.1.copy()) };
-        run(worker, parts.clone(), Arc::clone(&kinds), given.clone(), share)
+        let site = Site { id, own: list.clone(), vias: (vias.0.copy(), vias.1.copy()) };
+        run(site, parts.clone(), given.clone(), share)
     })?;
-    Ok(Running { listeners, workers, spread })
+    let next_id = listeners.len();
+    Ok(Running { listeners, workers, spread, own, others, asked, ways, next_id })
 }
 
 fn plan(settings: &Settings) -> Vec<(Listener, SocketAddr)> {
@@ -216,46 +180,26 @@ fn plan(settings: &Settings) -> Vec<(Listener, SocketAddr)> {
 }
 
 /// One worker, from its first breath to its last.
-async fn run(
-    site: Site,
-    parts: Parts,
-    kinds: Arc<[Listener]>,
-    spread: Spread<usize>,
-    share: Option<Share>,
-) {
-    let Some(Share { listeners, handed }) = share else { return };
+async fn run(site: Site, parts: Parts, spread: Spread<usize>, share: Option<Share>) {
+    let Some(Share { openings, handed, later }) = share else { return };
     let id = site.id;
+    let settings = parts.settings.clone();
     let worker = Rc::new(worker(parts, site));
     worker.refresh();
-    let mut doors = Vec::new();
-    for (index, kind) in kinds.iter().enumerate() {
-        match door(&worker, index, kind) {
-            Ok(door) => doors.push(Rc::new(door)),
-            Err(error) => return tracing::error!(%error, "a worker cannot serve"),
-        }
-    }
+    let doors = Rc::new(Doors::default());
     runtime::spawn_local("snapshots", Rc::clone(&worker).follow());
     runtime::spawn_local("pools", prune(Rc::clone(&worker)));
     runtime::spawn_local(
         "handed-over",
-        accept::take_over(doors.clone(), handed, Rc::clone(&worker)),
+        accept::take_over(Rc::clone(&doors), handed, Rc::clone(&worker)),
     );
-    for (door, listener) in doors.iter().zip(listeners) {
-        match TcpListener::from_std(listener) {
-            Ok(listener) => {
-                let listening = accept::listen(
-                    Rc::clone(door),
-                    listener,
-                    Rc::clone(&worker),
-                    id,
-                    spread.clone(),
-                );
-                runtime::spawn_local("listener", listening);
-            }
-            Err(error) => tracing::error!(%error, "a listener was lost"),
+    let post = reload::Post { worker: Rc::clone(&worker), doors, id, spread };
+    for opening in openings {
+        if let Err(error) = open(&post, opening) {
+            return tracing::error!(%error, "a worker cannot serve");
         }
     }
-    drop(doors);
+    runtime::spawn_local("settings", reload::follow(post, settings, later));
     let Ends { inbound, outbound } = &worker.ends;
     // Idle connections look around and leave; the others answer what they have and leave then.
     tokio::join!(leave(&worker, inbound), leave(&worker, outbound));
@@ -272,14 +216,15 @@ async fn leave(worker: &Worker, end: &Shutdown) {
 }
 
 fn worker(parts: Parts, site: Site) -> Worker {
-    let me = parts.settings.service.clone();
-    let desk = |direction| Desk::new(&parts.registry, parts.access.clone(), direction, &me);
+    let settings = Arc::clone(&parts.settings.borrow());
+    let me = settings.service.clone();
+    let desk = |direction| Desk::new(&parts.registry, settings.access.clone(), direction, &me);
     let (outbound_desk, inbound_desk) = (desk(Direction::Outbound), desk(Direction::Inbound));
+    let limits = Live::new(settings.limits);
     let surveyor = Surveyor {
-        settings: Arc::clone(&parts.settings),
+        settings: settings.into(),
         ward: Arc::clone(&parts.ward),
         tokens: parts.tokens,
-        tls: parts.tls,
         resolver: parts.resolver,
         own: site.own,
         meter: parts.meter,
@@ -288,7 +233,8 @@ fn worker(parts: Parts, site: Site) -> Worker {
         series: Default::default(),
     };
     Worker {
-        settings: parts.settings,
+        me,
+        limits,
         ward: parts.ward,
         surveyor,
         view: Default::default(),
@@ -303,38 +249,6 @@ fn worker(parts: Parts, site: Site) -> Worker {
         outsiders: Default::default(),
         telling: Arc::new(tokio::sync::Semaphore::new(accept::TOLD_AT_ONCE)),
     }
-}
-
-fn door(worker: &Rc<Worker>, index: usize, kind: &Listener) -> Result<Door, StartError> {
-    let (mut tls, mut allow_from): (Option<Arc<ServerTls>>, _) = (None, Vec::new());
-    let story = match kind {
-        Listener::Outbound | Listener::Port(_) => {
-            let settings = worker.settings.outbound.clone();
-            let only = match kind {
-                Listener::Port(service) => Some(service.clone()),
-                Listener::Outbound | Listener::Inbound(_) => None,
-            };
-            let Some(settings) = settings else { return Err(StartError::App(String::new())) };
-            Story::Outbound(Rc::clone(worker), Outbound::new(Rc::clone(worker), settings, only))
-        }
-        Listener::Inbound(at) => {
-            let settings = worker.settings.inbound.get(*at).cloned();
-            let Some(settings) = settings else { return Err(StartError::App(String::new())) };
-            tls.clone_from(&settings.tls);
-            allow_from.clone_from(&settings.allow_from);
-            match settings.app.clone() {
-                None => Story::Edge(Rc::clone(worker), Edge::new(Rc::clone(worker), settings)),
-                Some(app) => {
-                    let me = &worker.settings.service;
-                    let cluster = worker.surveyor.single(&app, me, None);
-                    let cluster = cluster.ok_or_else(|| StartError::App(app.origin.to_string()))?;
-                    let inbound = Inbound::new(Rc::clone(worker), settings, Rc::new(cluster));
-                    Story::Inbound(Rc::clone(worker), inbound)
-                }
-            }
-        }
-    };
-    Ok(Door { index, story: Rc::new(story), tls, allow_from })
 }
 
 /// Closes pooled connections that are too old or unused for too long.

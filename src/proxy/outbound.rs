@@ -197,7 +197,7 @@ impl Outbound {
         match tokio::time::timeout(limit, slot.bearer()).await {
             Ok(Ok(bearer)) => Ok(bearer.header().clone()),
             Ok(Err(error)) if error.is_permission() => Err(Rejection::NotPermitted {
-                caller: self.worker.settings.service.to_string(),
+                caller: self.worker.me.to_string(),
                 callee: service(),
             }),
             Ok(Err(error)) => {

@@ -97,7 +97,7 @@ impl Series {
 pub(super) struct Desk {
     direction: Direction,
     registry: Arc<Registry>,
-    access: Option<AccessLog>,
+    access: RefCell<Option<AccessLog>>,
     /// Of requests whose caller or callee is not known (yet).
     unknown: Rc<Series>,
     by_caller: RefCell<ByCaller>,
@@ -123,17 +123,22 @@ impl Desk {
         Self {
             direction,
             registry: Arc::clone(registry),
-            access,
+            access: RefCell::new(access),
             unknown: Series::new(registry, direction, caller, callee),
             by_caller: RefCell::default(),
             last: RefCell::default(),
         }
     }
 
+    /// Records that are opened from now on are written to `access`, or to nothing.
+    pub(super) fn log_to(&self, access: Option<AccessLog>) {
+        self.access.replace(access);
+    }
+
     /// Opens the record of a request.
     #[must_use]
     pub(super) fn open(&self, method: &Method, uri: &Uri) -> Record {
-        let notes = self.access.as_ref().map(|log| {
+        let notes = self.access.borrow().as_ref().map(|log| {
             Box::new(Notes {
                 log: log.clone(),
                 wall: Clock::system().now(),

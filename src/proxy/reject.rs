@@ -110,10 +110,12 @@ pub enum Rejection {
         certificate: bool,
     },
     /// The endpoint ended the exchange before it answered.
-    #[error("{service} closed the connection before it answered")]
+    #[error("{service} closed the connection before it answered{}", unrepeated(*.spent))]
     UpstreamReset {
         /// The service.
         service: ServiceName,
+        /// Whether it might have been tried again, had its body not been too large to keep.
+        spent: bool,
     },
     /// The endpoint's answer is no valid HTTP.
     #[error("{service} sent an answer that is no valid HTTP")]
@@ -162,6 +164,11 @@ pub enum Rejection {
     /// The request has been here before.
     #[error("the request came back to the proxy that sent it, or passed too many")]
     Loop,
+}
+
+/// Why there was no further attempt, where that is the body's doing.
+fn unrepeated(spent: bool) -> &'static str {
+    if spent { "; the body was too large to be sent again" } else { "" }
 }
 
 /// The scopes that are missing, for people.

@@ -331,6 +331,7 @@ impl Connection {
     /// Waits for the next request's head.
     async fn head(&mut self) -> Head {
         let limits = *self.story.worker().limits();
+        self.wire.next_read.set(FIRST_READ);
         let mut begun = !self.wire.read.borrow().is_empty();
         self.wire.guard.arm(if begun { limits.header_timeout } else { PARK_AFTER });
         loop {
@@ -585,6 +586,8 @@ impl Connection {
         let length = bytes.len() as u64;
         if bytes.len() <= SMALL_BODY {
             self.write.put_slice(&bytes);
+            let mut turn = Turn::default();
+            poll_fn(|cx| turn.poll_give(cx)).await;
             self.flush(Bytes::new()).await?;
         } else {
             self.flush(bytes).await?;
@@ -596,9 +599,7 @@ impl Connection {
     async fn flush(&mut self, mut frame: Bytes) -> io::Result<()> {
         let (wire, write) = (&self.wire, &mut self.write);
         let mut left = usize::MAX;
-        let mut turn = Turn::default();
         poll_fn(|cx| {
-            ready!(turn.poll_give(cx));
             let mut stream = wire.stream.borrow_mut();
             match poll_write_all(&mut stream, write, &mut frame, cx) {
                 Poll::Ready(done) => Poll::Ready(done),

@@ -215,7 +215,7 @@ async fn answer(
     let method = request.method().clone();
     let limits = story.worker().limits();
     let (mut parts, stream) = request.into_parts();
-    let length = match check(&parts, limits) {
+    let length = match check(&parts, &limits) {
         Ok(length) => length,
         Err(rejection) => {
             let refusal = story.refuse(&rejection, headers::is_grpc(&parts.headers.into()));

@@ -1,4 +1,7 @@
 //! What the data plane needs to know to run; filled in by `config`, never wrong.
+//!
+//! They are immutable and replaced whole while it runs. Role, service and the addresses of listeners stay as they were
+//! at the start, but for `ports`: whoever sends other settings sees to that.
 
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -8,7 +11,8 @@ use crate::{
     http1::HeadLimits,
     identity::Rules,
     model::{Origin, Place, Protocol, ServiceName, Zone},
-    net::ServerTls,
+    net::{ClientTls, ServerTls},
+    telemetry::AccessLog,
 };
 
 /// What a proxy is to the services around it.
@@ -39,6 +43,10 @@ pub struct Settings {
     pub inbound: Vec<InboundSettings>,
     /// What a client may ask of it.
     pub limits: Limits,
+    /// Whom TLS trusts.
+    pub tls: Arc<ClientTls>,
+    /// Writes a line per request, if anybody wants to read it.
+    pub access: Option<AccessLog>,
 }
 
 /// The way out.
@@ -85,7 +93,7 @@ pub struct InboundSettings {
 }
 
 /// The application behind an inbound listener.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct App {
     /// Its address.
     pub origin: Origin,

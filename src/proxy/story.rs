@@ -8,56 +8,86 @@ use crate::{
     proxy::{
         edge::Edge,
         inbound::Inbound,
+        live::Live,
         outbound::Outbound,
         reject::Rejection,
         worker::{Answer, Call, Worker, refused},
     },
     runtime::Shutdown,
+    telemetry::Direction,
     wire::{TraceContext, request_id},
 };
 
-/// What a listener does with requests.
-pub(super) enum Story {
+/// What a listener does with requests, for as long as it is open; how it is told may change with the settings.
+pub(super) struct Story {
+    worker: Rc<Worker>,
+    direction: Direction,
+    end: Shutdown,
+    tale: Live<Tale>,
+}
+
+/// A story as the settings of the moment want it told.
+pub(super) enum Tale {
     /// Calls of the local application.
-    Outbound(Rc<Worker>, Outbound),
+    Outbound(Outbound),
     /// Calls for the local application.
-    Inbound(Rc<Worker>, Inbound),
+    Inbound(Inbound),
     /// Calls for every service of a place.
-    Edge(Rc<Worker>, Edge),
+    Edge(Edge),
+}
+
+impl Tale {
+    fn direction(&self) -> Direction {
+        match self {
+            Self::Outbound(_) => Direction::Outbound,
+            Self::Inbound(_) | Self::Edge(_) => Direction::Inbound,
+        }
+    }
 }
 
 impl Story {
+    /// A story that is told until `end`.
+    #[must_use]
+    pub(super) fn new(worker: Rc<Worker>, end: Shutdown, tale: Tale) -> Self {
+        Self { worker, direction: tale.direction(), end, tale: Live::new(tale) }
+    }
+
     /// Answers one request.
     pub(super) async fn answer(&self, call: Call<'_>) -> Answer {
-        match self {
-            Self::Outbound(_, outbound) => outbound.answer(call).await,
-            Self::Inbound(_, inbound) => inbound.answer(call).await,
-            Self::Edge(_, edge) => edge.answer(call).await,
+        let tale = self.tale.now();
+        match &*tale {
+            Tale::Outbound(outbound) => outbound.answer(call).await,
+            Tale::Inbound(inbound) => inbound.answer(call).await,
+            Tale::Edge(edge) => edge.answer(call).await,
         }
+    }
+
+    /// How it is told right now.
+    #[must_use]
+    pub(super) fn tale(&self) -> Rc<Tale> {
+        self.tale.now()
+    }
+
+    /// Tells it otherwise from the next request on.
+    pub(super) fn retell(&self, tale: Tale) {
+        self.tale.put(tale);
     }
 
     /// The worker that tells it.
     pub(super) fn worker(&self) -> &Rc<Worker> {
-        match self {
-            Self::Outbound(worker, _) | Self::Inbound(worker, _) | Self::Edge(worker, _) => worker,
-        }
+        &self.worker
     }
 
-    /// How far the end of this way has come.
+    /// How far its end has come: that of its way, or that of its listener where this may close alone.
     pub(super) fn end(&self) -> &Shutdown {
-        let ends = &self.worker().ends;
-        match self {
-            Self::Outbound(..) => &ends.outbound,
-            Self::Inbound(..) | Self::Edge(..) => &ends.inbound,
-        }
+        &self.end
     }
 
     /// The answer to what never became a request; `grpc`: in the words of gRPC.
     pub(super) fn refuse(&self, rejection: &Rejection, grpc: bool) -> Answer {
-        let worker = self.worker();
-        let desk = match self {
-            Self::Outbound(..) => &worker.outbound_desk,
-            Self::Inbound(..) | Self::Edge(..) => &worker.inbound_desk,
+        let desk = match self.direction {
+            Direction::Outbound => &self.worker.outbound_desk,
+            Direction::Inbound => &self.worker.inbound_desk,
         };
         let mut record = desk.open(&Method::GET, &http::Uri::default());
         let id = request_id();
@@ -67,6 +97,6 @@ impl Story {
 
     /// Whether `CONNECT` means something here.
     pub(super) fn takes_connect(&self) -> bool {
-        matches!(self, Self::Outbound(..))
+        self.direction == Direction::Outbound
     }
 }

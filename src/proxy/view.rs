@@ -4,9 +4,8 @@
 //! on it. Pools, vitals and budgets outlive views: an endpoint that did not change keeps its warm connections.
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::RefCell,
     collections::HashMap,
-    net::SocketAddr,
     rc::Rc,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -25,17 +24,17 @@ use crate::{
     cost::{Kind, Leg, Meter, Path, PathKey, PriceBook, Site},
     identity::{Grant, NotPermitted, Slot, Strictness, Tokens, permits},
     model::{
-        AuthMethod, Circuit, Endpoint, EndpointId, EndpointState, NetworkMode, Networking, Origin,
-        Place, Protocol, Routing, Scheme, Service, ServiceName, Timeouts, Zone,
+        AuthMethod, Circuit, Endpoint, EndpointId, EndpointState, Enforcement, NetworkMode,
+        Networking, Origin, Place, Protocol, Routing, Scheme, Service, ServiceName, Timeouts, Zone,
     },
-    net::{ClientTls, Resolver, Tally},
+    net::{Resolver, Tally},
     proxy::{
         record::Series,
         settings::{App, Role, Settings},
     },
     runtime::Clock,
     telemetry::{Direction, Registry},
-    upstream::{Connector, Pool, PoolSettings},
+    upstream::{Connector, OwnAddresses, Pool, PoolSettings},
 };
 
 /// Service, endpoint and address.
@@ -161,8 +160,8 @@ pub(super) struct View {
     clusters: HashMap<ServiceName, Rc<Cluster>, RandomState>,
     /// Authority of an endpoint's `url`, and its host alone → its service.
     hosts: HashMap<Box<str>, ServiceName, RandomState>,
-    /// Whether missing grants refuse, as of the last look.
-    pub strictness: Cell<Strictness>,
+    /// Whether missing grants refuse.
+    pub strictness: Strictness,
 }
 
 impl View {
@@ -176,6 +175,26 @@ impl View {
     #[must_use]
     pub(super) fn service_of(&self, authority: &str) -> Option<&ServiceName> {
         self.hosts.get(authority)
+    }
+
+    /// Whether missing grants refuse at `now` as they did when it was made.
+    #[must_use]
+    pub(super) fn is_as_strict_as_at(&self, now: jiff::Timestamp) -> bool {
+        Strictness::at(&self.catalog.project.mode, now) == self.strictness
+    }
+
+    /// How much longer the project learns; `None` when this view does not.
+    #[must_use]
+    pub(super) fn learns_for(&self, now: jiff::Timestamp) -> Option<Duration> {
+        match (self.strictness, &self.catalog.project.mode) {
+            (Strictness::Learn, Enforcement::LearnUntil(end)) => {
+                // Not a moment too early, or it would be looked at in vain.
+                let left =
+                    end.duration_since(now).saturating_add(jiff::SignedDuration::from_millis(1));
+                Some(Duration::try_from(left).unwrap_or(Duration::ZERO))
+            }
+            (Strictness::Learn | Strictness::Enforce, _) => None,
+        }
     }
 
     /// Every name there is.
@@ -238,17 +257,15 @@ type PoolKey = (ServiceName, EndpointId, Origin, Origin, NetworkMode, Protocol);
 /// Builds views on one worker.
 pub(super) struct Surveyor {
     /// The proxy's settings.
-    pub settings: Arc<Settings>,
+    pub settings: RefCell<Arc<Settings>>,
     /// What the workers share.
     pub ward: Arc<Ward>,
     /// Where tokens come from.
     pub tokens: Arc<Tokens>,
-    /// Whom TLS trusts.
-    pub tls: Arc<ClientTls>,
     /// Names to addresses.
     pub resolver: Resolver,
     /// The proxy's own listeners.
-    pub own: Arc<[SocketAddr]>,
+    pub own: OwnAddresses,
     /// Counts bytes.
     pub meter: Arc<Meter>,
     /// Counts requests.
@@ -273,9 +290,26 @@ struct Way<'a> {
 const FALLBACK_RANK: u8 = 100;
 
 impl Surveyor {
+    /// The proxy's settings right now.
+    #[must_use]
+    pub(super) fn settings(&self) -> Arc<Settings> {
+        Arc::clone(&self.settings.borrow())
+    }
+
+    /// Surveys with other settings from now on; gives those before.
+    pub(super) fn survey_by(&self, settings: Arc<Settings>) -> Arc<Settings> {
+        self.settings.replace(settings)
+    }
+
+    /// The connections of the views so far serve no later one: what was believed or counted of them has changed.
+    pub(super) fn begin_anew(&self) {
+        let _old = self.pools.take();
+    }
+
     /// The view of a snapshot.
     #[must_use]
     pub(super) fn survey(&self, catalog: Arc<Catalog>) -> Rc<View> {
+        let settings = self.settings();
         let strictness = Strictness::at(&catalog.project.mode, Clock::system().now());
         let mut kept = HashMap::new();
         let clusters = catalog
@@ -283,18 +317,20 @@ impl Surveyor {
             .services
             .iter()
             .map(|(name, service)| {
-                let cluster = self.cluster(&catalog, name, service, strictness, &mut kept);
+                let cluster =
+                    self.cluster(&settings, &catalog, name, service, strictness, &mut kept);
                 (name.clone(), Rc::new(cluster))
             })
             .collect();
         let hosts = hosts(&catalog.project.services);
         // Pools that no endpoint uses any more end with the requests that still hold them.
         *self.pools.borrow_mut() = kept;
-        Rc::new(View { hosts, clusters, catalog, strictness: Cell::new(strictness) })
+        Rc::new(View { hosts, clusters, catalog, strictness })
     }
 
     fn cluster(
         &self,
+        settings: &Settings,
         catalog: &Catalog,
         name: &ServiceName,
         service: &Service,
@@ -302,11 +338,11 @@ impl Surveyor {
         kept: &mut HashMap<PoolKey, Rc<Pool>>,
     ) -> Cluster {
         let mut absence = "it has no endpoints";
-        let ways = self.ways(&catalog.project.networking, service, &mut absence);
+        let ways = self.ways(settings, &catalog.project.networking, service, &mut absence);
         let mut targets = Vec::new();
         let mut candidates = Vec::new();
         for way in ways {
-            match self.target(name, service, &way, kept) {
+            match self.target(settings, name, service, &way, kept) {
                 Some((target, candidate)) => {
                     targets.push(Rc::new(target));
                     candidates.push(candidate);
@@ -317,9 +353,8 @@ impl Surveyor {
         let wants_token = targets.iter().any(|target| target.takes_token);
         Cluster {
             service: name.clone(),
-            grant: permits(&catalog.project, &self.settings.service, name, strictness),
-            token: (wants_token && self.settings.role != Role::Edge)
-                .then(|| self.tokens.slot(name)),
+            grant: permits(&catalog.project, &settings.service, name, strictness),
+            token: (wants_token && settings.role != Role::Edge).then(|| self.tokens.slot(name)),
             targets,
             candidates,
             aim: Aim::new(&service.routing, &service.circuit),
@@ -328,18 +363,18 @@ impl Surveyor {
             max_attempts: service.retries.max_attempts.max(1),
             backoff: (service.retries.backoff.base, service.retries.backoff.max),
             budget: self.ward.budget(name),
-            series: self.series_of(name),
+            series: self.series_of(settings, name),
             absence,
         }
     }
 
-    fn series_of(&self, name: &ServiceName) -> Rc<Series> {
+    fn series_of(&self, settings: &Settings, name: &ServiceName) -> Rc<Series> {
         let mut known = self.series.borrow_mut();
         let made = || {
             Series::new(
                 &self.registry,
                 Direction::Outbound,
-                self.settings.service.as_str(),
+                settings.service.as_str(),
                 name.as_str(),
             )
         };
@@ -349,13 +384,14 @@ impl Surveyor {
     /// Every way from here to an endpoint of the service, preferred ones first.
     fn ways<'a>(
         &self,
+        settings: &Settings,
         networking: &Networking,
         service: &'a Service,
         absence: &mut &'static str,
     ) -> Vec<Way<'a>> {
         let mut ways = Vec::new();
         for endpoint in &service.endpoints {
-            let Some(here) = &self.settings.place else {
+            let Some(here) = &settings.place else {
                 // Without a place (a laptop) everything is far away and public.
                 ways.push(Way {
                     endpoint,
@@ -369,7 +405,7 @@ impl Surveyor {
             if *here == endpoint.place {
                 let (address, mode) = endpoint.local_address();
                 // An edge never dials a host it serves itself.
-                if self.settings.role == Role::Edge && mode == NetworkMode::Public {
+                if settings.role == Role::Edge && mode == NetworkMode::Public {
                     *absence = "its endpoint here has neither private_url nor internal_url for the edge to use";
                     continue;
                 }
@@ -398,15 +434,16 @@ impl Surveyor {
 
     fn target(
         &self,
+        settings: &Settings,
         name: &ServiceName,
         service: &Service,
         way: &Way<'_>,
         kept: &mut HashMap<PoolKey, Rc<Pool>>,
     ) -> Option<(Target, Candidate)> {
-        let outbound = self.settings.outbound.as_ref();
+        let outbound = settings.outbound.as_ref();
         // Cross-cloud calls may go through this cloud's own edge.
         let edge = outbound.and_then(|outbound| outbound.via.as_ref()).filter(|_| {
-            self.settings
+            settings
                 .place
                 .as_ref()
                 .is_some_and(|here| here.provider() != way.endpoint.place.provider())
@@ -424,30 +461,25 @@ impl Surveyor {
         let found = self.pools.borrow().get(&key).cloned();
         let pool = match found {
             Some(pool) => pool,
-            None => self.pool(name, way, address, named, service.protocol)?,
+            None => self.pool(settings, name, way, address, named, service.protocol)?,
         };
         kept.insert(key, Rc::clone(&pool));
         let vitals = self
             .ward
             .vitals((name.clone(), way.endpoint.id.clone(), address.clone()), &service.circuit);
-        let here = self.settings.place.as_ref();
+        let here = settings.place.as_ref();
         let rank = here.map_or(0, |here| {
-            Candidate::rank(
-                service.routing.locality,
-                here,
-                self.settings.zone.as_ref(),
-                way.endpoint,
-            )
+            Candidate::rank(service.routing.locality, here, settings.zone.as_ref(), way.endpoint)
         });
         let rank = if way.fallback { rank.saturating_add(FALLBACK_RANK) } else { rank };
-        let price = self.price(way);
+        let price = Self::price(settings, way);
         let candidate =
             Candidate::new(way.endpoint, rank, price, service.limits.requests, Arc::clone(&vitals));
         let host = way.endpoint.url.authority();
         let safe = address.scheme() == Scheme::Https
             || address.host().is_loopback()
             || matches!(address.host(), crate::model::Host::Address(ip) if ip.is_loopback());
-        let keeps_host = self.settings.role == Role::Edge && way.local;
+        let keeps_host = settings.role == Role::Edge && way.local;
         let target = Target {
             id: way.endpoint.id.clone(),
             mode: way.mode,
@@ -464,11 +496,11 @@ impl Surveyor {
         Some((target, candidate))
     }
 
-    fn price(&self, way: &Way<'_>) -> Option<crate::model::NanoUsd> {
-        let here = self.settings.place.as_ref()?;
+    fn price(settings: &Settings, way: &Way<'_>) -> Option<crate::model::NanoUsd> {
+        let here = settings.place.as_ref()?;
         // The book is some milliseconds of parsing: only who asks for prices pays.
         let book = PriceBook::shipped();
-        let from = Site { place: here, zone: self.settings.zone.as_ref() };
+        let from = Site { place: here, zone: settings.zone.as_ref() };
         let to = Site { place: &way.endpoint.place, zone: way.endpoint.zone.as_ref() };
         let class = book.class(from, to, way.mode);
         book.rate(class, here, Some(&way.endpoint.place)).map(|rate| rate.per_gb)
@@ -476,6 +508,7 @@ impl Surveyor {
 
     fn pool(
         &self,
+        settings: &Settings,
         name: &ServiceName,
         way: &Way<'_>,
         address: &Origin,
@@ -485,26 +518,26 @@ impl Surveyor {
         let connector = Connector::new(
             address.clone(),
             named.host(),
-            &self.tls,
+            &settings.tls,
             self.resolver.clone(),
-            Arc::clone(&self.own),
+            self.own.clone(),
         )
         .ok()?;
-        let connector = match self.path(name, way) {
+        let connector = match self.path(settings, name, way) {
             Some(path) => connector
                 .tallied(Rc::new(OnPath { path: path.clone(), kind: Kind::Http }))
                 .tunnels_tallied(Rc::new(OnPath { path, kind: Kind::Tunnel })),
             None => connector,
         };
-        let settings = PoolSettings { head: self.settings.limits.head, ..PoolSettings::default() };
-        Some(Pool::new(settings, protocol, connector))
+        let pool = PoolSettings { head: settings.limits.head, ..PoolSettings::default() };
+        Some(Pool::new(pool, protocol, connector))
     }
 
-    fn path(&self, name: &ServiceName, way: &Way<'_>) -> Option<Path> {
-        let from = self.settings.place.clone()?;
+    fn path(&self, settings: &Settings, name: &ServiceName, way: &Way<'_>) -> Option<Path> {
+        let from = settings.place.clone()?;
         let to = way.endpoint.place.clone();
         let class = PriceBook::shipped().class(
-            Site { place: &from, zone: self.settings.zone.as_ref() },
+            Site { place: &from, zone: settings.zone.as_ref() },
             Site { place: &to, zone: way.endpoint.zone.as_ref() },
             way.mode,
         );
@@ -519,20 +552,21 @@ impl Surveyor {
         service: &ServiceName,
         host: Option<&Origin>,
     ) -> Option<Cluster> {
+        let settings = self.settings();
         let name = host.unwrap_or(&app.origin);
         let connector = Connector::new(
             app.origin.clone(),
             name.host(),
-            &self.tls,
+            &settings.tls,
             self.resolver.clone(),
-            Arc::clone(&self.own),
+            self.own.clone(),
         )
         .ok()?;
         // An application behind TLS speaks what ALPN finds; on loopback HTTP/1.1 costs less than HTTP/2.
         let prefer_h2 = app.origin.scheme() == Scheme::Https;
-        let settings =
-            PoolSettings { head: self.settings.limits.head, prefer_h2, ..PoolSettings::default() };
-        let pool = Pool::new(settings, app.protocol, connector);
+        let pool =
+            PoolSettings { head: settings.limits.head, prefer_h2, ..PoolSettings::default() };
+        let pool = Pool::new(pool, app.protocol, connector);
         let id: EndpointId = "app".parse().ok()?;
         let endpoint = Endpoint {
             id: id.clone(),
@@ -576,7 +610,7 @@ impl Surveyor {
             max_attempts: 1,
             backoff: (Duration::ZERO, Duration::ZERO),
             budget: self.ward.budget(service),
-            series: self.series_of(service),
+            series: self.series_of(&settings, service),
             absence: "",
         })
     }

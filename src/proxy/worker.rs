@@ -1,11 +1,12 @@
 //! What one worker has: its view, its caches, its counters. Nothing of it leaves its thread.
 
-use std::{cell::RefCell, collections::HashMap, rc::Rc, sync::Arc};
+use std::{cell::RefCell, collections::HashMap, rc::Rc, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use http::Uri;
 
 use crate::{
+    api::Catalog,
     discovery::Directory,
     identity::Verifier,
     model::{Host, Origin, Protocol, Scheme, ServiceName},
@@ -13,12 +14,13 @@ use crate::{
     proxy::{
         Ends,
         headers::{self, Forwarded, Via},
+        live::Live,
         record::{Desk, Record},
         reject::Rejection,
-        settings::{App, Limits, Settings},
+        settings::{App, Limits},
         view::{Cluster, Surveyor, View, Ward},
     },
-    runtime::{Alarm, Watchdog},
+    runtime::{Alarm, Clock, Watchdog},
     wire::{Interim, Request, Response},
 };
 
@@ -38,13 +40,17 @@ pub(super) enum Answer {
     Tunnel(Response, Stream, Record),
 }
 
+/// How often a project that learns is looked at, in case the wall clock was set.
+const LOOK_AGAIN: Duration = Duration::from_secs(60);
 /// Hosts outside the project that one worker keeps connections to.
 const MOST_OUTSIDERS: usize = 256;
 
 /// One worker's possessions.
 pub(super) struct Worker {
-    /// The proxy's settings.
-    pub settings: Arc<Settings>,
+    /// The service of this proxy.
+    pub me: ServiceName,
+    /// What clients may ask for.
+    pub limits: Live<Limits>,
     /// What the workers share about endpoints.
     pub ward: Arc<Ward>,
     /// Makes views.
@@ -95,8 +101,8 @@ impl Worker {
     }
 
     /// What clients may ask for.
-    pub(super) fn limits(&self) -> &Limits {
-        &self.settings.limits
+    pub(super) fn limits(&self) -> Rc<Limits> {
+        self.limits.now()
     }
 
     /// The cluster of a host outside the project.
@@ -125,20 +131,48 @@ impl Worker {
         let mut changes = self.directory.changes();
         loop {
             self.refresh();
-            if changes.changed().await.is_err() {
-                return;
+            tokio::select! {
+                changed = changes.changed() => if changed.is_err() {
+                    return;
+                },
+                () = self.learned() => {}
             }
         }
     }
 
-    /// Takes over the snapshot of the moment, if it is another than the one in use.
+    /// Ends when the view in use may take the project to be learning although it no longer is; never when it is not.
+    async fn learned(&self) {
+        let view = self.view.borrow().clone();
+        match view.and_then(|view| view.learns_for(Clock::system().now())) {
+            // The wall clock may be set meanwhile: it is asked again and again.
+            Some(left) => tokio::time::sleep(left.min(LOOK_AGAIN)).await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Takes over the snapshot of the moment, if it is another than the one in use or means something else by now.
     pub(super) fn refresh(&self) {
         let Some(catalog) = self.directory.load() else { return };
-        let same =
-            self.view.borrow().as_ref().is_some_and(|view| Arc::ptr_eq(&view.catalog, &catalog));
+        let now = Clock::system().now();
+        let same = self.view.borrow().as_ref().is_some_and(|view| {
+            Arc::ptr_eq(&view.catalog, &catalog) && view.is_as_strict_as_at(now)
+        });
         if !same {
-            *self.view.borrow_mut() = Some(self.surveyor.survey(catalog));
+            self.survey(catalog);
         }
+    }
+
+    /// Looks at the snapshot of the moment with other settings.
+    pub(super) fn look_again(&self) {
+        if let Some(catalog) = self.directory.load() {
+            self.survey(catalog);
+        }
+    }
+
+    fn survey(&self, catalog: Arc<Catalog>) {
+        let view = self.surveyor.survey(catalog);
+        // Dropped after the borrow: what goes with the old view may look at the new one.
+        let _old = self.view.replace(Some(view));
     }
 }
 

@@ -14,7 +14,7 @@ use tokio_util::{
     task::TaskTracker,
 };
 
-use super::worker::count_panic;
+use super::panics::caught;
 
 /// Rest before a task that panicked is begun again, so that a panic at its start does not burn a CPU.
 const RESTART_AFTER: Duration = Duration::from_secs(1);
@@ -91,7 +91,7 @@ impl Supervisor {
         let body = AssertUnwindSafe(task).catch_unwind().map(move |outcome| {
             lock(&names).running.remove(&id);
             if outcome.is_err() {
-                count_panic(name);
+                caught(name);
             }
         });
         let handle = self.tasks.spawn_on(body, &self.side).abort_handle();
@@ -120,7 +120,7 @@ impl Supervisor {
     {
         self.spawn_until_end(name, async move {
             while AssertUnwindSafe(make()).catch_unwind().await.is_err() {
-                count_panic(name);
+                caught(name);
                 time::sleep(RESTART_AFTER).await;
             }
         });

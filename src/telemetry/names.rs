@@ -110,11 +110,21 @@ pub const JWKS_FAILURES: Name =
 /// Age of the keys in use.
 pub const JWKS_AGE: Name =
     gauge("infrar_jwks_age_seconds", "Since an issuer's public keys were last fetched.");
+/// Label: `outcome`, `applied` or `refused`.
+pub const SETTINGS_RELOADS: Name = counter(
+    "infrar_settings_reloads_total",
+    "Times that the settings were read again, by what came of it: applied or refused.",
+);
+/// Whether the files are in force.
+pub const SETTINGS_CURRENT: Name = gauge(
+    "infrar_settings_current",
+    "1 when what is in force is what the files say; 0 after a refusal, and while a key waits for a restart.",
+);
 /// Build.
 pub const BUILD_INFO: Name = gauge("infrar_build_info", "1, with the version as a label.");
 /// Bugs.
 pub const TASK_PANICS: Name =
-    counter("infrar_task_panics_total", "Tasks that panicked: each is a bug to report.");
+    counter("infrar_task_panics_total", "Panics: each is a bug to report, and ended a task.");
 /// Log lines lost.
 pub const LOG_DROPPED: Name = counter(
     "infrar_log_lines_dropped_total",
@@ -147,6 +157,8 @@ pub const ALL: &[Name] = &[
     JWKS_FETCHES,
     JWKS_FAILURES,
     JWKS_AGE,
+    SETTINGS_RELOADS,
+    SETTINGS_CURRENT,
     BUILD_INFO,
     TASK_PANICS,
     LOG_DROPPED,

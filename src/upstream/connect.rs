@@ -2,6 +2,7 @@
 
 use std::{io, net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
 
+use arc_swap::ArcSwap;
 use rustls::pki_types::ServerName;
 use tokio::{
     net::TcpStream,
@@ -46,6 +47,27 @@ pub enum ConnectError {
     WantsH2,
 }
 
+/// Addresses that no call may go to: the proxy's own listeners. Clones are the same list, also of those that open later.
+#[derive(Clone, Debug, Default)]
+pub struct OwnAddresses(Arc<ArcSwap<Vec<SocketAddr>>>);
+
+impl OwnAddresses {
+    /// These listeners, and no others from now on.
+    pub fn set(&self, addresses: Vec<SocketAddr>) {
+        self.0.store(Arc::new(addresses));
+    }
+
+    /// Whether a call to `address` would come back to us.
+    #[must_use]
+    pub fn contains(&self, address: SocketAddr) -> bool {
+        self.0.load().iter().any(|own| {
+            own.port() == address.port()
+                && (own.ip() == address.ip()
+                    || (own.ip().is_unspecified() && address.ip().is_loopback()))
+        })
+    }
+}
+
 /// The way to one address.
 pub struct Connector {
     address: Origin,
@@ -54,8 +76,7 @@ pub struct Connector {
     resolver: Resolver,
     tally: Option<Rc<dyn Tally>>,
     tunnel_tally: Option<Rc<dyn Tally>>,
-    /// Addresses that are this proxy's own listeners.
-    own: Arc<[SocketAddr]>,
+    own: OwnAddresses,
 }
 
 impl Connector {
@@ -68,7 +89,7 @@ impl Connector {
         name: &Host,
         tls: &Arc<ClientTls>,
         resolver: Resolver,
-        own: Arc<[SocketAddr]>,
+        own: OwnAddresses,
     ) -> Result<Self, ConnectError> {
         let tls = match address.scheme() {
             Scheme::Http => None,
@@ -171,7 +192,8 @@ impl Connector {
                 );
                 ConnectError::Resolve
             })?;
-        if addresses.iter().any(|address| self.is_own(*address)) {
+        // DESIGN §5: the outbound port never dials the proxy's own listeners.
+        if addresses.iter().any(|address| self.own.contains(*address)) {
             return Err(ConnectError::Own);
         }
         let begun = Instant::now();
@@ -182,15 +204,6 @@ impl Connector {
                 if late { ConnectError::Timeout } else { ConnectError::Refused(error) }
             })?;
         Ok((tcp, begun.elapsed()))
-    }
-
-    /// DESIGN §5: the outbound port never dials the proxy's own listeners.
-    fn is_own(&self, address: SocketAddr) -> bool {
-        self.own.iter().any(|own| {
-            own.port() == address.port()
-                && (own.ip() == address.ip()
-                    || (own.ip().is_unspecified() && address.ip().is_loopback()))
-        })
     }
 }
 

@@ -15,7 +15,7 @@ use http::{
 };
 
 pub use self::{
-    connect::{ConnectError, Connector},
+    connect::{ConnectError, Connector, OwnAddresses},
     h1::H1,
     h2::H2,
     pool::{Home, Lease, Pool, PoolSettings, Want},

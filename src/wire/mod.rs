@@ -7,6 +7,7 @@ mod fields;
 mod interim;
 mod message;
 mod problem;
+mod replay;
 mod trace;
 
 pub use body::{Body, BodyError, Prepended, StreamBody};
@@ -14,4 +15,5 @@ pub use fields::Fields;
 pub use interim::Interim;
 pub use message::{Request, Response};
 pub use problem::{PROBLEM_JSON, Problem};
+pub use replay::Replay;
 pub use trace::{TraceContext, request_id};

@@ -15,7 +15,10 @@ use std::{
     os::unix::fs::PermissionsExt,
     path::PathBuf,
     process::{ExitStatus, Stdio},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
@@ -31,13 +34,27 @@ use tokio::{
 /// Long enough for a debug build on a busy machine; nothing waits for it when all is well.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Loopback addresses that are free at the moment of asking, all different. They lie below the ports that the kernel gives
-/// to clients, so that no outgoing connection of a busy machine takes one meanwhile.
+/// Below every port that a system gives to connections which it opens itself (Linux: from 32768), so that none of them
+/// takes a port between its being found free and its being listened on.
+const PORTS: std::ops::Range<u16> = 12_000..32_000;
+
+/// Loopback addresses that are free at the moment of asking, all different, also from those of earlier questions.
 pub(crate) fn free_ports<const N: usize>() -> [SocketAddr; N] {
-    let bind = || std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, fastrand::u16(10_000..32_000)));
-    let free = || (0..1000).find_map(|_| bind().ok()).expect("a free port");
-    let held: [std::net::TcpListener; N] = std::array::from_fn(|_| free());
-    held.map(|listener| listener.local_addr().expect("bound"))
+    static ASKED: AtomicU32 = AtomicU32::new(0);
+    let width = u32::from(PORTS.end - PORTS.start);
+    // Other test processes look for ports too: each begins somewhere else.
+    let begin = std::process::id().wrapping_mul(2_654_435_761) % width;
+    std::array::from_fn(|_| {
+        let mut tries = (0..width).map(|_| {
+            let next = (begin + ASKED.fetch_add(1, Ordering::Relaxed)) % width;
+            PORTS.start + u16::try_from(next).expect("below the width")
+        });
+        let free = tries.find_map(|port| {
+            let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, port)).ok()?;
+            listener.local_addr().ok()
+        });
+        free.expect("a free port")
+    })
 }
 
 /// A temporary folder with the files of a story.
