@@ -25,7 +25,8 @@ USER 65532:65532
 # The only path that is written to, and only where `state_dir` or `--data-dir` names it. The root may be read-only.
 VOLUME /var/lib/infrar
 EXPOSE 15000 15001 15006 7070
-HEALTHCHECK --interval=10s --timeout=2s --start-period=5s --retries=3 CMD ["/usr/local/bin/infrar", "health"]
+# No HEALTHCHECK: a proxy and a control plane run from this image, and what starts them knows which to ask, and where
+# (`infrar health` for a proxy, /readyz for both; see deploy/sidecar/).
 # The proxy answers SIGTERM by draining; give it at least `shutdown.deadline` (25 s) before SIGKILL.
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["/usr/local/bin/infrar"]

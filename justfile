@@ -23,11 +23,11 @@ deny:
 test *words:
     cargo test {{words}}
 
-# The clients of other languages that tests/foreign.rs drives, into target/foreign.
+# What tests/foreign.rs drives: the clients of other languages, into target/foreign, and servers and tools (as root).
 foreign-clients:
     scripts/foreign-clients.sh
 
-# Two simulated clouds with live traffic.
+# Three simulated clouds with live traffic.
 demo:
     cargo run --release -- demo
 

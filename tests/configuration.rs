@@ -185,7 +185,8 @@ fn the_example_sidecar_edge_and_dev_proxy_are_right() {
     let Registry::Control(control) = edge.registry else {
         panic!("an edge follows a control plane")
     };
-    assert_eq!(control.urls.len(), 2);
+    // Two control planes are two issuers: until they share a store, an example names one.
+    assert_eq!(control.urls.len(), 1);
 
     let dev = load("config/dev.yaml");
     assert_eq!((dev.role, dev.place), (Role::Dev, None));
@@ -202,6 +203,8 @@ fn the_configurations_in_the_readme_are_right() {
     let (certificate, key) = certificate(2099);
     machine.write("etc/infrar/tls.crt", &certificate);
     machine.write("etc/infrar/tls.key", &key);
+    machine.write("secrets/web-application", "s3cr3t");
+    machine.write("secrets/reports", "s3cr3t");
     let readme = fs::read_to_string(repository("README.md")).unwrap();
     let blocks = readme.split("```yaml\n").skip(1).filter_map(|rest| rest.split("```").next());
     let (proxies, projects): (Vec<_>, Vec<_>) = blocks.partition(|text| text.contains("role:"));
@@ -313,6 +316,20 @@ fn deployed(machine: &Machine, environments: &[BTreeMap<String, String>]) -> Pro
     for variable in ["HTTP_PROXY", "http_proxy", "INFRAR_OUTBOUND_URL"] {
         assert_eq!(app.get(variable), Some(&listen), "{variable}");
     }
+    // Else the application would ask its cloud for credentials through the proxy, and be refused.
+    for variable in ["NO_PROXY", "no_proxy"] {
+        let past: Vec<&str> = app[variable].split(',').collect();
+        for host in [
+            "localhost",
+            "127.0.0.1",
+            "::1",
+            "169.254.169.254",
+            "169.254.170.2",
+            "metadata.google.internal",
+        ] {
+            assert!(past.contains(&host), "{variable}: {host}");
+        }
+    }
     settings
 }
 
@@ -411,17 +428,17 @@ fn a_listener_opens_when_its_section_or_one_of_its_variables_is_there() {
 #[test]
 fn flags_beat_the_environment_and_the_environment_beats_the_file() {
     let machine = Machine::new();
-    machine.write("credentials/token", "a.b.c");
     let text = sidecar(
         "outbound: { listen: 127.0.0.1:1001, unknown_hosts: allow }\nlog: { format: text }\n",
     );
+    let text = text.replace("client_secret_file: /credentials/client-secret", "token_file: /none");
     let variables = [
         ("INFRAR_OUTBOUND_LISTEN", "127.0.0.1:1002"),
         ("INFRAR_OUTBOUND_PORTS", "{ reports: 127.0.0.1:2001, data: 127.0.0.1:2002 }"),
         ("INFRAR_LOG_ACCESS", "false"),
         ("INFRAR_LOG_FORMAT", "json"),
         // Of keys that exclude each other the higher layer's holds.
-        ("INFRAR_CONTROL_CREDENTIAL_TOKEN_FILE", "/credentials/token"),
+        ("INFRAR_CONTROL_CREDENTIAL_CLIENT_SECRET_FILE", "/credentials/client-secret"),
         ("INFRAR_CONTROL_URL", "[https://a.example:7070, https://b.example:7070]"),
     ];
     let flags = [("outbound.listen", "127.0.0.1:1003"), ("workers", "3")];
@@ -435,7 +452,8 @@ fn flags_beat_the_environment_and_the_environment_beats_the_file() {
     let Registry::Control(control) = settings.registry else {
         panic!("it follows a control plane")
     };
-    assert_eq!(control.credential, Credential::TokenFile(machine.path("credentials/token")));
+    let secret = machine.path("credentials/client-secret");
+    assert_eq!(control.credential, Credential::ClientSecretFile(secret));
     assert_eq!(control.urls.len(), 2);
 }
 
@@ -502,21 +520,24 @@ fn endpoints_without_an_id_get_that_of_their_place() {
 }
 
 #[test]
-fn settings_without_effect_are_accepted_and_noted() {
+fn settings_without_effect_and_no_others_are_noted() {
     let machine = Machine::new();
     machine.write("secret", "x");
     let text = "\
 project: shop
-multi_cloud: { connections: [{ from: aws_us_east_1, to: azure_eastus, type: vpn }] }
+multi_cloud: { connections: [{ from: aws_us_east_1, to: azure_eastus, type: vpn, bandwidth: 1gbps }] }
 services:
   a:
     endpoints: [{ url: \"https://a.example\", provider: azure, region: eastus }]
     hedge: { after: 50ms, budget: 2.5% }
     routing: { policy: balanced, latency_target: 80ms, sticky: { header: x-session } }
-    circuit: { failure_threshold: 7 }
+    circuit: { failure_threshold: 7, recovery_timeout: 5s }
+    health: { path: /healthz }
+    limits: { requests: 100, connections: 10 }
+    retries: { max_attempts: 2 }
     timeouts: { request: null, attempt: 2s }
 permissions: { b: { a: [] } }
-identities: { c: { client_secret_file: secret } }
+identities: { c: { client_secret_file: secret }, d: { issuer: \"https://oidc.example\", subject: d } }
 capabilities: { search: { provider: aws, region: us-east-1, monthly_cost: { compute: 12.50 } } }
 prices: { aws: { baseline_gb: 500, rates: { internet: 0.05 } } }
 ";
@@ -526,10 +547,12 @@ prices: { aws: { baseline_gb: 500, rates: { internet: 0.05 } } }
         loaded.notes,
         [
             "services.a.hedge: read, but this release does not act on it",
-            "services.a.circuit: read, but this release does not act on it",
+            "services.a.health: read, but this release does not act on it",
+            "services.a.limits.connections: read, but this release does not act on it",
             "services.a.routing.sticky: read, but this release does not act on it",
-            "services.a.routing.latency_target: read, but this release does not act on it",
+            "multi_cloud.connections[0].bandwidth: read, but this release does not act on it",
             "multi_cloud.connections[0]: a/azure-eastus has no internal_url, which mode vpn needs",
+            "identities.d: this release takes no issuer and subject for proof, so it gets no token here",
             "permissions.b: has no entry in identities, so it gets no token here",
             "capabilities: read, but this release does not act on it",
             "prices: read, but this release does not act on it",
@@ -650,6 +673,7 @@ identities:
   web-application: { client_secret_file: secrets/none }
   background-workers: { client_secret_file: empty }
   other: {}
+  nothing:
   half: { issuer: \"http://oidc.example\" }
   wrong: s3cr3t
 issuers:
@@ -688,12 +712,13 @@ project.yaml:28:14: permissions.web-application.reports: found \"read\"; write a
 project.yaml:30:42: identities.web-application.client_secret_file: found \"secrets/none\", which does not exist; write the path of a file this user may read
 project.yaml:31:45: identities.background-workers.client_secret_file: found \"empty\", which is empty; put the secret there
 project.yaml:32:10: identities.other: found no proof; write either client_secret_file, or issuer and subject
-project.yaml:33:9: identities.half: found issuer; write either client_secret_file, or issuer and subject
-project.yaml:34:10: identities.wrong: found a single value or list; write a map; its keys are client_secret_file, issuer, subject
-project.yaml:36:28: issuers[0].jwks_uri: found \"https://…@x.example\"; write a URL, such as https://issuer.example/keys
-project.yaml:37:5: issuers[1]: found no keys; write either jwks_uri or jwks_file
-project.yaml:37:5: issuers[1]: found this issuer a second time; keep one entry per issuer
-project.yaml:38:7: mode: found \"learning\"; write learn
+project.yaml:33:10: identities.nothing: found no proof; write either client_secret_file, or issuer and subject
+project.yaml:34:9: identities.half: found issuer; write either client_secret_file, or issuer and subject
+project.yaml:35:10: identities.wrong: found a single value or list; write a map; its keys are client_secret_file, issuer, subject
+project.yaml:37:28: issuers[0].jwks_uri: found \"https://…@x.example\"; write a URL, such as https://issuer.example/keys
+project.yaml:38:5: issuers[1]: found no keys; write either jwks_uri or jwks_file
+project.yaml:38:5: issuers[1]: found this issuer a second time; keep one entry per issuer
+project.yaml:39:7: mode: found \"learning\"; write learn
 ";
 
 #[test]
@@ -726,6 +751,7 @@ inbound:
       - { path: /a*, public: true }
       - { path: /b, public: true, scopes: [] }
       - { path: /c }
+      - { path: /a%zz, public: true }
   - listen: 127.0.0.1:2
     app: ftp://127.0.0.1
     tls: auto
@@ -749,7 +775,7 @@ proxy.yaml:2:8: place: found \"nowhere\"; write provider and region, such as aws
 proxy.yaml:4:8: control.url: found \"http://control.example:7070\"; write https:// (the credential travels over TLS only)
 proxy.yaml:5:15: control.credential: found client_secret_file and token_file; write exactly one of client_secret_file, token_file, private_key_file
 proxy.yaml:5:37: control.credential.client_secret_file: found \"none\", which does not exist; write the path of a file this user may read
-proxy.yaml:6:14: control.state_dir: found \"/etc/infrar/ca.pem\", which is no folder; write the path of a folder
+proxy.yaml:6:14: control.state_dir: found \"/etc/infrar/ca.pem\", which is no folder; write the path of a folder this user may write to
 proxy.yaml:8:11: outbound.listen: found \"15001x\"; write an address with a port, such as 127.0.0.1:15001
 proxy.yaml:9:44: outbound.ports.reports: found \"127.0.0.1:15006\", which outbound.ports.data has; give each listener a port of its own
 proxy.yaml:10:18: outbound.unknown_hosts: found \"denny\"; write deny
@@ -766,17 +792,18 @@ proxy.yaml:20:33: inbound[1].rules[0].scopes[0]: found \"a b\"; write a scope wi
 proxy.yaml:21:17: inbound[1].rules[1].path: found \"/a*\"; put * only at the end, after a slash: /v1/*
 proxy.yaml:22:9: inbound[1].rules[2]: found public and scopes; write either public: true or scopes: [ … ]
 proxy.yaml:23:9: inbound[1].rules[3]: found neither public nor scopes; write either public: true or scopes: [ … ]
-proxy.yaml:25:10: inbound[2].app: found \"ftp://127.0.0.1\"; write the application's address, such as http://127.0.0.1:8080 (h2c:// for HTTP/2 only)
-proxy.yaml:26:10: inbound[2].tls: found auto, which this release cannot do yet; write tls: { cert_file: …, key_file: … }, or platform where the cloud ends TLS
-proxy.yaml:27:16: inbound[2].advertise: found a registration, which this release cannot do yet; leave it out and list the endpoint in project.yaml
-proxy.yaml:30:23: inbound[3].tls.cert_file: found \"old.crt\", which expired on Dec 31 00:00:00 2011 +00:00; write the path of a certificate that is still valid
-proxy.yaml:31:18: admin.listen: found \"0.0.0.0:15000\"; write a loopback address, and admin.probes for probes from elsewhere
-proxy.yaml:32:19: trust.ca_file: found \"/credentials/client-secret\", which holds no certificate; write the path of a certificate in PEM
-proxy.yaml:33:11: shutdown: found a grace that is not shorter than the deadline; write a grace below the deadline
-proxy.yaml:34:20: limits.streams: found \"0\"; write a whole number from 1 to 1000000
-proxy.yaml:34:37: limits.header_bytes: found \"many\"; write a number of bytes, such as 65536, 60KiB or 10MiB
-proxy.yaml:34:57: limits.idle_timeout: found \"999999d\"; write a length of time above zero, such as 25ms, 5s or 7d (at most 366d)
-proxy.yaml:35:10: workers: found \"0\"; write auto, or a number from 1 to 1024
+proxy.yaml:24:17: inbound[1].rules[4].path: found \"/a%zz\"; write a path that can be compared (the path cannot be decoded)
+proxy.yaml:26:10: inbound[2].app: found \"ftp://127.0.0.1\"; write the application's address, such as http://127.0.0.1:8080 (h2c:// for HTTP/2 only)
+proxy.yaml:27:10: inbound[2].tls: found auto, which this release cannot do yet; write tls: { cert_file: …, key_file: … }, or platform where the cloud ends TLS
+proxy.yaml:28:16: inbound[2].advertise: found a registration, which this release cannot do yet; leave it out and list the endpoint in project.yaml
+proxy.yaml:31:23: inbound[3].tls.cert_file: found \"old.crt\", which expired on Dec 31 00:00:00 2011 +00:00; write the path of a certificate that is still valid
+proxy.yaml:32:18: admin.listen: found \"0.0.0.0:15000\"; write a loopback address, and admin.probes for probes from elsewhere
+proxy.yaml:33:19: trust.ca_file: found \"/credentials/client-secret\", which holds no certificate; write the path of a certificate in PEM
+proxy.yaml:34:11: shutdown: found a grace that is not shorter than the deadline; write a grace below the deadline
+proxy.yaml:35:20: limits.streams: found \"0\"; write a whole number from 1 to 1000000
+proxy.yaml:35:37: limits.header_bytes: found \"many\"; write a number of bytes, such as 65536, 60KiB or 10MiB
+proxy.yaml:35:57: limits.idle_timeout: found \"999999d\"; write a length of time above zero, such as 25ms, 5s or 7d (at most 366d)
+proxy.yaml:36:10: workers: found \"0\"; write auto, or a number from 1 to 1024
 ";
 
 #[test]
@@ -789,6 +816,39 @@ fn an_issuer_that_would_make_its_callers_names_unclear_is_refused() {
         assert!(told.contains("project.yaml:4:15: issuers[0].issuer: found"), "{told}");
         assert!(told.contains("write it without spaces and #"), "{told}");
     }
+}
+
+#[test]
+fn what_cannot_start_is_a_fault_of_the_file() {
+    let machine = Machine::new();
+    let base = "service: a\nplace: aws_us_east_1\n";
+    let credential = |credential: &str, more: &str| {
+        machine.wrong_proxy(&format!(
+            "{base}control: {{ url: \"https://c.example\", credential: {{ {credential}: /credentials/client-secret }}{more} }}\n"
+        ))
+    };
+    for kind in ["token_file", "private_key_file"] {
+        let told = credential(kind, "");
+        let fault = format!(
+            "control.credential.{kind}: found {kind}, which this release cannot do yet; write client_secret_file: with a shared secret"
+        );
+        assert!(told.starts_with("proxy.yaml:3:") && told.ends_with(&fault), "{told}");
+    }
+    // Below a file no folder can be made, whoever asks.
+    let told = credential("client_secret_file", ", state_dir: /etc/infrar/ca.pem/state");
+    let fault = "control.state_dir: found \"/etc/infrar/ca.pem/state\", which is no folder";
+    assert!(told.contains(fault), "{told}");
+    // Neither in a file system that takes none: /proc, for root too.
+    let credentials = machine.path("credentials").display().to_string();
+    let text = sidecar("  state_dir: /proc/x\n").replace("/credentials", &credentials);
+    let file = machine.write("proxy.yaml", &text);
+    let told = machine.told(&config::load_proxy(Some(&file), iter::empty(), &[]).unwrap_err());
+    let fault =
+        "proxy.yaml:6:14: control.state_dir: found \"/proc/x\", where nothing can be kept: ";
+    assert!(told.starts_with(fault), "{told}");
+    // One that can be used is left as it was.
+    assert!(machine.proxy(&sidecar("  state_dir: /var/lib/infrar\n")).is_ok());
+    assert!(!machine.path("var").exists());
 }
 
 #[test]

@@ -26,7 +26,11 @@ use infrar::{
 use jsonwebtoken::{Algorithm, DecodingKey, Validation, decode, decode_header, jwk::JwkSet};
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::Value;
-use tokio::time::timeout;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpSocket, TcpStream},
+    time::timeout,
+};
 
 const SECRET: &str = "a secret with + and % in it";
 
@@ -309,6 +313,22 @@ async fn guessing_a_secret_is_slowed_down() {
 }
 
 #[tokio::test]
+async fn nobody_locks_a_caller_out_by_guessing_at_its_secret() {
+    let folder = tempfile::tempdir().unwrap();
+    let running = start(folder.path()).await;
+    let client = client(&running);
+    // A stranger behind the same address, as behind a NAT or on the same host.
+    let wrong = Credential { secret: "wrong".to_owned().into(), ..web() };
+    while refused_with(client.token(&wrong, "data-intelligence", None).await).0
+        != StatusCode::TOO_MANY_REQUESTS
+    {}
+    assert!(client.token(&web(), "data-intelligence", None).await.is_ok());
+    // Being right does not clear what the stranger has on its count.
+    let refused = refused_with(client.token(&wrong, "data-intelligence", None).await);
+    assert_eq!(refused.0, StatusCode::TOO_MANY_REQUESTS);
+}
+
+#[tokio::test]
 async fn the_catalog_is_sent_once_per_revision() {
     let folder = tempfile::tempdir().unwrap();
     let running = start(folder.path()).await;
@@ -404,6 +424,8 @@ async fn services_are_listed_and_an_unknown_one_is_answered_with_near_names() {
     let answer = ask(&running, request, "").await;
     assert_eq!(answer.status(), StatusCode::NOT_FOUND);
     assert_eq!(json(&answer)["nearest"], serde_json::json!(["data-intelligence"]));
+    let detail = json(&answer)["detail"].to_string();
+    assert!(detail.contains("did you mean data-intelligence?"), "{detail}");
 }
 
 #[tokio::test]
@@ -532,7 +554,33 @@ async fn a_body_that_is_too_large_is_not_read() {
     let running = start(folder.path()).await;
     let answer = token_form(&running, &"x".repeat(20_000)).await;
     assert_eq!(answer.status(), StatusCode::PAYLOAD_TOO_LARGE);
-    assert_eq!(json(&answer)["code"], "body-too-large");
+    // Its clients read OAuth errors, whatever went wrong.
+    assert_eq!(json(&answer)["error"], "invalid_request");
+    assert_eq!(answer.headers()["content-type"], "application/json");
+}
+
+#[tokio::test]
+async fn many_silent_connections_of_one_address_leave_places_for_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut settings = Settings::new(anywhere(), folder.path().join("data"));
+    settings.connections = 8;
+    let running = Control::start(settings, project("data.example"), identities()).await.unwrap();
+    let connect = async || TcpStream::connect(running.local_addr()).await.unwrap();
+    let mut silent = Vec::new();
+    for _ in 0..4 {
+        silent.push(connect().await);
+    }
+    // The half of this address is taken: another is told so at once instead of waiting behind them.
+    let told = timeout(Duration::from_secs(5), connect().await.read_u8()).await.unwrap();
+    assert!(told.is_err(), "closed or reset");
+    // Another address of this machine is another address.
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.2:0".parse().unwrap()).unwrap();
+    let mut other = socket.connect(running.local_addr()).await.unwrap();
+    other.write_all(b"GET /livez HTTP/1.0\r\n\r\n").await.unwrap();
+    let mut answer = String::new();
+    other.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.0 200"), "{answer}");
 }
 
 #[tokio::test]

@@ -1,7 +1,7 @@
 //! Other people's clients and servers, through the real binary: a control plane, a caller's sidecar and a callee's.
 //!
 //! Nothing here is ours but the proxies between: curl, Python's requests, httpx, aiohttp, grpcio and websockets call; aiohttp,
-//! grpcio and nginx answer; h2load loads and promtool reads. `scripts/foreign-clients.sh` brings the Python ones. A story whose client is missing
+//! grpcio and nginx answer; h2load loads and promtool reads. `scripts/foreign-clients.sh` brings them all. A story whose client is missing
 //! says so and is skipped; under `CI=true` it fails instead.
 #![expect(clippy::expect_used, clippy::panic, reason = "the helpers of a test may fail it")]
 
@@ -554,7 +554,7 @@ fn program(name: &str) -> Option<PathBuf> {
         .chain([PathBuf::from("/usr/sbin")])
         .map(|folder| folder.join(name))
         .find(|file| file.is_file());
-    found.or_else(|| missing(&format!("{name} is not installed")))
+    found.or_else(|| missing(&format!("{name} is not installed: run scripts/foreign-clients.sh")))
 }
 
 fn missing<T>(what: &str) -> Option<T> {

@@ -115,7 +115,7 @@ impl ClientError {
 /// What the client needs.
 #[derive(Clone, Debug)]
 pub struct ClientSettings {
-    /// The replicas; a path is kept as a prefix. May be empty for a client that only fetches key sets.
+    /// Addresses of one control plane; a path is kept as a prefix. May be empty for a client that only fetches key sets.
     pub urls: Vec<Url>,
     /// Certificates (PEM) trusted besides those of the system.
     pub ca_file: Option<PathBuf>,
@@ -327,6 +327,21 @@ impl Client {
     pub async fn own_jwks(&self) -> Result<serde_json::Value, ClientError> {
         let (answer, host) = self.ask(&Question::get("/.well-known/jwks.json", None)?).await?;
         self.read(answer, &host, JWKS_LIMIT).await
+    }
+
+    /// What the control plane's tokens have as `iss`, by its own discovery document (RFC 8414 §3.2).
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn own_issuer(&self) -> Result<String, ClientError> {
+        #[derive(Deserialize)]
+        struct Document {
+            issuer: String,
+        }
+        let question = Question::get("/.well-known/openid-configuration", None)?;
+        let (answer, host) = self.ask(&question).await?;
+        let document: Document = self.read(answer, &host, SMALL_LIMIT).await?;
+        Ok(document.issuer)
     }
 
     /// The public keys at `url`, of any issuer. At most 1 MiB is read; what is in it, is not looked at.

@@ -22,6 +22,7 @@ use tokio::{
     sync::mpsc,
     time::{self, Instant},
 };
+use uuid::Uuid;
 
 use crate::{
     cli::{
@@ -70,8 +71,8 @@ struct Folder(PathBuf);
 
 impl Folder {
     fn create() -> anyhow::Result<Self> {
-        let path = std::env::temp_dir().join(format!("infrar-demo-{}", std::process::id()));
-        // A folder of that name is not ours: the system gives no process id twice at a time.
+        // Not by the process id: in a container that is the same each time, and a folder may be left from a kill.
+        let path = std::env::temp_dir().join(format!("infrar-demo-{}", Uuid::now_v7().simple()));
         fs::DirBuilder::new()
             .mode(0o700)
             .create(&path)

@@ -1,6 +1,6 @@
 //! `infrar health`: whether the proxy on this machine is ready, for images without curl.
 
-use std::{process::ExitCode, time::Duration};
+use std::{net::SocketAddr, process::ExitCode, time::Duration};
 
 use anyhow::Context;
 use tokio::{
@@ -10,12 +10,23 @@ use tokio::{
 };
 use url::Url;
 
+use crate::config::defaults::ADMIN_LISTEN;
+
 /// 0 when the proxy is ready.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Health {
-    /// The proxy's admin API.
-    #[arg(long, env = "INFRAR_ADMIN_URL", default_value = "http://127.0.0.1:15000")]
-    admin: Url,
+    /// The proxy's admin API [default: where INFRAR_ADMIN_LISTEN says, else http://127.0.0.1:15000].
+    #[arg(long, env = "INFRAR_ADMIN_URL", value_name = "URL", value_parser = address)]
+    admin: Option<Url>,
+    /// The proxy's own setting, from the environment that a container's commands share.
+    #[arg(long, env = "INFRAR_ADMIN_LISTEN", hide = true)]
+    admin_listen: Option<SocketAddr>,
+}
+
+fn address(text: &str) -> Result<Url, String> {
+    let url: Option<Url> = text.parse().ok();
+    url.filter(|url| url.scheme() == "http" && url.has_host())
+        .ok_or_else(|| "write http://HOST:PORT; the admin API speaks plain HTTP".to_owned())
 }
 
 /// A probe that takes longer has failed.
@@ -28,18 +39,26 @@ impl Health {
     /// Whatever keeps it from an answer.
     #[expect(clippy::print_stderr, reason = "a command speaks to people")]
     pub(crate) async fn run(self) -> anyhow::Result<ExitCode> {
-        let host = self.admin.host_str().context("--admin: write http://HOST:PORT")?;
-        let port = self.admin.port_or_known_default().context("--admin: write http://HOST:PORT")?;
+        let at = self.admin()?;
+        let host = at.host_str().context("--admin: write http://HOST:PORT")?;
+        let port = at.port_or_known_default().context("--admin: write http://HOST:PORT")?;
         let answer =
             timeout(LIMIT, ask(host, port)).await.context("the proxy did not answer in time")?;
-        let answer =
-            answer.with_context(|| format!("the admin API at {} cannot be reached", self.admin))?;
+        let answer = answer.with_context(|| format!("the admin API at {at} cannot be reached"))?;
         if answer.starts_with("HTTP/1.1 200") {
             return Ok(ExitCode::SUCCESS);
         }
         let why = answer.split("\r\n\r\n").nth(1).unwrap_or_default().trim();
         eprintln!("infrar: not ready: {why}");
         Ok(ExitCode::FAILURE)
+    }
+
+    fn admin(&self) -> anyhow::Result<Url> {
+        match (&self.admin, self.admin_listen) {
+            (Some(url), _) => Ok(url.clone()),
+            (None, Some(listen)) => Ok(format!("http://{listen}").parse()?),
+            (None, None) => Ok(format!("http://{ADMIN_LISTEN}").parse()?),
+        }
     }
 }
 
@@ -51,4 +70,33 @@ async fn ask(host: &str, port: u16) -> std::io::Result<String> {
     let mut answer = Vec::new();
     stream.take(64 * 1024).read_to_end(&mut answer).await?;
     Ok(String::from_utf8_lossy(&answer).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Alone {
+        #[command(flatten)]
+        health: Health,
+    }
+
+    #[test]
+    fn it_asks_where_the_proxy_was_told_to_listen() {
+        let asked = |words: &[&str]| {
+            let words = ["health"].iter().chain(words);
+            Alone::parse_from(words).health.admin().unwrap().to_string()
+        };
+        assert_eq!(asked(&[]), "http://127.0.0.1:15000/");
+        assert_eq!(asked(&["--admin-listen", "[::1]:1"]), "http://[::1]:1/");
+        let both = ["--admin-listen", "[::1]:1", "--admin", "http://localhost:2"];
+        assert_eq!(asked(&both), "http://localhost:2/");
+        // Nothing but plain HTTP would be understood.
+        for wrong in ["https://127.0.0.1:15000", "127.0.0.1:15000", "http:"] {
+            assert!(Alone::try_parse_from(["health", "--admin", wrong]).is_err(), "{wrong:?}");
+        }
+    }
 }

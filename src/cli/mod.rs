@@ -23,6 +23,7 @@ mod world;
 
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::{
@@ -32,18 +33,21 @@ use crate::{
     net,
     proxy::StartError,
     runtime::{Side, Supervisor, report_panics},
-    telemetry::{self, Format},
+    telemetry::{self, Format, LogError},
 };
+
+/// Flags that every command has, apart from its own.
+const LOG: &str = "Log";
 
 /// A proxy beside each service, an edge in each cloud, and the small control plane they share.
 #[derive(Debug, Parser)]
 #[command(name = "infrar", version, about, propagate_version = true)]
 struct Cli {
     /// The form of log lines: auto (text on a terminal, else json), text or json.
-    #[arg(long, global = true, env = "INFRAR_LOG_FORMAT", value_parser = log_format)]
+    #[arg(long, global = true, env = "INFRAR_LOG_FORMAT", value_parser = log_format, help_heading = LOG)]
     log_format: Option<Format>,
     /// How much is logged: error, warn, info, debug or trace, or directives.
-    #[arg(long, global = true, env = "INFRAR_LOG_LEVEL")]
+    #[arg(long, global = true, env = "INFRAR_LOG_LEVEL", help_heading = LOG)]
     log_level: Option<String>,
     #[command(subcommand)]
     command: Command,
@@ -52,7 +56,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Up(up::Up),
-    /// Two simulated clouds with sidecars and sample services in one process, live traffic.
+    /// Three simulated clouds with sidecars and sample services in one process, live traffic.
     Demo,
     Proxy(proxy::Proxy),
     Control(control::ControlArgs),
@@ -63,6 +67,36 @@ enum Command {
     Completions(completions::Completions),
     Man(completions::Man),
 }
+
+impl Cli {
+    /// The form of all lines, those about the process and those about requests: what the flag says, else the
+    /// environment, else the settings of the proxy that is to run.
+    fn format(&mut self) -> Format {
+        match &mut self.command {
+            Command::Proxy(proxy) => {
+                proxy.flags.log_format = self.log_format;
+                proxy.flags.resolved_log_format()
+            }
+            Command::Up(up) => {
+                up.log_format = self.log_format;
+                self.log_format.unwrap_or_default()
+            }
+            Command::Demo
+            | Command::Control(_)
+            | Command::Check(_)
+            | Command::Health(_)
+            | Command::Services(_)
+            | Command::Token(_)
+            | Command::Completions(_)
+            | Command::Man(_) => self.log_format.unwrap_or_default(),
+        }
+    }
+}
+
+/// The command line lacks something; says what to write.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Usage(&'static str);
 
 fn log_format(text: &str) -> Result<Format, String> {
     match text {
@@ -78,12 +112,14 @@ fn log_format(text: &str) -> Result<Format, String> {
 #[must_use]
 pub fn main() -> ExitCode {
     net::install_provider();
-    let cli = Cli::parse();
+    let mut cli = Cli::parse();
+    let format = cli.format();
     let quiet = matches!(cli.command, Command::Demo);
     let level = cli.log_level.as_deref().unwrap_or(if quiet { "warn" } else { "info" });
-    let log = match telemetry::start(cli.log_format.unwrap_or_default(), level) {
+    let log = telemetry::start(format, level).context("--log-level or INFRAR_LOG_LEVEL");
+    let log = match log {
         Ok(log) => log,
-        Err(error) => return fail(&error.into()),
+        Err(error) => return fail(&error),
     };
     report_panics();
     let side = match Side::start() {
@@ -127,6 +163,9 @@ fn fail(error: &anyhow::Error) -> ExitCode {
             || cause.downcast_ref::<ControlError>().is_some_and(ControlError::is_configuration)
             || matches!(cause.downcast_ref(), Some(ClientError::Settings { .. }))
             || cause.is::<net::BindError>()
+            || cause.is::<net::BindErrors>()
+            || matches!(cause.downcast_ref(), Some(LogError::Level(_)))
+            || cause.is::<Usage>()
             || cause.is::<StartError>()
             || cause.is::<net::TlsError>()
     });

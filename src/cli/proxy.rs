@@ -43,7 +43,7 @@ const QUIET: Duration = Duration::from_secs(5);
 #[derive(Debug, clap::Args)]
 pub(crate) struct Proxy {
     #[command(flatten)]
-    flags: ProxyFlags,
+    pub(super) flags: ProxyFlags,
 }
 
 impl Proxy {
@@ -109,6 +109,8 @@ async fn stopped(signals: &mut Signals) {
 /// A proxy that runs in this process.
 pub(crate) struct RunningProxy {
     helm: Helm,
+    /// Where its admin API listens.
+    pub(crate) admin: SocketAddr,
     ends: Ends,
     supervisor: Arc<Supervisor>,
     running: proxy::Running,
@@ -120,6 +122,7 @@ pub(crate) struct RunningProxy {
 /// # Errors
 /// Whatever keeps it from beginning.
 pub(crate) fn start(file: &ProxyFile) -> anyhow::Result<RunningProxy> {
+    net::try_bind(&file.addresses())?;
     let supervisor = Arc::new(Supervisor::new(Handle::current()));
     let admin_socket = bind(file.admin.listen, "admin.listen")?;
     let probes_socket = file.admin.probes.map(|at| bind(at, "admin.probes")).transpose()?;
@@ -168,11 +171,12 @@ pub(crate) fn start(file: &ProxyFile) -> anyhow::Result<RunningProxy> {
         ready: world.readiness(!file.inbound.is_empty()),
         shutdown: ends.inbound.clone(),
         drain: Arc::clone(&drained),
+        supervisor: Supervisor::clone(&supervisor),
     };
-    serve(&supervisor, admin, admin_socket, probes_socket)?;
+    serve(&supervisor, admin, admin_socket, probes_socket);
     world.live(&supervisor);
     watch_certificates(&supervisor, &helm);
-    Ok(RunningProxy { helm, ends, supervisor, running, drained })
+    Ok(RunningProxy { helm, admin: admin_at, ends, supervisor, running, drained })
 }
 
 fn bind(at: SocketAddr, key: &str) -> anyhow::Result<TcpListener> {
@@ -181,26 +185,11 @@ fn bind(at: SocketAddr, key: &str) -> anyhow::Result<TcpListener> {
     Ok(TcpListener::from_std(socket)?)
 }
 
-fn serve(
-    supervisor: &Supervisor,
-    admin: Admin,
-    socket: TcpListener,
-    probes: Option<TcpListener>,
-) -> anyhow::Result<()> {
+fn serve(supervisor: &Supervisor, admin: Admin, socket: TcpListener, probes: Option<TcpListener>) {
     if let Some(probes) = probes {
-        let admin = admin.clone();
-        supervisor.spawn_until_end("probes", async move {
-            if let Err(error) = admin.serve_probes(probes).await {
-                tracing::error!(%error, "the probes ended");
-            }
-        });
+        supervisor.spawn_until_end("probes", admin.clone().serve_probes(probes));
     }
-    supervisor.spawn_until_end("admin", async move {
-        if let Err(error) = admin.serve(socket).await {
-            tracing::error!(%error, "the admin API ended");
-        }
-    });
-    Ok(())
+    supervisor.spawn_until_end("admin", admin.serve(socket));
 }
 
 impl RunningProxy {

@@ -9,9 +9,13 @@ use std::{
 use secrecy::SecretString;
 use url::Url;
 
-use crate::api::{Client, ClientError, ClientSettings};
+use super::Usage;
+use crate::{
+    api::{Client, ClientError, ClientSettings},
+    config,
+};
 
-/// Addresses of a control plane as a flag or variable has them: one, several with commas between, or the YAML list
+/// Several addresses of one control plane, as a flag or variable has them: one, several with commas between, or the YAML list
 /// that a proxy's `INFRAR_CONTROL_URL` may be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Replicas(Vec<Url>);
@@ -29,14 +33,29 @@ impl FromStr for Replicas {
 fn address(text: &str) -> Result<Url, String> {
     let text = text.trim().trim_matches(['"', '\'']);
     let url: Option<Url> = text.parse().ok();
-    url.filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host())
-        .ok_or_else(|| format!("{text:?} is no address; write https://HOST:PORT"))
+    let url = url
+        .filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host())
+        .ok_or_else(|| format!("{text:?} is no address; write https://HOST:PORT"))?;
+    encrypted(url)
+}
+
+/// Secrets and tokens, and the keys that say who is believed, travel over TLS, or stay on this machine.
+fn encrypted(url: Url) -> Result<Url, String> {
+    if url.scheme() == "http" && !config::is_loopback(&url) {
+        return Err("write https:// (plain http is spoken to this machine only)".to_owned());
+    }
+    Ok(url)
+}
+
+/// An address of keys.
+pub(crate) fn keys_url(text: &str) -> Result<Url, String> {
+    encrypted(text.parse().map_err(|_no_url| "write https://HOST/PATH".to_owned())?)
 }
 
 /// Where the control plane is, and whom to believe on the way.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Reach {
-    /// The control plane; several replicas with commas between.
+    /// The control plane; several addresses of it with commas between.
     #[arg(
         long,
         env = "INFRAR_CONTROL_URL",
@@ -58,25 +77,35 @@ impl Reach {
         Client::new(ClientSettings::new(self.control.0.clone(), self.ca_file.clone()))
     }
 
-    /// The issuer that a control plane without `--public-url` has at this address.
-    pub(crate) fn issuer(&self) -> String {
+    /// The address that is asked first.
+    pub(crate) fn address(&self) -> String {
         let first = self.control.0.first().map(Url::as_str).unwrap_or_default();
         first.trim_end_matches('/').to_owned()
     }
 }
+
+/// What to do without one.
+const NO_TOKEN: Usage = Usage(
+    "the control plane answers whoever has a token; get one and ask again:\n  \
+     export INFRAR_TOKEN=$(infrar token get --client-id NAME --client-secret-file FILE)\n\
+     (with `infrar up`: the caller it speaks for, and the file `secret` in its --data-dir)",
+);
 
 /// A bearer for the audience `infrar-control`.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Bearer {
     /// A token for the audience infrar-control: `infrar token get`.
     #[arg(long, env = "INFRAR_TOKEN", hide_env_values = true, value_name = "TOKEN")]
-    token: SecretString,
+    token: Option<SecretString>,
 }
 
 impl Bearer {
     /// The token.
-    pub(crate) fn secret(&self) -> &SecretString {
-        &self.token
+    ///
+    /// # Errors
+    /// [`Usage`] says how to get one.
+    pub(crate) fn secret(&self) -> Result<&SecretString, Usage> {
+        self.token.as_ref().ok_or(NO_TOKEN)
     }
 }
 
@@ -119,13 +148,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn replicas_are_written_alone_with_commas_or_as_a_list() {
+    fn addresses_are_written_alone_with_commas_or_as_a_list_and_are_encrypted() {
         let two = ["https://a:7070/", "https://b/"];
         for text in ["https://a:7070,https://b", "[https://a:7070, \"https://b\"]"] {
             let Replicas(urls) = text.parse().unwrap();
             assert_eq!(urls.iter().map(Url::as_str).collect::<Vec<_>>(), two, "{text}");
         }
-        for bad in ["", "control:7070", "ftp://a", "https://a,"] {
+        for local in ["http://127.0.0.1:7070", "http://localhost:7070", "http://[::1]:7070"] {
+            assert!(local.parse::<Replicas>().is_ok(), "{local:?}");
+        }
+        for bad in ["", "control:7070", "ftp://a", "https://a,", "http://control.example:7070"] {
             assert!(bad.parse::<Replicas>().is_err(), "{bad:?}");
         }
     }

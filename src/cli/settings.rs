@@ -200,7 +200,7 @@ fn limits(limits: &config::ProxyLimits) -> proxy::Limits {
     }
 }
 
-fn format(format: config::LogFormat) -> Format {
+pub(super) fn format(format: config::LogFormat) -> Format {
     match format {
         config::LogFormat::Auto => Format::Auto,
         config::LogFormat::Text => Format::Text,

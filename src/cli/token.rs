@@ -14,7 +14,7 @@ use secrecy::{ExposeSecret, SecretString};
 use serde_json::{Value, json};
 use url::Url;
 
-use super::reach::{Reach, print, tame};
+use super::reach::{Reach, keys_url, print, tame};
 use crate::{
     api::{CONTROL_AUDIENCE, Credential},
     identity::{Claims, Jwks, KeySet, MAX_TOKEN_BYTES, TokenFault, Trusted, Verifier},
@@ -171,11 +171,11 @@ struct Verify {
     /// Whom it must be for.
     #[arg(long, value_name = "NAME")]
     audience: String,
-    /// Who must have issued it [default: the address of --control].
+    /// Who must have issued it [default: what --control says of itself].
     #[arg(long, value_name = "ISS")]
     issuer: Option<String>,
     /// Where the issuer's keys are [default: those of --control].
-    #[arg(long, value_name = "URL", conflicts_with = "jwks_file", requires = "issuer")]
+    #[arg(long, value_name = "URL", value_parser = keys_url, conflicts_with = "jwks_file", requires = "issuer")]
     jwks_uri: Option<Url>,
     /// A file with the issuer's keys.
     #[arg(long, value_name = "FILE", requires = "issuer")]
@@ -190,7 +190,10 @@ struct Verify {
 impl Verify {
     async fn run(self) -> anyhow::Result<ExitCode> {
         let token = given(self.token.clone())?;
-        let issuer = self.issuer.clone().unwrap_or_else(|| self.reach.issuer());
+        let issuer = match &self.issuer {
+            Some(issuer) => issuer.clone(),
+            None => self.reach.client()?.own_issuer().await?,
+        };
         let keys = KeySet::from_json(&self.keys().await?)
             .with_context(|| format!("the keys of {issuer} cannot be used"))?;
         let trusted = Trusted {
@@ -205,7 +208,9 @@ impl Verify {
             &[&self.audience],
             Clock::system().unix_seconds(),
         );
-        self.report(&verdict)
+        let said =
+            decoded(token.expose_secret()).and_then(|(_, claims)| claims.get("iss").cloned());
+        self.report(&verdict, &issuer, said.as_ref().and_then(Value::as_str))
     }
 
     async fn keys(&self) -> anyhow::Result<Value> {
@@ -223,7 +228,12 @@ impl Verify {
     }
 
     #[expect(clippy::print_stderr, reason = "a command speaks to people")]
-    fn report(&self, verdict: &Result<Claims, TokenFault>) -> anyhow::Result<ExitCode> {
+    fn report(
+        &self,
+        verdict: &Result<Claims, TokenFault>,
+        issuer: &str,
+        said: Option<&str>,
+    ) -> anyhow::Result<ExitCode> {
         let (answer, text, code) = match verdict {
             Ok(claims) => {
                 let expires = Timestamp::from_second(claims.expires_at()).unwrap_or(Timestamp::MAX);
@@ -238,14 +248,27 @@ impl Verify {
                     "expires": expires,
                 });
                 let may = if scopes.is_empty() { "no scopes".to_owned() } else { scopes };
-                let text =
+                let mut text =
                     format!("valid: {caller} at {} with {may}, until {expires}", self.audience);
+                let address = self.reach.address();
+                if self.issuer.is_none() && address != issuer {
+                    text = format!("{text}\nissued by {issuer}, which was asked at {address}");
+                }
                 (answer, text, ExitCode::SUCCESS)
             }
             Err(fault) => {
-                let answer =
-                    json!({ "valid": false, "fault": fault.label(), "reason": fault.to_string() });
-                (answer, format!("not valid: {fault}"), ExitCode::FAILURE)
+                let answer = json!({
+                    "valid": false,
+                    "fault": fault.label(),
+                    "reason": fault.to_string(),
+                    "issuer": issuer,
+                    "token_issuer": said,
+                });
+                let mut text = format!("not valid: {fault}");
+                if let Some(said) = said.filter(|said| *said != issuer) {
+                    text = format!("{text}\nthe token's issuer is {said}, asked for was {issuer}");
+                }
+                (answer, text, ExitCode::FAILURE)
             }
         };
         if self.json {

@@ -18,15 +18,17 @@ use secrecy::SecretString;
 use crate::{
     cli::{
         demo::{secret, wait_until_ready},
+        flags::log_format,
         proxy::{self, RunningProxy},
         watch::WatchedFile,
     },
     config::{self, ProjectFile},
     control::{self, Control, Identity},
-    model::{Place, Project, ServiceName},
+    model::{Place, ServiceName},
     net,
     runtime::write_private,
     runtime::{Signal, Signals},
+    telemetry::Format,
 };
 
 /// The project that is written where there is none.
@@ -54,7 +56,7 @@ pub(crate) struct Up {
     /// Where keys, tokens and the last snapshot are kept.
     #[arg(long, default_value = "./.infrar")]
     data_dir: PathBuf,
-    /// The caller that the proxy speaks for [default: the first one in `permissions`].
+    /// The caller that the proxy speaks for [default: the one that stands first in `permissions`].
     #[arg(long)]
     service: Option<ServiceName>,
     /// Where the proxy is said to run.
@@ -69,6 +71,9 @@ pub(crate) struct Up {
     /// The proxy's admin address.
     #[arg(long, default_value = "127.0.0.1:15000")]
     admin_listen: SocketAddr,
+    /// What `--log-format` says, which every command has.
+    #[arg(skip)]
+    pub(super) log_format: Option<Format>,
 }
 
 impl Up {
@@ -101,17 +106,13 @@ impl Up {
 
     /// Finds every address that is taken before anything begins.
     fn check_addresses(&self) -> anyhow::Result<()> {
-        let faults: Vec<_> = [
+        let addresses = [
             (self.control_listen, "--control-listen"),
             (self.outbound_listen, "--outbound-listen"),
             (self.admin_listen, "--admin-listen"),
         ]
-        .into_iter()
-        .filter_map(|(address, flag)| net::bind(address, 1, flag).err())
-        .map(|fault| fault.to_string())
-        .collect();
-        anyhow::ensure!(faults.is_empty(), faults.join("\n"));
-        Ok(())
+        .map(|(address, flag)| (address, flag.to_owned()));
+        Ok(net::try_bind(&addresses)?)
     }
 
     /// Whether an example had to be written.
@@ -133,7 +134,7 @@ impl Up {
             .with_context(cannot)?;
         // Paths in settings count from the file they are in, and there is none.
         let folder = std::path::absolute(&self.data_dir).with_context(cannot)?;
-        let me = self.service.clone().unwrap_or_else(|| first_caller(&loaded.project));
+        let me = self.service.clone().or(loaded.first_caller).unwrap_or_else(somebody);
         let secret = secret()?;
         let secret_file = folder.join("secret");
         write_private(&secret_file, secret.as_bytes()).with_context(cannot)?;
@@ -141,14 +142,16 @@ impl Up {
 
         let settings = control::Settings::new(self.control_listen, folder.join("control"));
         let ProjectFile { project, mut identities, .. } = loaded;
-        let greeting = invitations(&project, &me, self.outbound_listen);
+        let permissions = project.permissions.get(&me).cloned().unwrap_or_default();
         identities.insert(me.clone(), stand_in.clone());
         let control = Control::start(settings, project, identities).await?;
         let flags = self.proxy_settings(&folder, &me, control.local_addr());
         let settings = config::load_proxy(None, std::iter::empty(), &flags)?;
         let proxy = proxy::start(&settings)?;
-        wait_until_ready(self.admin_listen).await?;
-        Ok(Stand { me, stand_in, greeting, control, proxy })
+        wait_until_ready(proxy.admin).await?;
+        let outbound = proxy.listeners().first().map_or(self.outbound_listen, |(_, at)| *at);
+        let greeting = invitations(permissions.keys(), &me, outbound);
+        Ok(Stand { me, stand_in, greeting, outbound, control, proxy })
     }
 
     fn proxy_settings(
@@ -171,7 +174,9 @@ impl Up {
             ("shutdown.deadline", "5s".to_owned()),
         ]
         .map(|(key, value)| (key.to_owned(), value))
-        .into()
+        .into_iter()
+        .chain(self.log_format.map(log_format))
+        .collect()
     }
 
     fn welcome(&self, stand: &Stand, written: bool) -> String {
@@ -196,9 +201,9 @@ Edit {project}: a saved change is in force at once, a wrong one is refused with 
 ",
             project = self.project.display(),
             control = stand.control.local_addr(),
-            outbound = self.outbound_listen,
+            outbound = stand.outbound,
             me = stand.me,
-            admin = self.admin_listen,
+            admin = stand.proxy.admin,
             state = self.data_dir.display(),
             greeting = stand.greeting,
         )
@@ -212,6 +217,7 @@ struct Stand {
     /// How it proves that, in this run.
     stand_in: Identity,
     greeting: String,
+    outbound: SocketAddr,
     control: control::Running,
     proxy: RunningProxy,
 }
@@ -241,21 +247,25 @@ impl Stand {
 }
 
 /// Who the proxy speaks for when nobody says.
-fn first_caller(project: &Project) -> ServiceName {
-    let caller = project.permissions.keys().next();
+fn somebody() -> ServiceName {
     #[expect(clippy::expect_used, reason = "a constant that is a DNS label")]
-    caller.cloned().unwrap_or_else(|| "developer".parse().expect("a DNS label is a name"))
+    "developer".parse().expect("a DNS label is a name")
 }
 
 /// What to paste, for what `me` may call.
-fn invitations(project: &Project, me: &ServiceName, outbound: SocketAddr) -> String {
-    let Some(callees) = project.permissions.get(me).filter(|callees| !callees.is_empty()) else {
+fn invitations<'a>(
+    callees: impl Iterator<Item = &'a ServiceName>,
+    me: &ServiceName,
+    outbound: SocketAddr,
+) -> String {
+    let mut callees = callees.peekable();
+    if callees.peek().is_none() {
         return format!(
             "Nothing may be called by {me} yet: grant it something under `permissions`.\n"
         );
-    };
+    }
     let mut text = "Call by name, in whichever way suits the application:\n\n".to_owned();
-    for callee in callees.keys() {
+    for callee in callees {
         append(
             &mut text,
             format_args!(
@@ -263,7 +273,13 @@ fn invitations(project: &Project, me: &ServiceName, outbound: SocketAddr) -> Str
             ),
         );
     }
-    append(&mut text, format_args!("  export HTTP_PROXY=http://{outbound}\n"));
+    // Programs differ in which of the two they read; curl reads the small one only.
+    append(
+        &mut text,
+        format_args!(
+            "  export http_proxy=http://{outbound} HTTP_PROXY=http://{outbound} NO_PROXY=localhost,127.0.0.1,::1\n"
+        ),
+    );
     text
 }
 
@@ -302,10 +318,12 @@ mod tests {
         assert!(up.write_example().unwrap());
         assert!(!up.write_example().unwrap());
         let loaded = config::load_project(&file).unwrap();
-        let me = first_caller(&loaded.project);
+        let me = loaded.first_caller.unwrap();
         assert_eq!(me.as_str(), "web-application");
-        let text = invitations(&loaded.project, &me, up.outbound_listen);
+        let callees = loaded.project.permissions[&me].keys();
+        let text = invitations(callees, &me, up.outbound_listen);
         assert!(text.contains("curl -x http://127.0.0.1:15001 http://hello/\n"), "{text}");
+        assert!(text.contains("export http_proxy=http://127.0.0.1:15001 HTTP_PROXY="), "{text}");
     }
 
     #[test]
@@ -320,7 +338,9 @@ mod tests {
             "--admin-listen",
             &address,
         ]);
-        let fault = up.check_addresses().unwrap_err().to_string();
+        let fault = up.check_addresses().unwrap_err();
+        assert!(fault.is::<net::BindErrors>(), "a fault of the configuration");
+        let fault = fault.to_string();
         assert!(fault.contains("--control-listen") && fault.contains("--admin-listen"), "{fault}");
         assert!(!fault.contains("--outbound-listen"), "{fault}");
     }

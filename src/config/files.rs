@@ -4,7 +4,7 @@
 //! What was read is never shown.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::{self, Read},
     path::{Path, PathBuf},
 };
@@ -16,6 +16,7 @@ use rustls::{
     sign::CertifiedKey,
 };
 use secrecy::SecretString;
+use uuid::Uuid;
 use x509_parser::prelude::{ASN1Time, FromDer, X509Certificate};
 
 use super::{
@@ -149,6 +150,22 @@ impl Files {
         }
     }
 
+    /// A folder that this user may write to, or can still make. It is tried, and left as it was.
+    pub(super) fn folder(&self, node: &Node, faults: &mut Vec<Fault>) -> Option<PathBuf> {
+        let path = self.path(node)?;
+        if let Err(error) = try_folder(&path) {
+            let found = if error.kind() == io::ErrorKind::NotADirectory {
+                format!("{}, which is no folder", node.found())
+            } else {
+                format!("{}, where nothing can be kept: {error}", node.found())
+            };
+            let advice = "write the path of a folder this user may write to";
+            faults.push(node.fault_found(found, advice));
+            return None;
+        }
+        Some(path)
+    }
+
     /// A JWK set with at least one key.
     pub(super) fn jwks(&self, node: &Node, faults: &mut Vec<Fault>) -> Option<serde_json::Value> {
         let (_path, content) = self.read(node, faults)?;
@@ -164,6 +181,24 @@ impl Files {
             return None;
         }
         set
+    }
+}
+
+/// Makes something of a name that nobody else has in the folder, or in the nearest one above it that there is, and
+/// removes it again.
+fn try_folder(path: &Path) -> io::Result<()> {
+    let there = path.ancestors().find(|folder| folder.exists()).unwrap_or(path);
+    if !there.is_dir() {
+        return Err(io::ErrorKind::NotADirectory.into());
+    }
+    let trial = there.join(format!(".{}.tmp", Uuid::now_v7()));
+    // Where the folder itself is still to be made, its parent must take one.
+    if there == path {
+        File::create_new(&trial)?;
+        fs::remove_file(&trial)
+    } else {
+        fs::create_dir(&trial)?;
+        fs::remove_dir(&trial)
     }
 }
 

@@ -6,6 +6,7 @@ use ipnet::IpNet;
 use url::Url;
 
 use super::shape::Kind;
+use crate::identity::PathRule;
 use crate::model::{
     EndpointId, Origin, OriginError, Place, Provider, Region, Scope, ServiceName, Zone, span,
 };
@@ -234,7 +235,12 @@ fn rule_path(text: &str) -> Result<(), String> {
     if odd {
         return Err("write the path in its plain form, without //, /./, /../ and spaces".to_owned());
     }
-    Ok(())
+    // The last word has who compares: what it cannot read would only be found at the start.
+    text.parse::<PathRule>().map(drop).map_err(|fault| {
+        let why = std::error::Error::source(&fault)
+            .map_or_else(|| fault.to_string(), ToString::to_string);
+        format!("write a path that can be compared ({why})")
+    })
 }
 
 /// The application's address; `h2c://` is HTTP with HTTP/2 only.
@@ -341,7 +347,10 @@ mod tests {
         for good in ["/", "/*", "/query", "/v1/*", "/a/b"] {
             assert_eq!(rule_path(good), Ok(()), "{good:?}");
         }
-        for bad in ["", "query", "/a*", "/*/b", "/a//b", "/a/../b", "/a b", "/a?b"] {
+        for bad in [
+            "", "query", "/a*", "/*/b", "/a//b", "/a/../b", "/a b", "/a?b", "/a%zz", "/a%00",
+            "/%252e",
+        ] {
             assert!(rule_path(bad).is_err(), "{bad:?}");
         }
     }

@@ -26,7 +26,7 @@ mod show;
 use std::path::{Path, PathBuf};
 
 pub use fault::{Fault, Faults, Position, Source};
-pub use project::ProjectFile;
+pub use project::{ProjectFile, is_loopback};
 pub use settings::{
     Access, Admin, App, AppProtocol, Control, Credential, Inbound, Log, LogFormat, Outbound,
     ProxyFile, ProxyLimits, Registry, Role, Rule, RulePath, ShutdownTimes, Tls, TlsVersion,
@@ -98,13 +98,7 @@ pub fn load_proxy_under(
 ) -> Result<ProxyFile, Faults> {
     let mut faults = Vec::new();
     let files = Files::under(root);
-    let mut tree = match file {
-        Some(file) => read_tree(file, &mut faults),
-        None => {
-            let nowhere = Position::whole(Source::Variable("the environment".into()));
-            Some(Node::new(nowhere, Value::Map(Vec::new())))
-        }
-    };
+    let mut tree = tree(file, &mut faults);
     let settings = tree.as_mut().and_then(|tree| {
         layers::overlay(tree, &PROXY, environment, flags, &mut faults);
         PROXY.check(tree, &mut faults);
@@ -113,6 +107,22 @@ pub fn load_proxy_under(
         })
     });
     finish(settings, faults, file.unwrap_or_else(|| Path::new("settings")))
+}
+
+/// The form of log lines that [`load_proxy`] would find, wherever it is written, without a look at anything else: what
+/// a log must know before it can say what is wrong with the rest.
+#[must_use]
+pub fn log_format(
+    file: Option<&Path>,
+    environment: impl Iterator<Item = (String, String)>,
+    flags: &[(String, String)],
+) -> LogFormat {
+    let faults = &mut Vec::new();
+    let mut tree = tree(file, faults);
+    if let Some(tree) = &mut tree {
+        layers::overlay(tree, &PROXY, environment, flags, faults);
+    }
+    tree.map_or(LogFormat::Auto, |tree| proxy::log(tree.here().key("log")).format)
 }
 
 /// Whether a file is a `proxy.yaml`: it has `role` at its top. Any other is a `project.yaml`; one that cannot be
@@ -178,6 +188,15 @@ fn finish<T>(read: Option<T>, faults: Vec<Fault>, file: &Path) -> Result<T, Faul
             advice: "please report this file as a bug".to_owned(),
         }])
     })
+}
+
+/// What the file says; without one, nothing.
+fn tree(file: Option<&Path>, faults: &mut Vec<Fault>) -> Option<Node> {
+    let nowhere = || Position::whole(Source::Variable("the environment".into()));
+    match file {
+        Some(file) => read_tree(file, faults),
+        None => Some(Node::new(nowhere(), Value::Map(Vec::new()))),
+    }
 }
 
 fn read_tree(file: &Path, faults: &mut Vec<Fault>) -> Option<Node> {

@@ -37,6 +37,8 @@ pub struct ProjectFile {
     pub identities: Identities,
     /// What is right but worth a look: settings that this release does not act on, callers without identity.
     pub notes: Vec<String>,
+    /// The caller that stands first in `permissions`.
+    pub first_caller: Option<ServiceName>,
     /// Where the secrets of `identities` came from; for `infrar check`, which shows no secret.
     pub(super) secret_files: BTreeMap<ServiceName, PathBuf>,
     /// Where the keys of `issuers` came from, in the same order.
@@ -54,8 +56,9 @@ pub(super) enum Secrets {
     Leave,
 }
 
-/// Settings that are read and checked, and have no effect in this release.
-const UNUSED: [&str; 4] = ["hedge", "circuit", "health", "limits"];
+/// Settings of a service that are read and checked, and have no effect in this release.
+const UNUSED: [&[&str]; 4] =
+    [&["hedge"], &["health"], &["limits", "connections"], &["routing", "sticky"]];
 
 /// Reads the project. Its result means something only when no fault was found.
 pub(super) fn read(
@@ -76,13 +79,16 @@ pub(super) fn read(
     let (issuers, jwks_files) = reader.issuers(top.key("issuers"));
     let mode = reader.mode(root);
     if secrets == Secrets::Read {
+        reader.note_workloads(&identities);
         reader.callers_without_identity(&permissions, &identities);
     }
     let costs = reader.costs(top);
     let notes = reader.notes;
     let name = top.key("project").parse()?;
     let project = Project { name, networking, services, permissions, issuers, mode };
-    Some(ProjectFile { project, identities, notes, secret_files, jwks_files, costs })
+    let first_caller = top.key("permissions").entries().first();
+    let first_caller = first_caller.and_then(|entry| entry.key.parse().ok());
+    Some(ProjectFile { project, identities, notes, first_caller, secret_files, jwks_files, costs })
 }
 
 struct Reader<'a> {
@@ -227,13 +233,16 @@ impl Reader<'_> {
         }
     }
 
-    fn note_unused(&mut self, service: &Node) {
-        let at = service.here();
-        let mut unused: Vec<&Node> = UNUSED.iter().filter_map(|key| service.get(key)).collect();
-        unused.extend(at.key("routing").key("sticky").0);
-        unused.extend(at.key("routing").key("latency_target").0);
-        for node in unused {
+    fn note_without_effect(&mut self, at: At<'_>) {
+        if let Some(node) = at.0 {
             self.notes.push(format!("{}: read, but this release does not act on it", node.path));
+        }
+    }
+
+    fn note_unused(&mut self, service: &Node) {
+        for path in UNUSED {
+            let at = path.iter().fold(service.here(), |at, key| at.key(key));
+            self.note_without_effect(at);
         }
     }
 
@@ -261,6 +270,7 @@ impl Reader<'_> {
         let mut connections = Vec::new();
         for node in at.key("connections").items() {
             let Some(connection) = connection(node.here()) else { continue };
+            self.note_without_effect(node.here().key("bandwidth"));
             self.known_destination(node, &connection, &places);
             self.reachable(node, &connection, services);
             if !pairs.insert((connection.from.clone(), connection.to.clone())) {
@@ -426,9 +436,9 @@ impl Reader<'_> {
                         .filter_map(|part| part.path.rsplit('.').next())
                         .collect();
                     // A value that is no map, or a key that is none of these, has been told so.
-                    if set.is_empty()
-                        && !matches!(&entry.value.value, Value::Map(keys) if keys.is_empty())
-                    {
+                    let nothing = entry.value.is_null()
+                        || matches!(&entry.value.value, Value::Map(keys) if keys.is_empty());
+                    if set.is_empty() && !nothing {
                         continue;
                     }
                     let found =
@@ -499,6 +509,17 @@ impl Reader<'_> {
                 Enforcement::Enforce
             }
             (_, None) => Enforcement::Enforce,
+        }
+    }
+
+    /// Proof by a platform's token is checked, and taken by nobody yet.
+    fn note_workloads(&mut self, identities: &Identities) {
+        for (name, identity) in identities {
+            if matches!(identity, Identity::Workload { .. }) {
+                self.notes.push(format!(
+                    "identities.{name}: this release takes no issuer and subject for proof, so it gets no token here"
+                ));
+            }
         }
     }
 
@@ -605,7 +626,8 @@ fn health(at: At<'_>) -> HealthCheck {
 }
 
 /// Whether a URL can only mean this machine.
-pub(super) fn is_loopback(url: &url::Url) -> bool {
+#[must_use]
+pub fn is_loopback(url: &url::Url) -> bool {
     match url.host() {
         Some(url::Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
         Some(url::Host::Ipv4(address)) => address.is_loopback(),

@@ -397,13 +397,11 @@ impl Reader<'_> {
             let (path, _secret) = self.files.secret(node, self.faults)?;
             return Some(Credential::ClientSecretFile(path));
         }
-        if let Some(node) = at.key("token_file").0 {
-            let (path, _token) = self.files.secret(node, self.faults)?;
-            return Some(Credential::TokenFile(path));
-        }
-        let node = at.key("private_key_file").0?;
-        let (path, _key) = self.files.private_key(node, self.faults)?;
-        Some(Credential::PrivateKeyFile(path))
+        let node = at.key("token_file").0.or_else(|| at.key("private_key_file").0)?;
+        let key = node.path.rsplit('.').next().unwrap_or_default();
+        let found = format!("{key}, which this release cannot do yet");
+        self.faults.push(node.fault_found(found, "write client_secret_file: with a shared secret"));
+        None
     }
 
     fn certificate_file(&mut self, node: &Node) -> Option<PathBuf> {
@@ -411,14 +409,8 @@ impl Reader<'_> {
         Some(path)
     }
 
-    /// A folder that is there, or can still be made.
     fn folder(&mut self, node: &Node) -> Option<PathBuf> {
-        let path = self.files.path(node)?;
-        if path.exists() && !path.is_dir() {
-            let found = format!("{}, which is no folder", node.found());
-            self.faults.push(node.fault_found(found, "write the path of a folder"));
-        }
-        Some(path)
+        self.files.folder(node, self.faults)
     }
 
     fn shutdown(&mut self, at: At<'_>) -> ShutdownTimes {
@@ -474,7 +466,7 @@ fn limits(at: At<'_>) -> ProxyLimits {
     }
 }
 
-fn log(at: At<'_>) -> Log {
+pub(super) fn log(at: At<'_>) -> Log {
     let format = match at.key("format").text() {
         Some("text") => LogFormat::Text,
         Some("json") => LogFormat::Json,

@@ -80,7 +80,7 @@ static CONTROL: Shape = Shape::Table(&[
     Key::required(
         "url",
         &Shape::OneOrMany(&Shape::Text(&WEB_URL)),
-        "Its address, or a list of replicas.",
+        "Its address, or a list: several addresses of one control plane.",
     ),
     Key::new("ca_file", &Shape::Text(&FILE), "The CA of its certificate, if no public one."),
     Key::required(

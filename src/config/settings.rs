@@ -42,6 +42,25 @@ pub struct ProxyFile {
     pub workers: Workers,
 }
 
+impl ProxyFile {
+    /// Every address it listens on, each with the key that chose it.
+    #[must_use]
+    pub fn addresses(&self) -> Vec<(SocketAddr, String)> {
+        let mut all = vec![(self.admin.listen, "admin.listen".to_owned())];
+        all.extend(self.admin.probes.map(|at| (at, "admin.probes".to_owned())));
+        if let Some(outbound) = &self.outbound {
+            all.push((outbound.listen, "outbound.listen".to_owned()));
+            let ports = outbound.ports.iter();
+            all.extend(ports.map(|(service, at)| (*at, format!("outbound.ports.{service}"))));
+        }
+        all.extend(self.inbound.iter().enumerate().map(|(index, inbound)| match index {
+            0 => (inbound.listen, "inbound.listen".to_owned()),
+            _ => (inbound.listen, format!("inbound[{index}].listen")),
+        }));
+        all
+    }
+}
+
 /// What a proxy stands beside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -65,7 +84,7 @@ pub enum Registry {
 /// The control plane to follow.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Control {
-    /// Its replicas; at least one.
+    /// Its addresses; at least one.
     pub urls: Vec<Url>,
     /// The CA of its certificate, if no public one.
     pub ca_file: Option<PathBuf>,

@@ -28,6 +28,17 @@ pub enum RegistryError {
         /// The name.
         name: ServiceName,
     },
+    /// The project has another name than before, and proxies that know it follow no other.
+    #[error(
+        "the project was {before} and is called {now}, which no proxy that knows {before} would follow; write project: {before}, \
+         or begin {now} anew: remove the --data-dir and the proxies' state folders (control.state_dir), and start them"
+    )]
+    Renamed {
+        /// Its name until now.
+        before: ServiceName,
+        /// The name it has in the file.
+        now: ServiceName,
+    },
     /// Its revision could not be kept.
     #[error("the new version was not taken over")]
     Store(#[from] StoreError),
@@ -128,7 +139,11 @@ impl Registry {
         // Guards only the order of replacements; the version itself is swapped whole.
         let _replacing = self.replacing.lock().unwrap_or_else(PoisonError::into_inner);
         let before = self.current();
-        let kept = Kept { revision: before.revision, content: before.content.clone() };
+        let kept = Kept {
+            revision: before.revision,
+            content: before.content.clone(),
+            project: before.project.name.clone(),
+        };
         let (version, kept_now) = version(&self.issuer, Some(&kept), project, identities)?;
         let revision = version.revision;
         if kept == kept_now {
@@ -154,6 +169,9 @@ fn version(
     if let Some(name) = project.services.keys().find(|name| name.is_reserved()) {
         return Err(RegistryError::Reserved { name: name.clone() });
     }
+    if let Some(kept) = before.filter(|kept| kept.project != project.name) {
+        return Err(RegistryError::Renamed { before: kept.project.clone(), now: project.name });
+    }
     // The content without its revision, so that a restart finds it equal.
     let mut catalog = Catalog { revision: 0, issuer: issuer.to_owned(), project };
     let content = serde_json::to_vec(&catalog).map_err(RegistryError::Catalog)?;
@@ -164,7 +182,11 @@ fn version(
         Some(kept) => kept.revision + 1,
     };
     let body = serde_json::to_vec(&catalog).map_err(RegistryError::Catalog)?;
-    let kept = Kept { revision: catalog.revision, content: content.clone() };
+    let kept = Kept {
+        revision: catalog.revision,
+        content: content.clone(),
+        project: catalog.project.name.clone(),
+    };
     let version = Version {
         revision: catalog.revision,
         // The revision is in it, so two data directories with equal content still differ.
@@ -202,11 +224,11 @@ mod tests {
     use super::*;
     use crate::model::{Enforcement, NetworkMode, Networking};
 
-    fn project(name: &str) -> Project {
+    fn project(multi_cloud: bool) -> Project {
         Project {
-            name: name.parse().unwrap(),
+            name: "shop".parse().unwrap(),
             networking: Networking {
-                multi_cloud: true,
+                multi_cloud,
                 default_mode: NetworkMode::Public,
                 connections: Vec::new(),
             },
@@ -217,48 +239,66 @@ mod tests {
         }
     }
 
-    fn open(folder: &Path, name: &str) -> Registry {
+    fn open(folder: &Path, project: Project) -> Registry {
         let store = Store::new(folder);
-        Registry::open("https://c".to_owned(), store, project(name), &Identities::new()).unwrap()
+        Registry::open("https://c".to_owned(), store, project, &Identities::new()).unwrap()
     }
 
     #[test]
     fn a_revision_rises_with_the_content_and_survives_a_restart() {
         let folder = tempfile::tempdir().unwrap();
-        let registry = open(folder.path(), "shop");
+        let registry = open(folder.path(), project(true));
         assert_eq!(registry.current().revision, 1);
         let none = Identities::new();
-        let same = registry.replace(project("shop"), &none).unwrap();
+        let same = registry.replace(project(true), &none).unwrap();
         assert_eq!(same, Replaced::Unchanged { revision: 1 });
-        let other = registry.replace(project("store"), &none).unwrap();
+        let other = registry.replace(project(false), &none).unwrap();
         assert_eq!(other, Replaced::Changed { revision: 2 });
 
-        assert_eq!(open(folder.path(), "store").current().revision, 2, "unchanged content");
-        assert_eq!(open(folder.path(), "shop").current().revision, 3, "changed while down");
+        assert_eq!(open(folder.path(), project(false)).current().revision, 2, "unchanged content");
+        assert_eq!(open(folder.path(), project(true)).current().revision, 3, "changed while down");
+    }
+
+    #[test]
+    fn a_project_keeps_its_name_for_life() {
+        let folder = tempfile::tempdir().unwrap();
+        let renamed = || Project { name: "store".parse().unwrap(), ..project(true) };
+        let registry = open(folder.path(), project(true));
+        let refused = registry.replace(renamed(), &Identities::new()).unwrap_err();
+        assert!(
+            refused.to_string().contains("write project: shop, or begin store anew"),
+            "{refused}"
+        );
+        assert_eq!(registry.current().project.name.as_str(), "shop");
+        // Nor by a restart.
+        let store = Store::new(folder.path());
+        let none = Identities::new();
+        let refused = Registry::open("https://c".to_owned(), store, renamed(), &none);
+        assert!(matches!(refused, Err(RegistryError::Renamed { .. })));
     }
 
     #[test]
     fn a_version_that_cannot_be_kept_is_not_served() {
         let folder = tempfile::tempdir().unwrap();
-        let registry = open(folder.path(), "shop");
+        let registry = open(folder.path(), project(true));
         // A folder in the file's place: the rename must fail, also for root.
         std::fs::remove_file(folder.path().join("revision.json")).unwrap();
         std::fs::create_dir(folder.path().join("revision.json")).unwrap();
-        let refused = registry.replace(project("store"), &Identities::new());
+        let refused = registry.replace(project(false), &Identities::new());
         assert!(matches!(refused, Err(RegistryError::Store(_))));
-        assert_eq!(registry.current().project.name.as_str(), "shop");
+        assert!(registry.current().project.networking.multi_cloud);
         assert_eq!(registry.current().revision, 1);
     }
 
     #[test]
     fn a_changed_secret_wakes_nobody_but_is_in_force() {
         let folder = tempfile::tempdir().unwrap();
-        let registry = open(folder.path(), "shop");
+        let registry = open(folder.path(), project(true));
         let mut changes = registry.follow();
         let web: ServiceName = "web".parse().unwrap();
         let identities =
             Identities::from([(web.clone(), Identity::ClientSecret("secret".to_owned().into()))]);
-        registry.replace(project("shop"), &identities).unwrap();
+        registry.replace(project(true), &identities).unwrap();
         assert!(!changes.has_changed().unwrap());
         assert_eq!(changes.borrow_and_update().secret(&web), Some(&sha256(b"secret")));
     }
@@ -266,10 +306,10 @@ mod tests {
     #[test]
     fn an_empty_secret_lets_nobody_in() {
         let folder = tempfile::tempdir().unwrap();
-        let registry = open(folder.path(), "shop");
+        let registry = open(folder.path(), project(true));
         let web: ServiceName = "web".parse().unwrap();
         let empty = Identity::ClientSecret(String::new().into());
-        registry.replace(project("shop"), &Identities::from([(web.clone(), empty)])).unwrap();
+        registry.replace(project(true), &Identities::from([(web.clone(), empty)])).unwrap();
         assert_eq!(registry.current().secret(&web), None);
     }
 }

@@ -30,14 +30,12 @@ pub(super) enum Rejection {
     TokenExpired,
     #[error("the token does not carry the scope {scope}")]
     ScopeMissing { scope: &'static str },
-    #[error("{name} is no service of this project")]
+    #[error("{name} is no service of this project{}", alternatives(nearest))]
     UnknownService { name: String, nearest: Vec<ServiceName> },
     #[error("there is nothing at this path")]
     NotFound,
     #[error("this path does not take that method")]
     Method,
-    #[error("the body is larger than is taken here")]
-    BodyTooLarge,
     #[error("there is more to do than can be done at once")]
     Overloaded,
     #[error("no answer was ready in time")]
@@ -62,9 +60,6 @@ impl Rejection {
             Self::Method => {
                 (StatusCode::METHOD_NOT_ALLOWED, "method-not-allowed", "Method not allowed")
             }
-            Self::BodyTooLarge => {
-                (StatusCode::PAYLOAD_TOO_LARGE, "body-too-large", "Body too large")
-            }
             Self::Overloaded => (StatusCode::SERVICE_UNAVAILABLE, "overloaded", "Overloaded"),
             Self::Deadline => (StatusCode::GATEWAY_TIMEOUT, "deadline", "Deadline"),
             Self::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "internal", "Internal error"),
@@ -85,12 +80,17 @@ impl Rejection {
             | Self::UnknownService { .. }
             | Self::NotFound
             | Self::Method
-            | Self::BodyTooLarge
             | Self::Overloaded
             | Self::Deadline
             | Self::Internal => None,
         }
     }
+}
+
+/// The near names, for whoever reads the sentence alone.
+fn alternatives(nearest: &[ServiceName]) -> String {
+    let names: Vec<&str> = nearest.iter().map(ServiceName::as_str).collect();
+    if names.is_empty() { String::new() } else { format!("; did you mean {}?", names.join(" or ")) }
 }
 
 /// The body of a refusal (RFC 9457).
@@ -137,6 +137,8 @@ impl IntoResponse for Rejection {
 pub(super) enum TokenRefusal {
     #[error("{0}")]
     Request(&'static str),
+    #[error("the form is larger than is taken here")]
+    TooLarge,
     #[error("only client_credentials is granted here")]
     GrantType,
     #[error("the client is unknown, or its secret is wrong")]
@@ -155,6 +157,8 @@ pub(super) enum TokenRefusal {
     ScopeNotGranted { caller: ServiceName, callee: String, missing: String },
     #[error("the token could not be signed")]
     Signing,
+    #[error("there is more to do than can be done at once")]
+    Busy,
 }
 
 impl TokenRefusal {
@@ -162,6 +166,7 @@ impl TokenRefusal {
     fn verdict(&self) -> (StatusCode, &'static str) {
         match self {
             Self::Request(_) => (StatusCode::BAD_REQUEST, "invalid_request"),
+            Self::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "invalid_request"),
             Self::GrantType => (StatusCode::BAD_REQUEST, "unsupported_grant_type"),
             Self::Client => (StatusCode::UNAUTHORIZED, "invalid_client"),
             Self::TooMany { .. } => (StatusCode::TOO_MANY_REQUESTS, "temporarily_unavailable"),
@@ -172,6 +177,7 @@ impl TokenRefusal {
                 (StatusCode::BAD_REQUEST, "invalid_scope")
             }
             Self::Signing => (StatusCode::INTERNAL_SERVER_ERROR, "server_error"),
+            Self::Busy => (StatusCode::SERVICE_UNAVAILABLE, "temporarily_unavailable"),
         }
     }
 }
@@ -191,6 +197,8 @@ impl IntoResponse for TokenRefusal {
         }
         if let Self::TooMany { wait } = self {
             headers.insert(RETRY_AFTER, HeaderValue::from(wait.as_secs() + 1));
+        } else if matches!(self, Self::Busy) {
+            headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
         }
         answer
     }

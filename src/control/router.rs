@@ -11,14 +11,14 @@ use axum::{
     routing::{get, post},
 };
 use http::{
-    HeaderMap, HeaderValue, StatusCode,
+    HeaderMap, HeaderValue, StatusCode, Uri,
     header::{CACHE_CONTROL, PRAGMA},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::json as literal;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tower::ServiceBuilder;
+use tower::{ServiceBuilder, limit::GlobalConcurrencyLimitLayer};
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::{
@@ -26,7 +26,7 @@ use crate::{
     control::{
         guard,
         registry::Registry,
-        reject::{Rejection, json},
+        reject::{Rejection, TokenRefusal, json},
         services,
         throttle::Throttle,
         tokens::{Desk, Request},
@@ -35,6 +35,8 @@ use crate::{
     runtime::Clock,
 };
 
+/// The one path that speaks OAuth in its refusals too.
+const TOKEN: &str = "/oauth2/token";
 /// The largest body that is taken.
 const BODY_LIMIT: usize = 16 * 1024;
 /// Questions that are answered at once; more are refused, not queued.
@@ -65,10 +67,11 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
     let limits = ServiceBuilder::new()
         .layer(HandleErrorLayer::new(too_much))
         .load_shed()
-        .concurrency_limit(CONCURRENCY)
+        // The layer is applied to each route; a plain limit would be one per route.
+        .layer(GlobalConcurrencyLimitLayer::new(CONCURRENCY))
         .timeout(DEADLINE);
     Router::new()
-        .route("/oauth2/token", post(token))
+        .route(TOKEN, post(token))
         .route("/v1/keys/rotate", post(rotate))
         .route("/v1/catalog", get(catalog))
         .route("/v1/watch", get(watch))
@@ -94,9 +97,15 @@ async fn token(
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Response {
-    let body = match taken(body) {
+    let body = match body {
         Ok(body) => body,
-        Err(rejection) => return rejection.into_response(),
+        // As its clients expect, an OAuth error and no problem document.
+        Err(rejection) if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE => {
+            return TokenRefusal::TooLarge.into_response();
+        }
+        Err(_unreadable) => {
+            return TokenRefusal::Request("the body did not arrive whole").into_response();
+        }
     };
     let version = shared.registry.current();
     let desk = Desk {
@@ -211,18 +220,13 @@ impl Shared {
     }
 }
 
-fn taken(body: Result<Bytes, BytesRejection>) -> Result<Bytes, Rejection> {
-    body.map_err(|rejection| match rejection.status() {
-        StatusCode::PAYLOAD_TOO_LARGE => Rejection::BodyTooLarge,
-        _unreadable => Rejection::BadRequest { detail: "the body did not arrive whole".to_owned() },
-    })
-}
-
-async fn too_much(error: BoxError) -> Rejection {
-    if error.is::<tower::timeout::error::Elapsed>() {
-        Rejection::Deadline
+async fn too_much(uri: Uri, error: BoxError) -> Response {
+    if uri.path() == TOKEN {
+        TokenRefusal::Busy.into_response()
+    } else if error.is::<tower::timeout::error::Elapsed>() {
+        Rejection::Deadline.into_response()
     } else {
-        Rejection::Overloaded
+        Rejection::Overloaded.into_response()
     }
 }
 

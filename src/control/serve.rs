@@ -21,7 +21,6 @@ use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     runtime::Handle,
-    sync::Semaphore,
     time::{MissedTickBehavior, interval, timeout},
 };
 use tokio_rustls::TlsAcceptor;
@@ -38,14 +37,14 @@ use crate::{
     },
     identity::{Mint, MintError, MintSettings},
     model::Project,
-    net::{self, BindError, MinVersion, Reload, ServerTls, TlsError},
-    runtime::{Clock, Supervisor},
+    net::{self, BindError, Gate, MinVersion, Opening, Reload, ServerTls, TlsError},
+    runtime::{Clock, Supervisor, open_files},
 };
 
-/// Connections at a time; more wait in the kernel's queue.
+/// Connections at a time, where so many files may be open.
 const CONNECTIONS: usize = 8192;
-/// How long a TLS handshake may take.
-const HANDSHAKE: Duration = Duration::from_secs(10);
+/// How long a TLS handshake may take, and from then on the first byte.
+const OPENING: Duration = Duration::from_secs(10);
 /// How long a request head may take, and an idle HTTP/1.1 connection may stay.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long requests may finish after the end was asked for.
@@ -111,7 +110,9 @@ impl ControlError {
             | Self::Bind(_)
             | Self::Tls(_)
             | Self::DataDir { .. } => true,
-            Self::Registry(error) => matches!(error, RegistryError::Reserved { .. }),
+            Self::Registry(error) => {
+                matches!(error, RegistryError::Reserved { .. } | RegistryError::Renamed { .. })
+            }
             Self::Socket(_) | Self::Keys(_) => false,
         }
     }
@@ -143,12 +144,15 @@ pub struct Settings {
     pub key_lead: Duration,
     /// How long a key signs.
     pub key_period: Duration,
+    /// Connections at a time, of them half from one address; more are closed at once.
+    pub connections: usize,
     /// What time it is.
     pub clock: Clock,
 }
 
 impl Settings {
-    /// Plaintext, with the usual lifetimes: tokens 1 h, keys 30 d and 15 min ahead.
+    /// Plaintext, with the usual lifetimes: tokens 1 h, keys 30 d and 15 min ahead; as many connections as leave a
+    /// quarter of the open files to everything else.
     #[must_use]
     pub fn new(listen: SocketAddr, data_dir: PathBuf) -> Self {
         let usual = MintSettings::new(PathBuf::new());
@@ -160,6 +164,7 @@ impl Settings {
             token_lifetime: usual.lifetime,
             key_lead: usual.lead,
             key_period: usual.period,
+            connections: CONNECTIONS.min(open_files() / 4 * 3),
             clock: Clock::system(),
         }
     }
@@ -222,8 +227,12 @@ impl Control {
             let tls = Arc::clone(tls);
             supervisor.spawn_restarting("control-certificate", move || reread(Arc::clone(&tls)));
         }
-        let door =
-            Door { router: router(Arc::clone(&shared)), tls, supervisor: supervisor.clone() };
+        let door = Door {
+            router: router(Arc::clone(&shared)),
+            tls,
+            gate: Gate::new(settings.connections, settings.connections.div_ceil(2)),
+            supervisor: supervisor.clone(),
+        };
         supervisor.spawn_until_end("control-accept", door.open(listener));
         let revision = shared.registry.current().revision;
         tracing::info!(%local_addr, issuer, revision, "the control plane answers");
@@ -385,16 +394,16 @@ async fn reread(tls: Arc<ServerTls>) {
 struct Door {
     router: Router,
     tls: Option<Arc<ServerTls>>,
+    gate: Gate,
     supervisor: Supervisor,
 }
 
 impl Door {
     async fn open(self, listener: TcpListener) {
-        let places = Arc::new(Semaphore::new(CONNECTIONS));
         let door = Arc::new(self);
-        // The semaphore is never closed.
-        while let Ok(place) = Arc::clone(&places).acquire_owned().await {
+        loop {
             let (stream, peer) = net::accept(&listener).await;
+            let Some(place) = door.gate.enter(peer.ip()) else { continue };
             let one = Arc::clone(&door);
             door.supervisor.spawn("control-connection", async move {
                 one.greet(stream, peer).await;
@@ -406,7 +415,7 @@ impl Door {
     async fn greet(&self, stream: TcpStream, peer: SocketAddr) {
         let Some(tls) = &self.tls else { return self.converse(stream, peer).await };
         let acceptor = TlsAcceptor::from(tls.current());
-        match timeout(HANDSHAKE, acceptor.accept(stream)).await {
+        match timeout(OPENING, acceptor.accept(stream)).await {
             Ok(Ok(stream)) => self.converse(stream, peer).await,
             Ok(Err(error)) => {
                 tracing::debug!(%peer, error = &error as &dyn std::error::Error, "no TLS came about");
@@ -425,7 +434,9 @@ impl Door {
             router.clone().oneshot(request)
         });
         let protocol = protocol();
-        let mut connection = pin!(protocol.serve_connection(TokioIo::new(stream), service));
+        // hyper waits without end for the first bytes, by which it tells HTTP/1.1 from HTTP/2.
+        let stream = TokioIo::new(Opening::new(stream, OPENING));
+        let mut connection = pin!(protocol.serve_connection(stream, service));
         let outcome = tokio::select! {
             outcome = connection.as_mut() => outcome,
             () = self.supervisor.ending() => {

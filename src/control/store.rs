@@ -7,7 +7,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::runtime::write_private;
+use crate::{model::ServiceName, runtime::write_private};
 
 /// Why the revision could not be kept.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +39,8 @@ pub(super) struct Kept {
     pub(super) revision: u64,
     /// SHA-256 of the content, in hexadecimal.
     pub(super) content: String,
+    /// Whose content: proxies that know a project follow no other.
+    pub(super) project: ServiceName,
 }
 
 /// One file in the data directory.
@@ -82,7 +84,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::new(folder.path());
         assert_eq!(store.load().unwrap(), None);
-        let kept = Kept { revision: 7, content: "ab".to_owned() };
+        let kept = Kept { revision: 7, content: "ab".to_owned(), project: "shop".parse().unwrap() };
         store.save(&kept).unwrap();
         assert_eq!(store.load().unwrap(), Some(kept));
         fs::write(folder.path().join("revision.json"), "{").unwrap();

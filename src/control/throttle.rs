@@ -1,7 +1,7 @@
 //! How often somebody may fail to prove who they are.
 //!
-//! Counted per caller and address, so that a stranger who guesses at a name does not lock out the service that
-//! bears it. The table is bounded; when it is full, the least used pair is forgotten.
+//! Counted per caller and address, and asked only about those who have just failed: whoever proves who it is never
+//! waits for what others did under its name. The table is bounded; when it is full, the least used pair is forgotten.
 
 use std::{net::IpAddr, time::Duration};
 
@@ -18,7 +18,7 @@ const WINDOW: Duration = Duration::from_secs(30);
 const PAIRS: usize = 4096;
 
 /// Who failed: the name that was claimed (`None`: no known one), and from where.
-type Pair = (Option<ServiceName>, IpAddr);
+pub(super) type Pair = (Option<ServiceName>, IpAddr);
 
 /// Counts failures.
 pub(super) struct Throttle {

@@ -21,7 +21,7 @@ use crate::{
     control::{
         registry::{Version, sha256},
         reject::TokenRefusal,
-        throttle::Throttle,
+        throttle::{Pair, Throttle},
     },
     identity::{Mint, Strictness},
     model::{Scope, ScopeSet, ServiceName},
@@ -88,25 +88,22 @@ impl Desk<'_> {
     }
 
     /// The caller, when its secret is right. Takes the same time for unknown names and wrong secrets.
+    ///
+    /// The secret is compared before anything is counted: whoever has the right one is never held up, however many
+    /// wrong ones arrive under its name from its own address.
     fn caller(&self, claimed: &Claimed, peer: IpAddr) -> Result<ServiceName, TokenRefusal> {
         let name: Option<ServiceName> = claimed.client_id.parse().ok();
         let digest = name.as_ref().and_then(|name| self.version.secret(name));
-        let pair = (name.filter(|_| digest.is_some()), peer);
-        if let Some(wait) = self.throttle.wait(&pair, Instant::now()) {
-            return Err(TokenRefusal::TooMany { wait });
-        }
         // For an unknown name something is compared all the same; the answer is no whatever comes out.
         let expected = digest.unwrap_or(&[0; 32]);
         let mut right = subtle::Choice::from(0);
         for secret in &claimed.secrets {
             right |= sha256(secret.expose_secret().as_bytes()).ct_eq(expected);
         }
-        match (&pair.0, bool::from(right)) {
-            (Some(name), true) => Ok(name.clone()),
-            (Some(_) | None, true | false) => {
-                self.throttle.failed(pair, Instant::now());
-                Err(TokenRefusal::Client)
-            }
+        let known = name.filter(|_| digest.is_some());
+        match (known, bool::from(right)) {
+            (Some(name), true) => Ok(name),
+            (known, true | false) => Err(self.refused((known, peer))),
         }
     }
 
@@ -129,6 +126,16 @@ impl Desk<'_> {
             callee: callee.to_owned(),
             missing: missing.join(" "),
         })
+    }
+
+    /// One more failure of this pair, or one too many.
+    fn refused(&self, pair: Pair) -> TokenRefusal {
+        let now = Instant::now();
+        if let Some(wait) = self.throttle.wait(&pair, now) {
+            return TokenRefusal::TooMany { wait };
+        }
+        self.throttle.failed(pair, now);
+        TokenRefusal::Client
     }
 
     fn granted(&self, caller: &ServiceName, callee: &str) -> Result<ScopeSet, TokenRefusal> {

@@ -30,7 +30,10 @@ enum Interrupted {
     Bearer(String),
     #[error("the control plane did not answer as it should")]
     Client(#[from] ClientError),
-    #[error("the control plane serves the project {found}, this proxy belongs to {expected}")]
+    #[error(
+        "the control plane serves the project {found}, this proxy belongs to {expected}; to have it follow {found}, \
+         remove its state folder (control.state_dir) and start it again"
+    )]
     OtherProject { expected: ServiceName, found: ServiceName },
 }
 

@@ -93,6 +93,23 @@ impl BindError {
     }
 }
 
+/// Every address that cannot be listened on. Never empty.
+#[derive(Debug, thiserror::Error)]
+#[error("{}", .0.iter().map(BindError::to_string).collect::<Vec<_>>().join("\n"))]
+pub struct BindErrors(pub Vec<BindError>);
+
+/// Tries every address, each with the key that chose it, and gives them all back: what is wrong with several is found
+/// at once. Two that are the same are found too.
+///
+/// # Errors
+/// [`BindErrors`] names all that cannot be had.
+pub fn try_bind(addresses: &[(SocketAddr, String)]) -> Result<(), BindErrors> {
+    // Held until all were tried.
+    let tried: Vec<_> = addresses.iter().map(|(addr, key)| bind(*addr, 1, key)).collect();
+    let faults: Vec<_> = tried.into_iter().filter_map(Result::err).collect();
+    if faults.is_empty() { Ok(()) } else { Err(BindErrors(faults)) }
+}
+
 /// Listens on `addr` with one socket per worker; port 0 lets the kernel choose one port for all. `key` names the
 /// setting in faults. The sockets do not block; accepted connections inherit TCP_NODELAY; `[::]` takes IPv4 too.
 ///
@@ -246,6 +263,19 @@ mod tests {
                 assert!(text.contains("in use") && text.contains("outbound.listen"), "{text}");
             }
         }
+    }
+
+    #[test]
+    fn all_ports_in_use_are_named_at_once() {
+        let holder = bind(anywhere(), 1, "k").unwrap();
+        let taken = holder[0].local_addr().unwrap();
+        let elsewhere = SocketAddr::from((Ipv4Addr::new(192, 0, 2, 1), 0));
+        let tried = [(taken, "a"), (anywhere(), "b"), (elsewhere, "c")];
+        let BindErrors(faults) =
+            try_bind(&tried.map(|(at, key)| (at, key.to_owned()))).unwrap_err();
+        let told: Vec<String> = faults.iter().map(ToString::to_string).collect();
+        assert_eq!(told.len(), 2, "{told:?}");
+        assert!(told[0].ends_with(" with a") && told[1].ends_with(" with c"), "{told:?}");
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! stall (name look-ups) is done on the side runtime and only its answer comes back.
 
 mod dial;
+mod gate;
 mod listen;
 mod spread;
 mod stream;
@@ -11,7 +12,8 @@ mod tcp_info;
 mod tls;
 
 pub use dial::{Addresses, ResolveError, Resolver, connect, connect_any};
-pub use listen::{BindError, accept, accept_rest, bind};
+pub use gate::{Gate, Opening, Place};
+pub use listen::{BindError, BindErrors, accept, accept_rest, bind, try_bind};
 pub use spread::{Handover, Open, Placement, Spread};
 pub use stream::{LANDING_BYTES, Stream, Tallied, Tally};
 pub use tcp_info::{Family, Side, TcpInfo, wire_tx};

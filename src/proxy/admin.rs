@@ -1,31 +1,44 @@
 //! The proxy's admin API, on loopback and on a runtime of its own: a slow scrape never touches a request.
 //!
 //! It has no password, so it guards itself against browsers: a `host` that is not loopback is DNS rebinding (421), an
-//! `origin` is a web page (403).
+//! `origin` is a web page (403). The probes stand open to a network, so connections are numbered and none may keep
+//! silent for long. No operation reads a body.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
     extract::{Request, State},
-    http::{HeaderMap, StatusCode, header},
+    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
-use tokio::{net::TcpListener, sync::Notify};
-use tower_http::{limit::RequestBodyLimitLayer, timeout::TimeoutLayer};
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpListener,
+    sync::Notify,
+    time::timeout,
+};
 
 use crate::{
     discovery::Directory,
+    net::{self, Gate},
     proxy::route,
-    runtime::{Phase, Shutdown},
+    runtime::{Phase, Shutdown, Supervisor},
     telemetry::Registry,
-    wire::{PROBLEM_JSON, Problem},
+    wire::{PROBLEM_JSON, Problem, request_id},
 };
 
-/// No admin request takes longer than this.
+/// No admin request takes longer than this, nor a request's head, nor does a connection stay longer without one.
 const LIMIT: Duration = Duration::from_secs(10);
+/// Connections of one listener: some probes, some scrapers and some people at a time.
+const CONNECTIONS: usize = 256;
 
 /// Whether the proxy can serve.
 pub type Ready = Arc<dyn Fn() -> Result<(), &'static str> + Send + Sync>;
@@ -43,30 +56,35 @@ pub struct Admin {
     pub shutdown: Shutdown,
     /// Told when somebody asks for the end.
     pub drain: Arc<Notify>,
+    /// Its connections live as long as this.
+    pub supervisor: Supervisor,
 }
 
 impl Admin {
     /// Serves everything, to this machine alone, until the end.
-    ///
-    /// # Errors
-    /// Those of the listener.
-    pub async fn serve(self, listener: TcpListener) -> std::io::Result<()> {
+    pub async fn serve(self, listener: TcpListener) {
+        // On this machine all come from one address.
+        self.run(listener, self.routes(), CONNECTIONS).await;
+    }
+
+    /// Serves the probes and the metrics only, for the outside.
+    pub async fn serve_probes(self, listener: TcpListener) {
+        self.run(listener, self.probe_routes(), CONNECTIONS / 2).await;
+    }
+
+    fn routes(&self) -> Router {
         let routes = self
             .probes()
             .route("/v1/drain", post(drain))
             .route("/v1/snapshot", get(snapshot))
-            .with_state(self.clone())
-            .layer(middleware::from_fn(only_this_machine));
-        self.run(listener, routes).await
+            .method_not_allowed_fallback(wrong_method)
+            .with_state(self.clone());
+        routes.layer(middleware::from_fn(only_this_machine)).layer(middleware::from_fn(in_time))
     }
 
-    /// Serves the probes and the metrics only, for the outside.
-    ///
-    /// # Errors
-    /// Those of the listener.
-    pub async fn serve_probes(self, listener: TcpListener) -> std::io::Result<()> {
-        let routes = self.probes().with_state(self.clone());
-        self.run(listener, routes).await
+    fn probe_routes(&self) -> Router {
+        let routes = self.probes().method_not_allowed_fallback(wrong_method);
+        routes.with_state(self.clone()).layer(middleware::from_fn(in_time))
     }
 
     fn probes(&self) -> Router<Self> {
@@ -79,21 +97,73 @@ impl Admin {
             })
     }
 
-    async fn run(&self, listener: TcpListener, routes: Router) -> std::io::Result<()> {
+    /// Accepts connections until the end, `each` of them from one address.
+    async fn run(&self, listener: TcpListener, routes: Router, each: usize) {
+        let gate = Gate::new(CONNECTIONS, each);
         let ended = self.shutdown.token(Phase::Abort);
-        let routes = routes
-            .layer(RequestBodyLimitLayer::new(64 * 1024))
-            .layer(TimeoutLayer::with_status_code(StatusCode::REQUEST_TIMEOUT, LIMIT));
-        tokio::select! {
-            served = axum::serve(listener, routes).into_future() => served,
-            () = ended.cancelled() => Ok(()),
+        loop {
+            let (stream, peer) = tokio::select! {
+                accepted = net::accept(&listener) => accepted,
+                () = ended.cancelled() => return,
+            };
+            let Some(place) = gate.enter(peer.ip()) else { continue };
+            let routes = routes.clone();
+            self.supervisor.spawn_until_end("admin-connection", async move {
+                converse(stream, routes).await;
+                drop(place);
+            });
         }
     }
 }
 
+/// One connection, HTTP/1.1, from its first byte to its last. A connection that keeps silent is closed.
+async fn converse<S>(stream: S, routes: Router)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let served = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(LIMIT)
+        .max_headers(100)
+        .max_buf_size(64 * 1024)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
+    if let Err(error) = served.await {
+        tracing::debug!(error = &error as &dyn std::error::Error, "an admin connection broke");
+    }
+}
+
+/// The answer of an operation, or that it took too long.
+async fn in_time(request: Request, next: Next) -> Response {
+    timeout(LIMIT, next.run(request)).await.unwrap_or_else(|_elapsed| {
+        problem(StatusCode::GATEWAY_TIMEOUT, "deadline", "no answer was ready in time")
+    })
+}
+
+async fn wrong_method() -> Response {
+    problem(
+        StatusCode::METHOD_NOT_ALLOWED,
+        "method-not-allowed",
+        "this path does not take that method",
+    )
+}
+
+/// A refusal, with what RFC 9209 calls it.
 fn problem(status: StatusCode, code: &str, detail: &str) -> Response {
-    let problem = Problem::new(status.as_u16(), code, detail.to_owned());
-    (status, [(header::CONTENT_TYPE, PROBLEM_JSON)], Json(problem)).into_response()
+    let error = match status {
+        StatusCode::FORBIDDEN | StatusCode::MISDIRECTED_REQUEST => "http_request_denied",
+        StatusCode::GATEWAY_TIMEOUT => "http_response_timeout",
+        status if status.is_client_error() => "http_request_error",
+        _ours => "proxy_internal_error",
+    };
+    let id = request_id();
+    let mut problem = Problem::new(status.as_u16(), code, detail.to_owned());
+    id.to_str().unwrap_or_default().clone_into(&mut problem.request_id);
+    let headers = [
+        (header::CONTENT_TYPE, HeaderValue::from_static(PROBLEM_JSON)),
+        (HeaderName::from_static("x-request-id"), id),
+    ];
+    let proxy_status = [("proxy-status", format!("infrar; error={error}"))];
+    (status, headers, proxy_status, Json(problem)).into_response()
 }
 
 /// Keeps web pages out.
@@ -156,4 +226,86 @@ pub struct AdminAddress {
     pub admin: SocketAddr,
     /// The probes.
     pub probes: Option<SocketAddr>,
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+    use http_body_util::BodyExt;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt, duplex},
+        runtime::Handle,
+        time::Instant,
+    };
+    use tower::ServiceExt;
+
+    use super::*;
+
+    fn admin() -> Admin {
+        Admin {
+            registry: Arc::default(),
+            directory: Arc::default(),
+            ready: Arc::new(|| Ok(())),
+            shutdown: Shutdown::default(),
+            drain: Arc::default(),
+            supervisor: Supervisor::new(Handle::current()),
+        }
+    }
+
+    async fn refused(request: http::request::Builder) -> (StatusCode, HeaderMap, Problem) {
+        let request = request.body(Body::empty()).unwrap();
+        let (head, body) = admin().routes().oneshot(request).await.unwrap().into_parts();
+        let body = body.collect().await.unwrap().to_bytes();
+        (head.status, head.headers, serde_json::from_slice(&body).unwrap())
+    }
+
+    #[tokio::test]
+    async fn every_refusal_is_a_problem_with_a_proxy_status() {
+        let local = |request: http::request::Builder| request.header("host", "localhost:15000");
+        for (request, status, code, error) in [
+            (local(http::Request::get("/nothing")), 404, "not-found", "http_request_error"),
+            (local(http::Request::post("/livez")), 405, "method-not-allowed", "http_request_error"),
+            (
+                local(http::Request::get("/v1/drain")),
+                405,
+                "method-not-allowed",
+                "http_request_error",
+            ),
+            (
+                local(http::Request::get("/livez")).header("origin", "https://a.example"),
+                403,
+                "origin-not-allowed",
+                "http_request_denied",
+            ),
+            (
+                http::Request::get("/livez").header("host", "rebound.example"),
+                421,
+                "host-not-allowed",
+                "http_request_denied",
+            ),
+            (local(http::Request::get("/v1/snapshot")), 503, "not-ready", "proxy_internal_error"),
+        ] {
+            let (answered, headers, problem) = refused(request).await;
+            assert_eq!((answered.as_u16(), problem.code.as_str()), (status, code));
+            assert_eq!(headers["proxy-status"], format!("infrar; error={error}"));
+            assert_eq!(headers["content-type"], PROBLEM_JSON);
+            assert_eq!(headers["x-request-id"], problem.request_id);
+            assert_eq!(problem.request_id.len(), 32);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whoever_keeps_silent_or_never_ends_its_head_is_closed() {
+        for words in ["", "GET /livez HTTP/1.1\r\nhost: localhost\r\n"] {
+            let (mut client, server) = duplex(4096);
+            client.write_all(words.as_bytes()).await.unwrap();
+            let begun = Instant::now();
+            let mut heard = Vec::new();
+            let (_, read) =
+                tokio::join!(converse(server, admin().routes()), client.read_to_end(&mut heard));
+            read.unwrap();
+            assert_eq!(begun.elapsed(), LIMIT, "{words:?}");
+            assert!(!String::from_utf8_lossy(&heard).contains("200"), "{words:?}");
+        }
+    }
 }

@@ -27,4 +27,4 @@ pub use signals::{Signal, Signals};
 pub use supervisor::{Supervisor, SupervisorError};
 pub use turn::Turn;
 pub use watchdog::{Expired, Guard, TICK, Watchdog};
-pub use worker::{RuntimeError, WorkerId, Workers, cpus, spawn_local};
+pub use worker::{RuntimeError, WorkerId, Workers, cpus, open_files, spawn_local};

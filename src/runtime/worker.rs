@@ -3,6 +3,7 @@
 use std::{fmt, io, num::NonZeroUsize, panic::AssertUnwindSafe, thread};
 
 use futures_util::FutureExt;
+use rustix::process::{Resource, getrlimit};
 use tokio::{
     runtime::{Builder, LocalOptions, LocalRuntime},
     sync::oneshot,
@@ -179,6 +180,14 @@ where
 #[must_use]
 pub fn cpus() -> NonZeroUsize {
     thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)
+}
+
+/// How many files and sockets this process may have open at a time.
+#[must_use]
+pub fn open_files() -> usize {
+    // No limit at all is `None`.
+    let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    usize::try_from(files).unwrap_or(usize::MAX)
 }
 
 #[cfg(test)]
