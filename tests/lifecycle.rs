@@ -10,13 +10,21 @@
 
 mod support;
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicUsize, Ordering},
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
 };
 
-use base64::Engine;
-use support::{Folder, Infrar, Line, Origin, Pair, Visit, free_ports, get, readyz, talk, until};
+use base64::{
+    Engine,
+    engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD},
+};
+use support::{
+    Folder, Infrar, Line, Origin, Pair, Said, Visit, free_ports, get, readyz, talk, until,
+};
 use tokio::time::{Duration, Instant};
 
 #[tokio::test]
@@ -42,6 +50,29 @@ async fn a_proxy_that_was_killed_calls_within_a_second_without_the_control_plane
     pair.processes.caller.ready(pair.caller_admin).await;
     assert_eq!(get(pair.out, "data", "/").await.body, "ok", "{}", pair.logs());
     assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+}
+
+#[tokio::test]
+async fn an_issuer_that_is_down_takes_no_callee_down() {
+    let app = Origin::plain("ok").await;
+    let mut pair = Pair::open(app.at, "", "").await;
+    let [nobody] = free_ports();
+    let issuers = format!(
+        "issuers: [{{ issuer: 'https://dead.example', jwks_uri: 'http://{nobody}/keys', audiences: [shop] }}]\n"
+    );
+    pair.folder.write("project.yaml", &(Pair::project(pair.inbound, "") + &issuers));
+    let line = "infrar_jwks_keys{issuer=\"https://dead.example\"} 0\n";
+    until("the callee knows of the issuer", async || {
+        let metrics = get(pair.callee_admin, &pair.callee_admin.to_string(), "/metrics").await;
+        metrics.body.contains(line)
+    })
+    .await;
+    assert_eq!(readyz(pair.callee_admin).await, Some(200), "{}", pair.logs());
+    // Nor does it keep one from starting.
+    pair.processes.callee.kill().await;
+    pair.processes.callee = Pair::start_proxy(&pair.folder, "callee");
+    pair.processes.callee.ready(pair.callee_admin).await;
+    until("it is called", async || get(pair.out, "data", "/").await.body == "ok").await;
 }
 
 /// Whether the state folder of `who` has a file for `what`.
@@ -132,42 +163,131 @@ async fn a_project_that_learns_lets_a_call_through_and_tells_which_grant_it_woul
 }
 
 #[tokio::test]
-async fn keys_change_under_load_and_no_call_is_refused() {
+async fn a_new_key_signs_under_load_and_no_valid_token_is_refused() {
     let app = Origin::plain("ok").await;
-    let pair = Pair::open(app.at, "", "").await;
-    let (stop, served) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
-    let out = pair.out;
-    let callers: Vec<_> = (0..4)
-        .map(|_| {
-            let (stop, served) = (Arc::clone(&stop), Arc::clone(&served));
-            tokio::spawn(async move {
-                let mut line = Line::to(out).await;
-                while !stop.load(Ordering::Relaxed) {
-                    line.say("GET / HTTP/1.1\r\nhost: data\r\n\r\n").await;
-                    let said = line.answer().await;
-                    assert_eq!((said.status(), &*said.body), (200, "ok"), "{said:?}");
-                    served.fetch_add(1, Ordering::Relaxed);
-                }
-            })
-        })
-        .collect();
-    until("load is on", async || served.load(Ordering::Relaxed) > 200).await;
-    let before = key_ids(&pair).await;
+    let mut pair = Pair::open(app.at, "", "").await;
+    // A new key signs long before the callee would fetch keys on its own: the first of its tokens must make it.
+    pair.processes.control.kill().await;
+    let at = pair.control.to_string();
+    let arguments = ["control", "--project", "project.yaml", "--listen", &at, "--data-dir"];
+    let arguments = [&arguments[..], &["control", "--key-lead", "1s"]].concat();
+    pair.processes.control = Infrar::start(&pair.folder, "control", &arguments);
+    pair.processes.control.ready(pair.control).await;
+
+    let load = Arc::new(Load::new(token(&pair, "data").await));
+    let callers: Vec<_> =
+        (0..8).map(|_| tokio::spawn(Arc::clone(&load).call(pair.inbound))).collect();
+    let through: Vec<_> =
+        (0..2).map(|_| tokio::spawn(Arc::clone(&load).call_through(pair.out))).collect();
+    until("load is on", async || load.old.load(Ordering::Relaxed) > 1000).await;
+
+    let begun = (Instant::now(), load.served());
     rotate(&pair).await;
-    let mark = served.load(Ordering::Relaxed);
-    until("there are new keys", async || key_ids(&pair).await.len() > before.len()).await;
-    until("load went on", async || served.load(Ordering::Relaxed) > mark + 500).await;
-    stop.store(true, Ordering::Relaxed);
-    for caller in callers {
-        assert!(caller.await.is_ok(), "{}", pair.logs());
+    // Callers ask for tokens all the while: each is another one, and from some moment on the new key's.
+    let asked_at = AtomicUsize::new(0);
+    until("the new key has signed for a while", async || {
+        if load.served() > asked_at.load(Ordering::Relaxed) + 100 {
+            asked_at.store(load.served(), Ordering::Relaxed);
+            let fresh = token(&pair, "data").await;
+            *load.token.lock().expect("no caller has failed") = fresh;
+        }
+        load.new.load(Ordering::Relaxed) > 2000
+    })
+    .await;
+    let (calls, time) = (load.served() - begun.1, begun.0.elapsed());
+    load.stop.store(true, Ordering::Relaxed);
+    for caller in callers.into_iter().chain(through) {
+        assert!(caller.await.is_ok(), "a call was refused; {calls} in {time:?}\n{}", pair.logs());
     }
+    assert_eq!(key_ids(&pair).await.len(), 2);
+}
+
+/// Calls that go on until they are told to stop, and what came of them.
+struct Load {
+    /// The token of the next call.
+    token: Mutex<String>,
+    /// The key that signs at first.
+    first: String,
+    old: AtomicUsize,
+    new: AtomicUsize,
+    through: AtomicUsize,
+    stop: AtomicBool,
+}
+
+impl Load {
+    fn new(token: String) -> Self {
+        let first = key_of(&token);
+        let (old, new, through) = Default::default();
+        Self { token: Mutex::new(token), first, old, new, through, stop: AtomicBool::new(false) }
+    }
+
+    fn served(&self) -> usize {
+        [&self.old, &self.new, &self.through].iter().map(|it| it.load(Ordering::Relaxed)).sum()
+    }
+
+    /// Calls the callee's sidecar with the token of the moment.
+    async fn call(self: Arc<Self>, at: SocketAddr) {
+        let mut line = Line::to(at).await;
+        while !self.stop.load(Ordering::Relaxed) {
+            let token = self.token.lock().expect("no caller has failed").clone();
+            let count = if key_of(&token) == self.first { &self.old } else { &self.new };
+            let request =
+                format!("GET / HTTP/1.1\r\nhost: data\r\nauthorization: Bearer {token}\r\n\r\n");
+            Self::batch(&mut line, &request, count).await;
+        }
+    }
+
+    /// Calls by name, with whatever token the caller's sidecar has.
+    async fn call_through(self: Arc<Self>, at: SocketAddr) {
+        let mut line = Line::to(at).await;
+        while !self.stop.load(Ordering::Relaxed) {
+            let request = "GET / HTTP/1.1\r\nhost: data\r\n\r\n";
+            Self::batch(&mut line, request, &self.through).await;
+        }
+    }
+
+    async fn batch(line: &mut Line, request: &str, count: &AtomicUsize) {
+        const BATCH: usize = 10;
+        line.say(request.repeat(BATCH)).await;
+        for _ in 0..BATCH {
+            let said = line.answer().await;
+            assert_eq!((said.status(), &*said.body), (200, "ok"), "{said:?}");
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// The `kid` of a token.
+fn key_of(token: &str) -> String {
+    let head = token.split('.').next().expect("a head");
+    let head = URL_SAFE_NO_PAD.decode(head).expect("base64url");
+    let head: serde_json::Value = serde_json::from_slice(&head).expect("JSON");
+    head["kid"].as_str().expect("a key id").to_owned()
 }
 
 /// Asks for a new key, as somebody who may.
 async fn rotate(pair: &Pair) {
-    let secret = base64::engine::general_purpose::STANDARD.encode("web:the caller's secret");
-    let form = "grant_type=client_credentials&audience=infrar-control";
+    let token = token(pair, "infrar-control").await;
     let said = talk(
+        pair.control,
+        format!("POST /v1/keys/rotate HTTP/1.1\r\nhost: control\r\nauthorization: Bearer {token}\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"),
+    )
+    .await;
+    assert_eq!(said.status(), 200, "{said:?}");
+}
+
+/// A token of the caller's for `audience`.
+async fn token(pair: &Pair, audience: &str) -> String {
+    let said = ask_token(pair, audience, "the caller's secret").await;
+    let token =
+        said.body.split("\"access_token\":\"").nth(1).and_then(|rest| rest.split('"').next());
+    token.unwrap_or_else(|| panic!("no token: {said:?}")).to_owned()
+}
+
+async fn ask_token(pair: &Pair, audience: &str, secret: &str) -> Said {
+    let secret = STANDARD.encode(format!("web:{secret}"));
+    let form = format!("grant_type=client_credentials&audience={audience}");
+    talk(
         pair.control,
         format!(
             "POST /oauth2/token HTTP/1.1\r\nhost: control\r\nauthorization: Basic {secret}\r\nconnection: close\r\n\
@@ -175,16 +295,20 @@ async fn rotate(pair: &Pair) {
             form.len()
         ),
     )
-    .await;
-    let token =
-        said.body.split("\"access_token\":\"").nth(1).and_then(|rest| rest.split('"').next());
-    let token = token.unwrap_or_else(|| panic!("no token: {said:?}"));
-    let said = talk(
-        pair.control,
-        format!("POST /v1/keys/rotate HTTP/1.1\r\nhost: control\r\nauthorization: Bearer {token}\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"),
-    )
-    .await;
+    .await
+}
+
+#[tokio::test]
+async fn a_secret_that_is_exchanged_is_in_force_without_a_restart() {
+    let app = Origin::plain("ok").await;
+    let pair = Pair::open(app.at, "", "").await;
+    pair.folder.write("secrets/web", "another secret\n");
+    until("it is read", async || pair.processes.control.log().contains("the project is in force"))
+        .await;
+    let said = ask_token(&pair, "data", "another secret").await;
     assert_eq!(said.status(), 200, "{said:?}");
+    assert_eq!(ask_token(&pair, "data", "the caller's secret").await.status(), 401);
+    assert_eq!(get(pair.out, "data", "/").await.body, "ok", "{}", pair.logs());
 }
 
 async fn key_ids(pair: &Pair) -> Vec<String> {
@@ -227,10 +351,7 @@ async fn told_to_end_it_is_not_ready_at_once_and_finishes_what_it_has() {
 }
 
 /// A callee's sidecar without a control plane, whose one path is public.
-async fn alone(
-    folder: &Folder,
-    app: std::net::SocketAddr,
-) -> (Infrar, std::net::SocketAddr, std::net::SocketAddr) {
+async fn alone(folder: &Folder, app: SocketAddr) -> (Infrar, SocketAddr, SocketAddr) {
     let [inbound, admin] = free_ports();
     folder.write("project.yaml", &format!("project: shop\nservices: {{ data: {{ scopes: [use], endpoints: [{{ url: 'http://{inbound}', provider: aws, region: us-east-1 }}] }} }}\n"));
     folder.write(

@@ -17,11 +17,11 @@ use std::{
 };
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
-use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
+use jsonwebtoken::{Algorithm, EncodingKey, Header, crypto::sign, encode};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use rustls::{ClientConfig, RootCertStore, SupportedProtocolVersion, pki_types::ServerName};
 use serde_json::{Value, json};
-use support::{Folder, Infrar, Line, Origin, Said, free_ports, get, header, talk, until};
+use support::{Folder, Infrar, Line, Origin, Pair, Said, free_ports, get, header, talk, until};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
@@ -48,7 +48,8 @@ impl Callee {
             &format!(
                 "project: shop\nservices:\n  data:\n    scopes: [read:data, write:query]\n    endpoints:\n      \
                  - {{ url: 'https://localhost:{}', provider: aws, region: us-east-1 }}\n\
-                 issuers:\n  - {{ issuer: '{ISSUER}', jwks_file: jwks.json, audiences: [data] }}\n\
+                 \x20 reports: {{ scopes: [read:all], endpoints: [{{ url: 'https://reports.example', provider: aws, region: us-east-1 }}] }}\n\
+                 issuers:\n  - {{ issuer: '{ISSUER}', jwks_file: jwks.json, audiences: [reports, 'api://shop'] }}\n\
                  permissions: {{ web: {{ data: [read:data, write:query] }} }}\n",
                 inbound.port()
             ),
@@ -130,7 +131,10 @@ fn claims() -> Value {
 }
 
 fn with(change: &Value) -> Value {
-    let mut claims = claims();
+    changed(claims(), change)
+}
+
+fn changed(mut claims: Value, change: &Value) -> Value {
     for (key, value) in change.as_object().expect("an object") {
         claims[key] = value.clone();
     }
@@ -141,11 +145,83 @@ fn es256() -> Header {
     Header { kid: Some("k1".to_owned()), ..Header::new(Algorithm::ES256) }
 }
 
-/// A token in parts that no library would write.
-fn raw(header: &str, claims: &Value, signature: &[u8]) -> String {
+/// A token with a header that no library would write, signed with `key` as if it were right.
+fn signed(key: &EncodingKey, header: &str, claims: &Value) -> String {
     let [header, claims] =
         [header.to_owned(), claims.to_string()].map(|part| URL_SAFE_NO_PAD.encode(part));
-    format!("{header}.{claims}.{}", URL_SAFE_NO_PAD.encode(signature))
+    let message = format!("{header}.{claims}");
+    let signature = sign(message.as_bytes(), key, Algorithm::ES256).expect("a signature");
+    format!("{message}.{signature}")
+}
+
+/// Tokens that nothing but their header betrays: `key`, which is accepted as `kid`, has signed each. `kind` is the member
+/// that says what they are.
+fn betrayed_by_their_header(
+    key: &EncodingKey,
+    [kid, kind]: [&str; 2],
+    claims: &Value,
+    (jwk, elsewhere): (&Value, SocketAddr),
+) -> Vec<(String, String)> {
+    let usual = format!(r#""alg":"ES256",{kind}"#);
+    let named = format!(r#"{usual}"kid":"{kid}""#);
+    let headers = [
+        format!(r#"{named},"kid":"{kid}""#),
+        format!(r#"{named},"kid":"k9""#),
+        format!(r#""kid":"k9",{named}"#),
+        format!(r#"{named},"\u006bid":"{kid}""#),
+        format!(r#"{usual}"kid":"""#),
+        format!(r#"{usual}"kid":null"#),
+        format!(r#"{usual}"kid":1"#),
+        format!(r#"{usual}"kid":["{kid}"]"#),
+        format!(r#"{usual}"kid":"../../{kid}""#),
+        format!(r#"{usual}"kid":"k2""#),
+        format!(r#""alg":"none",{named}"#),
+        format!(r#"{named},"alg":"ES256""#),
+        named.replace("ES256", "none"),
+        named.replace("ES256", "es256"),
+        named.replace("ES256", "ES384"),
+        named.replace("ES256", "HS256"),
+        named.replace(r#""ES256""#, "256"),
+        named.replace(r#""ES256""#, r#"["ES256"]"#),
+        named.replace(r#""alg":"ES256","#, ""),
+        format!(r#"{named},"jku":"http://{elsewhere}/jwks""#),
+        format!(r#"{named},"x5u":"http://{elsewhere}/chain""#),
+        format!(r#"{named},"jwk":{jwk}"#),
+        format!(r#"{named},"x5c":["MIIB"]"#),
+        format!(r#"{named},"crit":["exp"]"#),
+        format!(r#"{named},"crit":[]"#),
+        format!(r#"{named},"crit":["b64"],"b64":true"#),
+        format!(r#"{named},"b64":false"#),
+        format!(r#"{named},"x":{{"a":1,"a":2}}"#),
+    ];
+    let mut cases = Vec::from(headers.map(|header| {
+        let header = format!("{{{header}}}");
+        let token = signed(key, &header, claims);
+        (header, token)
+    }));
+    // The same without anything amiss is let in, so it is the header that each is refused for.
+    cases.push((String::new(), signed(key, &format!("{{{named}}}"), claims)));
+    cases
+}
+
+/// What the claims of a token must not say.
+fn wrong_claims() -> Vec<Value> {
+    vec![
+        json!({"exp": now() - 31}),
+        json!({"exp": -62_135_596_800_i64}),
+        json!({"exp": null}),
+        json!({"exp": "9999999999"}),
+        json!({"nbf": now() + 60}),
+        json!({"aud": "reports"}),
+        json!({"aud": ["reports", "web"]}),
+        json!({"aud": null}),
+        json!({"iss": "https://issuer.example.evil.example"}),
+        json!({"iss": "https://issuer.example/"}),
+        json!({"iss": null}),
+        json!({"sub": null}),
+        json!({"sub": ""}),
+        json!({"scope": {}}),
+    ]
 }
 
 fn bearer(token: &str) -> String {
@@ -174,21 +250,8 @@ async fn hostile_tokens_are_refused_and_never_reach_the_app() {
     let tampered = URL_SAFE_NO_PAD.encode(with(&json!({"sub": "root"})).to_string());
     let mut flipped = signature.clone();
     flipped[10] ^= 1;
-    let pointing = |key: &str| {
-        raw(
-            &format!(r#"{{"alg":"ES256","kid":"k9","{key}":"http://{}/jwks"}}"#, callee.app.at),
-            &claims(),
-            &signature,
-        )
-    };
-    let changed = |change: Value| callee.token(&es256(), &with(&change));
-    let cases: Vec<(&str, String)> = vec![
-        ("no algorithm", raw(r#"{"alg":"none"}"#, &claims(), b"")),
-        ("no algorithm, in capitals", raw(r#"{"alg":"NONE","kid":"k1"}"#, &claims(), b"")),
-        (
-            "no algorithm, a good signature",
-            raw(r#"{"alg":"none","kid":"k1"}"#, &claims(), &signature),
-        ),
+    let mut cases: Vec<(&str, String)> = vec![
+        ("no algorithm", format!("{}.{payload}.", URL_SAFE_NO_PAD.encode(r#"{"alg":"none"}"#))),
         ("HS256 with the public key in PEM", hs256(public.as_bytes())),
         ("HS256 with the public key in raw", hs256(callee.issuer.public_key_raw())),
         ("HS256 with nothing", hs256(b"")),
@@ -209,23 +272,6 @@ async fn hostile_tokens_are_refused_and_never_reach_the_app() {
                 ..Header::new(Algorithm::ES256)
             }),
         ),
-        ("two kids", raw(r#"{"alg":"ES256","kid":"k1","kid":"k1"}"#, &claims(), &signature)),
-        (
-            "two algorithms",
-            raw(r#"{"alg":"none","alg":"ES256","kid":"k1"}"#, &claims(), &signature),
-        ),
-        ("an algorithm that is a number", raw(r#"{"alg":256,"kid":"k1"}"#, &claims(), &signature)),
-        ("jku", pointing("jku")),
-        ("x5u", pointing("x5u")),
-        (
-            "a key of its own",
-            raw(
-                &format!(r#"{{"alg":"ES256","jwk":{}}}"#, jwk(&stranger, "k1")),
-                &claims(),
-                &signature,
-            ),
-        ),
-        ("crit", raw(r#"{"alg":"ES256","kid":"k1","crit":["exp"]}"#, &claims(), &signature)),
         ("changed claims", format!("{head}.{tampered}.{}", URL_SAFE_NO_PAD.encode(&signature))),
         ("a changed signature", format!("{head}.{payload}.{}", URL_SAFE_NO_PAD.encode(&flipped))),
         ("a signature of zeros", format!("{head}.{payload}.{}", URL_SAFE_NO_PAD.encode([0; 64]))),
@@ -235,19 +281,18 @@ async fn hostile_tokens_are_refused_and_never_reach_the_app() {
         ("no base64", "a.b!.c".to_owned()),
         ("nothing", String::new()),
         ("oversized", callee.token(&es256(), &with(&json!({"x": "x".repeat(20_000)})))),
-        ("expired", changed(json!({"exp": now() - 31}))),
-        ("expired in the year one", changed(json!({"exp": -62_135_596_800_i64}))),
-        ("no end", changed(json!({"exp": null}))),
-        ("an end that is text", changed(json!({"exp": "9999999999"}))),
-        ("not yet valid", changed(json!({"nbf": now() + 60}))),
-        ("another audience", changed(json!({"aud": "reports"}))),
-        ("audiences without ours", changed(json!({"aud": ["reports", "web"]}))),
-        ("no audience", changed(json!({"aud": null}))),
-        ("another issuer", changed(json!({"iss": "https://issuer.example.evil.example"}))),
-        ("an issuer with a slash more", changed(json!({"iss": "https://issuer.example/"}))),
-        ("no issuer", changed(json!({"iss": null}))),
-        ("nobody", changed(json!({"sub": null}))),
     ];
+    let (key, own) = (signer(&callee.issuer), jwk(&callee.issuer, "k1"));
+    let mut others = betrayed_by_their_header(&key, ["k1", ""], &claims(), (&own, callee.app.at));
+    let (_, sound) = others.pop().expect("the sound one comes last");
+    let said = callee.asks("POST", "/query", &bearer(&sound)).await;
+    assert_eq!(said.status(), 200, "{said:?}");
+    let seen = seen + 1;
+    cases.extend(others.iter().map(|(what, token)| (what.as_str(), token.clone())));
+    let wrong = wrong_claims();
+    let wrong: Vec<_> = wrong.iter().map(|change| (change.to_string(), with(change))).collect();
+    let of = |claims: &Value| callee.token(&es256(), claims);
+    cases.extend(wrong.iter().map(|(what, claims)| (what.as_str(), of(claims))));
     for (what, token) in cases {
         let said = callee.asks("POST", "/query", &bearer(&token)).await;
         assert_eq!(said.status(), 401, "{what}: {said:?}");
@@ -268,6 +313,81 @@ async fn hostile_tokens_are_refused_and_never_reach_the_app() {
     let said = callee.asks("POST", "/query", "authorization: Basic d2ViOng=\r\n").await;
     assert_eq!(said.status(), 401, "{said:?}");
     assert_eq!(callee.app.heads().len(), seen, "{:?}", callee.app.heads().last());
+}
+
+#[tokio::test]
+async fn tokens_of_the_projects_own_issuer_are_access_tokens_or_refused() {
+    let app = Origin::plain("reached").await;
+    let pair = Pair::open(app.at, "", "").await;
+    let issuer = format!("http://{}", pair.control);
+    let published = get(pair.control, &pair.control.to_string(), "/.well-known/jwks.json").await;
+    let published: Value = serde_json::from_str(&published.body).expect("a key set");
+    let own = &published["keys"][0];
+    let kid = own["kid"].as_str().expect("a name");
+    let files = std::fs::read_dir(pair.folder.path("control/keys")).expect("keys");
+    let pem = files.flatten().map(|file| std::fs::read(file.path()).expect("our own file")).next();
+    let key = EncodingKey::from_ec_pem(&pem.expect("a key")).expect("a key");
+    let claims = json!({"iss": issuer, "sub": "web", "client_id": "web", "aud": "data", "exp": now() + 600,
+        "nbf": now() - 1, "iat": now() - 1, "jti": "1", "scope": "use", "scopes": ["use"]});
+    let status = async |token: &str| {
+        let token = bearer(token);
+        let said = talk(
+            pair.inbound,
+            format!("GET / HTTP/1.1\r\nhost: data\r\nconnection: close\r\n{token}\r\n"),
+        )
+        .await;
+        (said.status(), said.code().to_owned())
+    };
+    let kind = r#""typ":"at+jwt","#;
+    let mut cases = betrayed_by_their_header(&key, [kid, kind], &claims, (own, app.at));
+    let (_, sound) = cases.pop().expect("the sound one comes last");
+    assert_eq!(status(&sound).await.0, 200, "{}", pair.logs());
+    for kind in ["", r#""typ":"JWT","#, r#""typ":"dpop+jwt","#, r#""typ":["at+jwt"],"#] {
+        let header = format!(r#"{{"alg":"ES256",{kind}"kid":"{kid}"}}"#);
+        let token = signed(&key, &header, &claims);
+        cases.push((header, token));
+    }
+    let header = format!(r#"{{"alg":"ES256",{kind}"kid":"{kid}"}}"#);
+    for change in wrong_claims().into_iter().chain([json!({"sub": "Not A Name"})]) {
+        let token = signed(&key, &header, &changed(claims.clone(), &change));
+        cases.push((change.to_string(), token));
+    }
+    for (what, token) in &cases {
+        let (status, code) = status(token).await;
+        assert_eq!(status, 401, "{what}: {code}");
+    }
+    // A caller that nothing is granted to is who it is, and may not.
+    let stranger = signed(&key, &header, &changed(claims.clone(), &json!({"sub": "stranger"})));
+    assert_eq!(status(&stranger).await, (403, "not-permitted".to_owned()));
+    assert_eq!(app.heads().len(), 1, "{:?}", app.heads().last());
+}
+
+#[tokio::test]
+async fn an_audience_that_is_a_services_name_opens_that_service_alone() {
+    let callee = Callee::open("off", "").await;
+    let status = async |audience: &str| {
+        let token = callee.token(&es256(), &with(&json!({"aud": audience})));
+        callee.asks("POST", "/query", &bearer(&token)).await.status()
+    };
+    assert_eq!(status("data").await, 200);
+    assert_eq!(status("reports").await, 401);
+    assert_eq!(status("api://shop").await, 200);
+}
+
+#[tokio::test]
+async fn keys_in_a_file_change_with_it() {
+    let callee = Callee::open("off", "").await;
+    let next = KeyPair::generate().expect("a key");
+    let header = Header { kid: Some("k2".to_owned()), ..Header::new(Algorithm::ES256) };
+    let token = bearer(&encode(&header, &claims(), &signer(&next)).expect("a token"));
+    assert_eq!(callee.asks("POST", "/query", &token).await.status(), 401);
+    callee.folder.write("jwks.json", &json!({"keys": [jwk(&next, "k2")]}).to_string());
+    until("the new key is believed", async || {
+        callee.asks("POST", "/query", &token).await.status() == 200
+    })
+    .await;
+    let old = bearer(&callee.token(&es256(), &claims()));
+    assert_eq!(callee.asks("POST", "/query", &old).await.status(), 401);
 }
 
 #[tokio::test]

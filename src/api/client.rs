@@ -28,7 +28,7 @@ use hyper_util::{
 use rustls::ClientConfig;
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, de::DeserializeOwned};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 use url::{Url, form_urlencoded};
 
 use crate::{
@@ -225,11 +225,6 @@ impl Client {
         audience: &str,
         scopes: Option<&ScopeSet>,
     ) -> Result<TokenAnswer, ClientError> {
-        let mut form = form_urlencoded::Serializer::new(String::new());
-        form.append_pair("grant_type", "client_credentials").append_pair("audience", audience);
-        if let Some(scopes) = scopes {
-            form.append_pair("scope", &scopes.to_string());
-        }
         let question = Question {
             method: Method::POST,
             path: "/oauth2/token",
@@ -237,7 +232,7 @@ impl Client {
             authorization: Some(basic(credential)?),
             accept: "application/json",
             if_none_match: None,
-            form: Some(form.finish()),
+            form: Some(token_form(audience, scopes)),
         };
         let (answer, host) = self.ask(&question).await?;
         let reply: TokenReply = self.read(answer, &host, SMALL_LIMIT).await?;
@@ -294,7 +289,8 @@ impl Client {
             ..Question::get("/v1/watch", Some(bearer))?
         };
         let (answer, host) = self.ask(&question).await?;
-        Ok(Watch { body: answer.into_body(), host, events: Events::default() })
+        let heard = Instant::now();
+        Ok(Watch { body: answer.into_body(), host, events: Events::default(), heard })
     }
 
     /// Every service in brief.
@@ -472,11 +468,14 @@ pub struct Watch {
     body: Incoming,
     host: String,
     events: Events,
+    /// When the control plane last said anything.
+    heard: Instant,
 }
 
 impl Watch {
     /// Waits for the next change; `None` when the control plane ended the stream (ask again then).
-    /// Cancel-safe: what has arrived is kept.
+    /// Cancel-safe: what has arrived is kept, and silence counts from when anything was last heard, however often
+    /// this is given up and called again.
     ///
     /// # Errors
     /// [`ClientError::Unreachable`] when the connection breaks or is silent for 45 s,
@@ -489,11 +488,12 @@ impl Watch {
                     return change.map(Some).map_err(|source| self.malformed(source.into()));
                 }
             }
-            let frame = timeout(WATCH_SILENCE, self.body.frame())
+            let frame = timeout_at(self.heard + WATCH_SILENCE, self.body.frame())
                 .await
                 .map_err(|elapsed| self.unreachable(elapsed.into()))?;
             let Some(frame) = frame else { return Ok(None) };
             let frame = frame.map_err(|error| self.unreachable(error.into()))?;
+            self.heard = Instant::now();
             if let Some(piece) = frame.data_ref() {
                 let pushed = self.events.push(piece);
                 pushed.map_err(|source: EventError| self.malformed(source.into()))?;
@@ -508,6 +508,16 @@ impl Watch {
     fn malformed(&self, source: Boxed) -> ClientError {
         ClientError::Malformed { host: self.host.clone(), source }
     }
+}
+
+/// The form of a question for a token. Apart, because the serializer must not be held over an `.await`: it is not `Send`.
+fn token_form(audience: &str, scopes: Option<&ScopeSet>) -> String {
+    let mut form = form_urlencoded::Serializer::new(String::new());
+    form.append_pair("grant_type", "client_credentials").append_pair("audience", audience);
+    if let Some(scopes) = scopes {
+        form.append_pair("scope", &scopes.to_string());
+    }
+    form.finish()
 }
 
 /// Host and port for messages, without user, path or query.
@@ -620,6 +630,30 @@ mod tests {
         let error = client.own_jwks().await.unwrap_err();
         assert!(matches!(error, ClientError::Unreachable { .. }), "{error:?}");
         assert!(error.to_string().contains(&port.to_string()));
+    }
+
+    #[tokio::test]
+    async fn a_silent_stream_is_given_up_however_often_its_reader_looks_away() {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = url(&format!("http://{}", listener.local_addr().unwrap()));
+        let client = Client::new(ClientSettings::new(vec![address], None)).unwrap();
+        let bearer = SecretString::from("pass");
+        let answering = async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            assert!(stream.read(&mut [0; 4096]).await.unwrap() > 0);
+            let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n";
+            stream.write_all(head.as_bytes()).await.unwrap();
+            stream
+        };
+        let (watch, _held) = tokio::join!(client.watch(&bearer, 1), answering);
+        let mut watch = watch.unwrap();
+        // From here on nothing comes, so the paused clock goes from timer to timer.
+        tokio::time::pause();
+        let poll = Duration::from_secs(30);
+        assert!(timeout(poll, watch.next()).await.is_err());
+        let silence = timeout(poll, watch.next()).await.unwrap();
+        assert!(matches!(silence, Err(ClientError::Unreachable { .. })), "{silence:?}");
     }
 
     #[tokio::test]

@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use anyhow::Context;
+use jiff::SignedDuration;
 use url::Url;
 
 use super::watch::WatchedFile;
@@ -33,23 +34,34 @@ pub(crate) struct ControlArgs {
     /// Where keys and the revision are kept.
     #[arg(long, env = "INFRAR_DATA_DIR", default_value = "./.infrar/control", value_name = "DIR")]
     data_dir: PathBuf,
+    /// How long a new key is published before it signs. For tests: below the ten minutes for which verifiers keep a key
+    /// set, the first token of a new key makes each of them fetch it.
+    #[arg(long, hide = true, value_name = "DURATION")]
+    key_lead: Option<SignedDuration>,
 }
 
 impl ControlArgs {
-    /// Runs until told to end; an edited project is in force as soon as it is saved, if it has no fault.
+    /// Runs until told to end; an edited project, secret or key set is in force as soon as it is saved, if it has no
+    /// fault.
     ///
     /// # Errors
     /// Whatever keeps it from beginning.
     pub(crate) async fn run(self) -> anyhow::Result<()> {
+        // Watched before it is read, so that no edit falls between.
+        let watched = WatchedFile::new(&self.project);
         let file = config::load_project(&self.project)?;
         for note in &file.notes {
             tracing::info!("{note}");
         }
         let mut signals = Signals::listen().context("signals cannot be listened to")?;
-        let mut watched = WatchedFile::new(&self.project)
-            .with_context(|| format!("{} cannot be watched", self.project.display()))?;
+        let mut watched =
+            watched.with_context(|| format!("{} cannot be watched", self.project.display()))?;
+        watched.refers_to(file.referred_files());
         let mut settings = control::Settings::new(self.listen, self.data_dir.clone());
         settings.public_url.clone_from(&self.public_url);
+        if let Some(lead) = self.key_lead {
+            settings.key_lead = lead.unsigned_abs();
+        }
         settings.tls = self
             .cert_file
             .clone()
@@ -60,9 +72,9 @@ impl ControlArgs {
             tokio::select! {
                 signal = signals.next() => match signal {
                     Signal::Stop | Signal::StopAtOnce => break,
-                    Signal::Reload => self.reload(&running),
+                    Signal::Reload => self.reload(&running, &mut watched),
                 },
-                () = watched.changed() => self.reload(&running),
+                () = watched.changed() => self.reload(&running, &mut watched),
             }
         }
         tracing::info!("told to end");
@@ -74,7 +86,7 @@ impl ControlArgs {
     }
 
     /// Takes the project over, or says why not and keeps the old one.
-    fn reload(&self, running: &Running) {
+    fn reload(&self, running: &Running, watched: &mut WatchedFile) {
         let file = match config::load_project(&self.project) {
             Ok(file) => file,
             Err(faults) => {
@@ -83,6 +95,7 @@ impl ControlArgs {
                 );
             }
         };
+        watched.refers_to(file.referred_files());
         match running.replace(file.project, &file.identities) {
             Ok(_) => tracing::info!(revision = running.revision(), "the project is in force"),
             Err(error) => tracing::error!(

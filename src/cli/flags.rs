@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 
-use super::proxy;
 use crate::{config, telemetry::Format};
 
 /// Settings of a proxy on the command line; they beat the environment, which beats the file.

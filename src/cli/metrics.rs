@@ -49,6 +49,10 @@ pub(super) fn expose(
             &[],
             to_f64(usize::try_from(stats.failures).unwrap_or(usize::MAX)),
         );
+        for (callee, left) in &stats.left {
+            let left = left.unwrap_or_default().as_secs_f64();
+            found.gauge(names::TOKEN_LEFT, &[("callee", callee.as_str())], left);
+        }
         for keys in lock(&trust).sets() {
             let stats = keys.stats();
             let labels = [("issuer", &**keys.issuer())];
@@ -61,6 +65,12 @@ pub(super) fn expose(
                 names::JWKS_FAILURES,
                 &labels,
                 to_f64(usize::try_from(stats.failures).unwrap_or(usize::MAX)),
+            );
+            found.gauge(names::JWKS_KEYS, &labels, to_f64(stats.keys));
+            found.counter(
+                names::JWKS_UNKNOWN,
+                &labels,
+                to_f64(usize::try_from(stats.unknown).unwrap_or(usize::MAX)),
             );
             if let Some(age) = stats.age {
                 found.gauge(names::JWKS_AGE, &labels, age.as_secs_f64());

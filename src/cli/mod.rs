@@ -7,6 +7,7 @@ mod control;
 mod demo;
 mod flags;
 mod health;
+mod kept;
 mod metrics;
 mod proxy;
 mod reach;

@@ -25,7 +25,7 @@ use crate::{
     config::{self, Faults, ProxyFile},
     cost::Meter,
     discovery::Directory,
-    net::{self, Resolver},
+    net::{self, Resolver, ServerTls},
     proxy::{self, Admin, Ends, Parts},
     runtime::{Phase, Signal, Signals, Supervisor, cpus},
     telemetry::Registry,
@@ -287,7 +287,8 @@ fn watch_certificates(supervisor: &Supervisor, helm: &Helm) {
         loop {
             ticks.tick().await;
             let certificates = lock(&in_use).clone();
-            if tokio::task::spawn_blocking(move || reread(&certificates)).await.is_err() {
+            let looking = move || reread(&certificates, ServerTls::look);
+            if tokio::task::spawn_blocking(looking).await.is_err() {
                 return;
             }
         }

@@ -105,7 +105,7 @@ impl Helm {
         self.in_force = file;
         self.note();
         // What the file points at may be another although the file is not.
-        reread(&lock(&self.certificates));
+        reread(&lock(&self.certificates), ServerTls::reload);
         self.reins.look_again();
         Ok(waiting)
     }

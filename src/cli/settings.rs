@@ -12,7 +12,7 @@ use crate::{
     config::{self, ProxyFile},
     identity::{Access, PathRule, Rule, Rules},
     model::Protocol,
-    net::{ClientTls, MinVersion, Reload, ServerTls},
+    net::{ClientTls, MinVersion, Reload, ServerTls, TlsError},
     proxy,
     telemetry::{AccessLog, Flushing, Format},
 };
@@ -161,10 +161,13 @@ impl Workshop {
     }
 }
 
-/// Reads certificates again, where their files say something else.
-pub(super) fn reread(certificates: &[Arc<ServerTls>]) {
+/// Reads certificates again, where their files say something else; `how` says whether a known fault is told again.
+pub(super) fn reread(
+    certificates: &[Arc<ServerTls>],
+    how: impl Fn(&ServerTls) -> Result<Reload, TlsError>,
+) {
     for certificate in certificates {
-        match certificate.reload() {
+        match how(certificate) {
             Ok(Reload::Changed) => tracing::info!("a new certificate is in use"),
             Ok(Reload::Unchanged) => {}
             Err(error) => tracing::error!(

@@ -10,7 +10,7 @@ use url::Url;
 
 use crate::{
     api::{Catalog, Client},
-    identity::{Fetch, Jwks, KeySet, Trusted, Verifier, control_keys, discovered_keys, keys_at},
+    identity::{Fetch, Jwks, KeySet, Trusted, Verifier, control_keys, keys_at},
     model::Issuer,
     runtime::Supervisor,
 };
@@ -20,7 +20,6 @@ use crate::{
 enum Place {
     Control,
     At(Url),
-    Discovered,
     Fixed(String),
 }
 
@@ -28,6 +27,10 @@ enum Place {
 pub(super) struct Trust {
     verifier: Arc<ArcSwap<Verifier>>,
     known: HashMap<(String, Place), Arc<Jwks>>,
+    /// The keys of the project's own issuer, once it is known.
+    own: Option<Arc<Jwks>>,
+    /// Whether tokens could be verified once; keys that were there stay.
+    verified: bool,
     client: Client,
     /// Whether the client leads to a control plane, which then is the project's own issuer.
     has_control: bool,
@@ -47,6 +50,8 @@ impl Trust {
         Self {
             verifier,
             known: HashMap::new(),
+            own: None,
+            verified: false,
             client,
             has_control,
             remembered,
@@ -64,12 +69,26 @@ impl Trust {
         self.known.values().cloned().collect()
     }
 
+    /// Whether the keys are there that every callee needs: those of the project's own issuer; without a control plane
+    /// those of any issuer, if there is one. Once it is so it stays so, whatever issuers come later.
+    pub(super) fn can_verify(&mut self) -> bool {
+        let there = |keys: &Arc<Jwks>| !keys.load().is_empty();
+        self.verified = self.verified
+            || if self.has_control {
+                self.own.as_ref().is_some_and(there)
+            } else {
+                self.known.is_empty() || self.known.values().any(there)
+            };
+        self.verified
+    }
+
     /// Takes over the issuers of a snapshot.
     pub(super) fn follow(&mut self, catalog: &Catalog, supervisor: &Supervisor) {
         let mut trusted = Vec::new();
         let before = std::mem::take(&mut self.known);
         if self.has_control && !catalog.issuer.is_empty() {
             let keys = self.keys(&before, &catalog.issuer, Place::Control, supervisor);
+            self.own.clone_from(&keys);
             trusted.extend(keys.map(|keys| Trusted {
                 issuer: catalog.issuer.as_str().into(),
                 ours: true,
@@ -78,11 +97,12 @@ impl Trust {
             }));
         }
         for issuer in &catalog.project.issuers {
-            let keys = self.keys(&before, &issuer.issuer, place(issuer), supervisor);
+            let Some(place) = place(issuer) else { continue };
+            let keys = self.keys(&before, &issuer.issuer, place, supervisor);
             trusted.extend(keys.map(|keys| Trusted {
                 issuer: issuer.issuer.as_str().into(),
                 ours: false,
-                audiences: issuer.audiences.clone(),
+                audiences: shared_audiences(issuer, catalog),
                 keys,
             }));
         }
@@ -133,14 +153,14 @@ impl Trust {
                 return match KeySet::from_json(&json) {
                     Ok(keys) => Some(Jwks::fixed(name, keys)),
                     Err(error) => {
-                        tracing::error!(%issuer, %error, "an issuer's keys cannot be used");
+                        let error = &error as &dyn std::error::Error;
+                        tracing::error!(%issuer, error, "an issuer's keys cannot be used");
                         None
                     }
                 };
             }
             Place::Control => control_keys(client),
             Place::At(url) => keys_at(client, url.clone()),
-            Place::Discovered => discovered_keys(client, Arc::clone(&name)),
         };
         let initial = self
             .remembered
@@ -153,10 +173,86 @@ impl Trust {
     }
 }
 
-fn place(issuer: &Issuer) -> Place {
+/// The audiences of an issuer that stand for every service. One that is a service's name stands for that service alone,
+/// where it is accepted anyway: a token for `reports` opens nothing else.
+fn shared_audiences(issuer: &Issuer, catalog: &Catalog) -> Vec<String> {
+    let services = &catalog.project.services;
+    let shared = issuer.audiences.iter().filter(|name| !services.contains_key(name.as_str()));
+    shared.cloned().collect()
+}
+
+/// Where the project says that an issuer's keys are; it always does, or the issuer is not trusted.
+fn place(issuer: &Issuer) -> Option<Place> {
     match (&issuer.jwks, &issuer.jwks_uri) {
-        (Some(jwks), _) => Place::Fixed(jwks.to_string()),
-        (None, Some(uri)) => Place::At(uri.clone()),
-        (None, None) => Place::Discovered,
+        (Some(jwks), _) => Some(Place::Fixed(jwks.to_string())),
+        (None, Some(uri)) => Some(Place::At(uri.clone())),
+        (None, None) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::api::ClientSettings;
+
+    /// The public key of RFC 7515, appendix A.3.
+    fn a_key() -> Value {
+        json!({"keys": [{"kty": "EC", "crv": "P-256", "kid": "k1", "alg": "ES256",
+            "x": "f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU",
+            "y": "x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0"}]})
+    }
+
+    fn issuer(name: &str, jwks: Option<Value>) -> Issuer {
+        // Nobody listens on port 1.
+        let jwks_uri = jwks.is_none().then(|| "http://127.0.0.1:1/jwks".parse().unwrap());
+        Issuer { issuer: name.to_owned(), jwks_uri, jwks, audiences: Vec::new() }
+    }
+
+    fn catalog(own: &str, issuers: &[Issuer]) -> Catalog {
+        let project = json!({"name": "shop", "networking": {"multi_cloud": true, "default_mode": "public",
+            "connections": []}, "services": {}, "permissions": {}, "issuers": issuers, "mode": "enforce"});
+        let project = serde_json::from_value(project).unwrap();
+        Catalog { revision: 1, issuer: own.to_owned(), project }
+    }
+
+    fn trust(has_control: bool, remembered: &[&str]) -> Trust {
+        let client = Client::new(ClientSettings::new(Vec::new(), None)).unwrap();
+        let remembered = remembered.iter().map(|name| ((*name).to_owned(), a_key())).collect();
+        Trust::new(client, has_control, remembered)
+    }
+
+    #[tokio::test]
+    async fn a_callee_waits_for_its_own_issuers_keys_and_for_nobody_elses() {
+        let supervisor = Supervisor::new(Handle::current());
+        let dead = [issuer("https://dead.example", None)];
+        let mut waiting = trust(true, &[]);
+        assert!(!waiting.can_verify(), "no snapshot was followed yet");
+        waiting.follow(&catalog("https://own", &[issuer("i", Some(a_key()))]), &supervisor);
+        assert!(!waiting.can_verify());
+        let mut trust = trust(true, &["https://own"]);
+        trust.follow(&catalog("https://own", &dead), &supervisor);
+        assert!(trust.can_verify());
+        // The control plane has moved: the keys of its new name come within moments.
+        trust.follow(&catalog("https://moved", &dead), &supervisor);
+        assert!(trust.can_verify());
+    }
+
+    #[tokio::test]
+    async fn without_a_control_plane_one_issuer_with_keys_is_enough() {
+        let supervisor = Supervisor::new(Handle::current());
+        let (dead, alive) = (issuer("https://dead", None), issuer("https://alive", Some(a_key())));
+        let mut waiting = trust(false, &[]);
+        waiting.follow(&catalog("", std::slice::from_ref(&dead)), &supervisor);
+        assert!(!waiting.can_verify());
+        waiting.follow(&catalog("", &[dead.clone(), alive]), &supervisor);
+        assert!(waiting.can_verify());
+        waiting.follow(&catalog("", &[dead]), &supervisor);
+        assert!(waiting.can_verify(), "it was ready before");
+        // Nobody is trusted, so public paths are all there is.
+        let mut nobody = trust(false, &[]);
+        nobody.follow(&catalog("", &[]), &supervisor);
+        assert!(nobody.can_verify());
     }
 }

@@ -88,15 +88,16 @@ impl Up {
         let mut file = WatchedFile::new(&self.project)
             .with_context(|| format!("{} cannot be watched", self.project.display()))?;
         let loaded = config::load_project(&self.project)?;
+        file.refers_to(loaded.referred_files());
         let stand = self.open(loaded).await?;
         print(&self.welcome(&stand, written));
         loop {
             tokio::select! {
                 signal = signals.next() => match signal {
                     Signal::Stop | Signal::StopAtOnce => break,
-                    Signal::Reload => print(&stand.reload(&self.project)),
+                    Signal::Reload => print(&stand.reload(&self.project, &mut file)),
                 },
-                () = file.changed() => print(&stand.reload(&self.project)),
+                () = file.changed() => print(&stand.reload(&self.project, &mut file)),
             }
         }
         print("\nEnding.\n");
@@ -224,11 +225,13 @@ struct Stand {
 
 impl Stand {
     /// Puts the edited project in force, or says what is wrong with it.
-    fn reload(&self, file: &Path) -> String {
-        let ProjectFile { project, mut identities, .. } = match config::load_project(file) {
+    fn reload(&self, file: &Path, watched: &mut WatchedFile) -> String {
+        let loaded = match config::load_project(file) {
             Ok(loaded) => loaded,
             Err(faults) => return format!("{faults}\nThe project stays as it was.\n"),
         };
+        watched.refers_to(loaded.referred_files());
+        let ProjectFile { project, mut identities, .. } = loaded;
         identities.insert(self.me.clone(), self.stand_in.clone());
         match self.control.replace(project, &identities) {
             Ok(_revision) => {

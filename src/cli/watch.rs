@@ -1,26 +1,46 @@
-//! Tells when the content of a file has changed, however it was put there: written, renamed over, or swapped by a
-//! symbolic link as Kubernetes does. So the folder is watched, and the content compared.
+//! Tells when the content of a file, or of one that it refers to, has changed, however it was put there: written, renamed
+//! over, or swapped by a symbolic link as Kubernetes does. So folders are watched, and contents compared.
+//!
+//! Events are quick and not certain: some file systems give none. So now and then there is a look without one.
 
 use std::{
-    fs, io,
+    collections::BTreeSet,
+    io,
     path::{Path, PathBuf},
     time::Duration,
 };
 
+use aws_lc_rs::digest::{SHA256, digest};
 use notify::{RecommendedWatcher, RecursiveMode};
 use notify_debouncer_full::{DebounceEventResult, Debouncer, RecommendedCache, new_debouncer};
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::sleep};
 
 /// Editors write a file in several steps; a change counts when they are done.
 const SETTLE: Duration = Duration::from_millis(200);
+/// How long a change may stay unnoticed where nothing tells of it.
+const LOOK: Duration = Duration::from_secs(10);
 
-/// A file whose content is watched until this is dropped.
+/// A file whose content is watched until this is dropped, with those it refers to.
 pub(crate) struct WatchedFile {
-    path: PathBuf,
-    /// What the file said when it was last looked at; `None` while it could not be read.
-    content: Option<Vec<u8>>,
+    /// The file itself comes first.
+    files: Vec<Seen>,
+    folders: BTreeSet<PathBuf>,
     events: mpsc::Receiver<()>,
-    _debouncer: Debouncer<RecommendedWatcher, RecommendedCache>,
+    debouncer: Debouncer<RecommendedWatcher, RecommendedCache>,
+}
+
+/// A file, and the SHA-256 of what it said when it was last looked at; `None` while it could not be read. Some files are
+/// secrets, so no content is held.
+struct Seen {
+    path: PathBuf,
+    mark: Option<Vec<u8>>,
+}
+
+impl Seen {
+    fn now(path: PathBuf) -> Self {
+        let mark = std::fs::read(&path).ok().map(|content| mark(&content));
+        Self { path, mark }
+    }
 }
 
 impl WatchedFile {
@@ -40,25 +60,67 @@ impl WatchedFile {
                 let _already_told = sender.try_send(());
             }
         })?;
-        let folder = path.parent().unwrap_or(&path);
-        debouncer.watch(folder, RecursiveMode::NonRecursive)?;
-        let content = read(&path);
-        Ok(Self { path, content, events, _debouncer: debouncer })
+        let folder = folder(&path);
+        debouncer.watch(&folder, RecursiveMode::NonRecursive)?;
+        Ok(Self { files: vec![Seen::now(path)], folders: [folder].into(), events, debouncer })
     }
 
-    /// Ends when the file says something else than before; a file that cannot be read is no change. Cancel-safe.
+    /// Watches these files too, and no others any more that were referred to before; what new ones say now is no change.
+    pub(crate) fn refers_to(&mut self, files: impl IntoIterator<Item = PathBuf>) {
+        let mut before = std::mem::take(&mut self.files).into_iter();
+        self.files.extend(before.next());
+        let mut before: Vec<_> = before.collect();
+        for path in files {
+            let known = before.iter().position(|seen| seen.path == path);
+            let seen = known.map(|at| before.swap_remove(at));
+            self.files.push(seen.unwrap_or_else(|| Seen::now(path)));
+        }
+        let folders: BTreeSet<_> = self.files.iter().map(|seen| folder(&seen.path)).collect();
+        for gone in self.folders.difference(&folders) {
+            if let Err(error) = self.debouncer.unwatch(gone) {
+                tracing::debug!(%error, folder = %gone.display(), "a folder is still watched");
+            }
+        }
+        for new in folders.difference(&self.folders) {
+            if let Err(error) = self.debouncer.watch(new, RecursiveMode::NonRecursive) {
+                tracing::info!(%error, folder = %new.display(), "a folder is looked at now and then");
+            }
+        }
+        self.folders = folders;
+    }
+
+    /// Ends when one of the files says something else than before; one that cannot be read is no change. Cancel-safe: what
+    /// is missed is found by the next look.
     pub(crate) async fn changed(&mut self) {
         loop {
-            if self.events.recv().await.is_none() {
-                // The watcher's thread is gone: nothing will ever be told again.
-                std::future::pending::<()>().await;
+            tokio::select! {
+                told = self.events.recv() => if told.is_none() {
+                    // The watcher's thread is gone.
+                    sleep(LOOK).await;
+                },
+                () = sleep(LOOK) => {}
             }
-            let now = read(&self.path);
-            if now.is_some() && now != self.content {
-                self.content = now;
+            if self.look().await {
                 return;
             }
         }
+    }
+
+    async fn look(&mut self) -> bool {
+        let mut marks = Vec::with_capacity(self.files.len());
+        for seen in &self.files {
+            let read: io::Result<Vec<u8>> = tokio::fs::read(&seen.path).await;
+            marks.push(read.ok().map(|content| mark(&content)));
+        }
+        // Only now, in one go: whoever gives up waiting meanwhile has lost no change.
+        let mut changed = false;
+        for (seen, mark) in self.files.iter_mut().zip(marks) {
+            if mark.is_some() && mark != seen.mark {
+                seen.mark = mark;
+                changed = true;
+            }
+        }
+        changed
     }
 }
 
@@ -70,13 +132,18 @@ pub(crate) async fn changed(watched: &mut Option<WatchedFile>) {
     }
 }
 
-fn read(path: &Path) -> Option<Vec<u8>> {
-    let read: io::Result<Vec<u8>> = fs::read(path);
-    read.ok()
+fn folder(path: &Path) -> PathBuf {
+    path.parent().unwrap_or(path).to_owned()
+}
+
+fn mark(content: &[u8]) -> Vec<u8> {
+    digest(&SHA256, content).as_ref().to_vec()
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use tokio::time::timeout;
 
     use super::*;
@@ -97,23 +164,41 @@ mod tests {
         fs::write(folder.path().join("next"), "three").unwrap();
         fs::rename(folder.path().join("next"), &file).unwrap();
         timeout(PATIENCE, watched.changed()).await.unwrap();
-        assert_eq!(watched.content.as_deref(), Some(b"three".as_slice()));
+        assert_eq!(watched.files[0].mark, Some(mark(b"three")));
     }
 
     #[tokio::test]
-    async fn a_link_that_is_swapped_as_kubernetes_does_is_a_change() {
-        use std::os::unix::fs::symlink;
+    async fn files_that_are_referred_to_are_watched_wherever_they_are() {
         let folder = tempfile::tempdir().unwrap();
-        for version in ["one", "two"] {
-            fs::create_dir(folder.path().join(version)).unwrap();
-            fs::write(folder.path().join(version).join("project.yaml"), version).unwrap();
+        let file = folder.path().join("project.yaml");
+        let [first, second] = ["first", "second"].map(|name| folder.path().join(name).join("key"));
+        for path in [&first, &second] {
+            fs::create_dir(path.parent().unwrap()).unwrap();
+            fs::write(path, "old").unwrap();
         }
-        symlink("one", folder.path().join("..data")).unwrap();
-        symlink("..data/project.yaml", folder.path().join("project.yaml")).unwrap();
-        let mut watched = WatchedFile::new(&folder.path().join("project.yaml")).unwrap();
-        symlink("two", folder.path().join("..data_tmp")).unwrap();
-        fs::rename(folder.path().join("..data_tmp"), folder.path().join("..data")).unwrap();
+        fs::write(&file, "one").unwrap();
+        let mut watched = WatchedFile::new(&file).unwrap();
+        watched.refers_to([first.clone(), second.clone()]);
+        fs::write(&second, "new").unwrap();
         timeout(PATIENCE, watched.changed()).await.unwrap();
-        assert_eq!(watched.content.as_deref(), Some(b"two".as_slice()));
+        watched.refers_to([second.clone()]);
+        // No longer of interest.
+        fs::write(&first, "new").unwrap();
+        assert!(!watched.look().await);
+        fs::write(&second, "newer").unwrap();
+        timeout(PATIENCE, watched.changed()).await.unwrap();
+        fs::remove_file(&second).unwrap();
+        assert!(!watched.look().await, "what cannot be read is no change");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn without_a_word_from_the_system_a_change_is_found_by_looking() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("project.yaml");
+        fs::write(&file, "one").unwrap();
+        let mut watched = WatchedFile::new(&file).unwrap();
+        watched.debouncer.unwatch(folder.path()).unwrap();
+        fs::write(&file, "two").unwrap();
+        timeout(2 * LOOK, watched.changed()).await.unwrap();
     }
 }

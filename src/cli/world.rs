@@ -1,27 +1,27 @@
-//! What a proxy knows of the world beyond its listeners: where the project comes from, its tokens and keys, and the folder
-//! that keeps them over a restart.
+//! What a proxy knows of the world beyond its listeners: where the project comes from, its tokens and keys.
 
 use std::{
     collections::HashMap,
+    io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
 };
 
-use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
+use futures_util::{FutureExt, future::BoxFuture};
 use secrecy::SecretString;
-use serde_json::Value;
 use tokio::{runtime::Handle, sync::Notify};
+use zeroize::Zeroizing;
 
 use super::{
+    kept::Keeper,
     trust::Trust,
     watch::{WatchedFile, changed},
 };
 use crate::{
     api::{CONTROL_AUDIENCE, Catalog, Client, ClientSettings, Credential, TokenAnswer},
     config::{self, ProxyFile},
-    discovery::{AskBearer, Directory, Registry as Source, State},
-    identity::{ControlTokens, NoTokens, StoredToken, TokenSource, TokenUnavailable, Tokens},
+    discovery::{AskBearer, Directory, Registry as Source},
+    identity::{ControlTokens, NoTokens, TokenSource, TokenUnavailable, Tokens},
     model::{Project, ServiceName},
     proxy,
     runtime::{Clock, Supervisor},
@@ -33,7 +33,7 @@ pub(super) struct World {
     directory: Arc<Directory>,
     pub(super) tokens: Arc<Tokens>,
     pub(super) trust: Arc<Mutex<Trust>>,
-    state: Option<State>,
+    keeper: Option<Keeper>,
     source: Option<Source>,
     /// A project that is read from a file, and its watch unless the system gives none.
     file: Option<(PathBuf, Option<WatchedFile>)>,
@@ -76,11 +76,6 @@ impl Reins {
     }
 }
 
-/// The names of the kept files.
-const SNAPSHOT: &str = "snapshot";
-const JWKS: &str = "jwks";
-const TOKENS: &str = "tokens";
-
 impl World {
     pub(super) fn open(
         file: &ProxyFile,
@@ -107,13 +102,16 @@ impl World {
         directory: &Arc<Directory>,
     ) -> anyhow::Result<Self> {
         // Watched before it is read, so that no edit falls between.
-        let watched = WatchedFile::new(path)
+        let mut watched = WatchedFile::new(path)
             .inspect_err(|error| {
                 tracing::warn!(%error, "the project cannot be watched; after an edit, send SIGHUP");
             })
             .ok();
-        let catalog =
-            Catalog { revision: 1, issuer: String::new(), project: config::load_registry(path)? };
+        let loaded = config::load_registry(path)?;
+        if let Some(watched) = &mut watched {
+            watched.refers_to(loaded.referred_files());
+        }
+        let catalog = Catalog { revision: 1, issuer: String::new(), project: loaded.project };
         let client = Client::new(ClientSettings::new(Vec::new(), file.trust_ca_file.clone()))?;
         let mut trust = Trust::new(client, false, HashMap::new());
         trust.follow(&catalog, supervisor);
@@ -129,7 +127,7 @@ impl World {
             directory: Arc::clone(directory),
             tokens: Arc::new(tokens),
             trust: Arc::new(Mutex::new(trust)),
-            state: None,
+            keeper: None,
             source: None,
             file: Some((path.to_owned(), watched)),
             again: Arc::default(),
@@ -158,20 +156,19 @@ impl World {
             Clock::system(),
         );
         let tokens = Arc::new(tokens);
-        let state = control
+        let mut keeper = control
             .state_dir
             .as_ref()
-            .map(|folder| State::open(folder, file.service.clone(), Clock::system()))
+            .map(|folder| {
+                let (me, oldest) = (file.service.clone(), control.max_snapshot_age);
+                Keeper::open(folder, me, oldest, Clock::system())
+            })
             .transpose()?;
-        let mut remembered = HashMap::new();
-        let mut catalog = None;
-        if let Some(state) = &state {
-            let oldest = control.max_snapshot_age;
-            remembered = kept(state, JWKS, oldest).map(|found| found.0).unwrap_or_default();
-            if let Some((tokens_of_old, _)) = kept::<Vec<StoredToken>>(state, TOKENS, oldest) {
-                tokens.restore(tokens_of_old);
-            }
-            catalog = kept::<Catalog>(state, SNAPSHOT, oldest);
+        let (mut remembered, mut catalog) = (HashMap::new(), None);
+        if let Some(keeper) = &mut keeper {
+            remembered = keeper.keys();
+            tokens.restore(keeper.tokens());
+            catalog = keeper.snapshot();
         }
         let mut trust = Trust::new(client.clone(), true, remembered);
         if let Some((catalog, age)) = catalog {
@@ -182,10 +179,7 @@ impl World {
         let slot = tokens.slot(&name);
         let bearer: AskBearer = Arc::new(move || {
             let slot = Arc::clone(&slot);
-            async move {
-                slot.bearer().await.map(|bearer| bearer.token()).map_err(|error| error.to_string())
-            }
-            .boxed()
+            async move { Ok(slot.bearer().await?.token()) }.boxed()
         });
         let source = Source::new(client, bearer, Arc::clone(directory));
         Ok(Self {
@@ -193,7 +187,7 @@ impl World {
             directory: Arc::clone(directory),
             tokens,
             trust: Arc::new(Mutex::new(trust)),
-            state,
+            keeper,
             source: Some(source),
             file: None,
             again: Arc::default(),
@@ -214,16 +208,16 @@ impl World {
         }
     }
 
-    /// Ready: there is a snapshot, and keys wherever tokens are to be verified.
+    /// Ready: there is a snapshot, and wherever tokens are to be verified, keys for those that everybody has. An issuer
+    /// of the project's list that cannot be reached takes nobody down but its own callers; metrics and log tell of it.
     pub(super) fn readiness(&self, inbound: bool) -> proxy::Ready {
         let (directory, trust) = (Arc::clone(&self.directory), Arc::clone(&self.trust));
         Arc::new(move || {
             if directory.load().is_none() {
                 return Err("there is no snapshot of the project yet");
             }
-            let sets = lock(&trust).sets();
-            if inbound && sets.iter().any(|keys| keys.load().is_empty()) {
-                return Err("the public keys of an issuer are not there yet");
+            if inbound && !lock(&trust).can_verify() {
+                return Err("the public keys of the issuer are not there yet");
             }
             Ok(())
         })
@@ -231,98 +225,38 @@ impl World {
 
     /// Starts everything that keeps it current.
     pub(super) fn live(self, supervisor: &Arc<Supervisor>) {
-        let Self { me, directory, tokens, trust, state, source, file, again } = self;
+        let Self { me, directory, tokens, trust, keeper, source, file, again } = self;
+        // Whoever listens comes before whoever speaks.
+        let mut changes = directory.changes();
+        let (keeping, follower) = (Arc::clone(supervisor), Arc::clone(&trust));
+        let (known, granted) = (Arc::clone(&directory), Arc::clone(&tokens));
+        if let Some(catalog) = known.load() {
+            granted.reconcile(&catalog.project, &me);
+        }
+        supervisor.spawn_until_end("trust", async move {
+            while changes.changed().await.is_ok() {
+                if let Some(catalog) = known.load() {
+                    lock(&follower).follow(&catalog, &keeping);
+                    granted.reconcile(&catalog.project, &me);
+                }
+            }
+        });
+        supervisor.spawn_until_end("token-clock", tokens.follow_clock());
+        if let Some(keeper) = keeper {
+            keeper.live(supervisor, Arc::clone(&directory), trust, tokens);
+        }
         if let Some(source) = source {
             supervisor.spawn_until_end("registry", source.follow());
         }
         if let Some((path, watched)) = file {
-            let following = follow_file(path, watched, Arc::clone(&directory), again);
+            let following = follow_file(path, watched, directory, again);
             supervisor.spawn_until_end("project-file", following);
-        }
-        if let Some(state) = &state {
-            let secrets = keep_secrets(state.clone(), Arc::clone(&trust), Arc::clone(&tokens));
-            supervisor.spawn_until_end("kept-secrets", secrets);
-        }
-        let keeper = Arc::clone(supervisor);
-        supervisor.spawn_until_end("trust", async move {
-            let mut changes = directory.changes();
-            changes.mark_changed();
-            while changes.changed().await.is_ok() {
-                let Some(catalog) = directory.load() else { continue };
-                lock(&trust).follow(&catalog, &keeper);
-                tokens.reconcile(&catalog.project, &me);
-                if let Some(state) = &state {
-                    keep(state, SNAPSHOT, (*catalog).clone()).await;
-                }
-            }
-        });
-    }
-}
-
-/// Keeps keys and tokens on disk as they come.
-async fn keep_secrets(state: State, trust: Arc<Mutex<Trust>>, tokens: Arc<Tokens>) {
-    let followed = lock(&trust).followed();
-    let mut changes = tokens.changes();
-    changes.mark_changed();
-    let mut last: HashMap<String, Value> = HashMap::new();
-    loop {
-        // Listened to before they are read, so that no change falls between.
-        let sets = lock(&trust).sets();
-        let mut listened: Vec<_> = sets.iter().map(|keys| keys.changes()).collect();
-        let now: HashMap<String, Value> = sets
-            .iter()
-            .filter(|keys| !keys.load().is_empty())
-            .filter_map(|keys| {
-                Some((keys.issuer().to_string(), serde_json::to_value(keys.load().source()).ok()?))
-            })
-            .collect();
-        if now != last {
-            keep(&state, JWKS, now.clone()).await;
-            last = now;
-        }
-        let keys: FuturesUnordered<_> =
-            listened.iter_mut().map(tokio::sync::watch::Receiver::changed).collect();
-        tokio::select! {
-            changed = changes.changed() => {
-                if changed.is_err() {
-                    return;
-                }
-                keep(&state, TOKENS, tokens.snapshot()).await;
-            }
-            Some(_changed) = keys.into_future().map(|(first, _)| first) => {}
-            () = followed.notified() => {}
         }
     }
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// What an earlier run kept, or nothing: what must not be used is reported and passed over.
-fn kept<T: serde::de::DeserializeOwned>(
-    state: &State,
-    name: &str,
-    oldest: Duration,
-) -> Option<(T, Duration)> {
-    match state.kept(name, oldest) {
-        Ok(found) => found.map(|stored| (stored.content, stored.age)),
-        Err(error) => {
-            tracing::error!(error = &error as &dyn std::error::Error, "a kept file is not used");
-            None
-        }
-    }
-}
-
-async fn keep<T: serde::Serialize + Send + 'static>(state: &State, name: &'static str, content: T) {
-    let state = state.clone();
-    let kept = tokio::task::spawn_blocking(move || state.keep(name, &content)).await;
-    if let Ok(Err(error)) = kept {
-        tracing::error!(
-            error = &error as &dyn std::error::Error,
-            "what must survive a restart could not be written"
-        );
-    }
 }
 
 /// Re-reads a project file when it changes, or when told to; one with faults changes nothing.
@@ -338,7 +272,12 @@ async fn follow_file(
             () = again.notified() => {}
         }
         match config::load_registry(&path) {
-            Ok(project) => take_over(&directory, project),
+            Ok(file) => {
+                if let Some(watched) = &mut watched {
+                    watched.refers_to(file.referred_files());
+                }
+                take_over(&directory, file.project);
+            }
             Err(faults) => {
                 tracing::error!("the project was not taken over, the old one stays:\n{faults}")
             }
@@ -368,9 +307,48 @@ impl TokenSource for SecretFile {
         &self,
         audience: &ServiceName,
     ) -> BoxFuture<'static, Result<TokenAnswer, TokenUnavailable>> {
-        let secret = std::fs::read_to_string(&self.path).unwrap_or_default();
-        let secret = SecretString::from(secret.trim_end().to_owned());
-        let credential = Credential { client_id: self.me.clone(), secret };
-        ControlTokens::new(self.client.clone(), credential).ask(audience)
+        let (client, client_id) = (self.client.clone(), self.me.clone());
+        let (path, audience) = (self.path.clone(), audience.clone());
+        async move {
+            let secret = read_secret(&path)
+                .await
+                .map_err(|source| TokenUnavailable::File { path, source: Arc::new(source) })?;
+            let credential = Credential { client_id, secret };
+            ControlTokens::new(client, credential).ask(&audience).await
+        }
+        .boxed()
+    }
+}
+
+/// The text of a secret file without the white space at its end; an empty one is no secret.
+async fn read_secret(path: &Path) -> io::Result<SecretString> {
+    let text = Zeroizing::new(tokio::fs::read_to_string(path).await?);
+    let secret = text.trim_end();
+    if secret.is_empty() {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "it is empty"));
+    }
+    Ok(SecretString::from(secret))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_secret_that_is_not_there_is_never_sent_as_an_empty_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("secret");
+        // Whoever were asked would not be found: what is reported is the file.
+        let client = Client::new(ClientSettings::new(Vec::new(), None)).unwrap();
+        let source = SecretFile { client, me: "web".parse().unwrap(), path: path.clone() };
+        let audience: ServiceName = "data".parse().unwrap();
+        let fault = source.ask(&audience).await.unwrap_err();
+        assert!(matches!(&fault, TokenUnavailable::File { path: named, .. } if *named == path));
+        std::fs::write(&path, " \n").unwrap();
+        let fault = source.ask(&audience).await.unwrap_err();
+        assert!(matches!(&fault, TokenUnavailable::File { .. }), "{fault:?}");
+        std::fs::write(&path, "the secret\n").unwrap();
+        let fault = source.ask(&audience).await.unwrap_err();
+        assert!(matches!(&fault, TokenUnavailable::Unreachable(_)), "{fault:?}");
     }
 }

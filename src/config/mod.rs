@@ -63,14 +63,15 @@ pub fn load_project_under(root: &Path, file: &Path) -> Result<ProjectFile, Fault
     finish(project, faults, file)
 }
 
-/// Reads the registry of a `project.yaml`, for a proxy without a control plane: identities are not looked at.
+/// Reads the registry of a `project.yaml`, for a proxy without a control plane: identities are not looked at, so it has
+/// none.
 ///
 /// # Errors
 /// Every fault of the file, and of the key sets it points at.
-pub fn load_registry(file: &Path) -> Result<Project, Faults> {
+pub fn load_registry(file: &Path) -> Result<ProjectFile, Faults> {
     let mut faults = Vec::new();
     let project = read_project(&Files::under(Path::new(ROOT)), file, Secrets::Leave, &mut faults);
-    finish(project, faults, file).map(|file| file.project)
+    finish(project, faults, file)
 }
 
 /// Reads the settings of one proxy: `flags` (path and value, such as `outbound.listen`) beat `environment`

@@ -47,6 +47,13 @@ pub struct ProjectFile {
     pub(super) costs: Vec<(String, Shown)>,
 }
 
+impl ProjectFile {
+    /// The files that it refers to: secrets and key sets. What they say counts as if it stood in this one.
+    pub fn referred_files(&self) -> impl Iterator<Item = PathBuf> {
+        self.secret_files.values().chain(self.jwks_files.iter().flatten()).cloned()
+    }
+}
+
 /// Whether the identities' secrets are read, or only their names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Secrets {

@@ -259,7 +259,7 @@ static ISSUER: Shape = Shape::Table(&[
     Key::new(
         "audiences",
         &Shape::List(&Shape::Text(&TEXT)),
-        "Audiences accepted besides the service's own name.",
+        "Audiences that stand for every service. The name of a service stands for that one alone, where it is accepted anyway.",
     ),
 ]);
 

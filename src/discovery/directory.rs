@@ -15,6 +15,7 @@ use crate::api::Catalog;
 pub struct Directory {
     current: ArcSwapOption<Catalog>,
     changes: watch::Sender<u64>,
+    confirmations: watch::Sender<u64>,
     confirmed: Mutex<Option<(Instant, Duration)>>,
 }
 
@@ -23,6 +24,7 @@ impl Default for Directory {
         Self {
             current: ArcSwapOption::empty(),
             changes: watch::Sender::new(0),
+            confirmations: watch::Sender::new(0),
             confirmed: Mutex::default(),
         }
     }
@@ -41,9 +43,16 @@ impl Directory {
         self.changes.subscribe()
     }
 
+    /// Tells each time that a source has said that the snapshot is current; the number is of no further meaning.
+    #[must_use]
+    pub fn confirmations(&self) -> watch::Receiver<u64> {
+        self.confirmations.subscribe()
+    }
+
     /// Puts a snapshot in force that its source says is current. One that equals the present one changes nothing.
     pub fn publish(&self, catalog: Catalog) {
         self.adopt(catalog, Duration::ZERO);
+        self.confirmations.send_modify(|count| *count += 1);
     }
 
     /// Puts a snapshot of an earlier run in force, that was current `age` ago.
@@ -59,6 +68,7 @@ impl Directory {
     /// The source said that the present snapshot is still current.
     pub fn confirm(&self) {
         self.note(Duration::ZERO);
+        self.confirmations.send_modify(|count| *count += 1);
     }
 
     fn note(&self, age: Duration) {
@@ -101,12 +111,14 @@ mod tests {
     #[test]
     fn only_another_snapshot_is_a_change() {
         let directory = Directory::default();
-        let mut changes = directory.changes();
+        let (mut changes, mut confirmations) = (directory.changes(), directory.confirmations());
         directory.publish(catalog(1));
         assert!(changes.has_changed().unwrap());
         changes.mark_unchanged();
+        confirmations.mark_unchanged();
         directory.publish(catalog(1));
         assert!(!changes.has_changed().unwrap());
+        assert!(confirmations.has_changed().unwrap());
         directory.publish(catalog(2));
         assert!(changes.has_changed().unwrap());
     }

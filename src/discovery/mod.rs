@@ -10,4 +10,4 @@ mod state;
 
 pub use directory::Directory;
 pub use registry::{AskBearer, Registry};
-pub use state::{State, StateFault, Stored};
+pub use state::{Seal, State, StateFault, Stored};

@@ -19,15 +19,16 @@ const SHORTEST: Duration = Duration::from_millis(200);
 /// The longest pause after a failure.
 const LONGEST: Duration = Duration::from_secs(5);
 
+type Boxed = Box<dyn std::error::Error + Send + Sync>;
+
 /// Asks for a bearer for the control plane's own API; `Err` says why there is none.
-pub type AskBearer =
-    Arc<dyn Fn() -> BoxFuture<'static, Result<SecretString, String>> + Send + Sync>;
+pub type AskBearer = Arc<dyn Fn() -> BoxFuture<'static, Result<SecretString, Boxed>> + Send + Sync>;
 
 /// Why the control plane was not understood this time.
 #[derive(Debug, thiserror::Error)]
 enum Interrupted {
-    #[error("no token for the control plane: {0}")]
-    Bearer(String),
+    #[error("no token for the control plane")]
+    Bearer(#[source] Boxed),
     #[error("the control plane did not answer as it should")]
     Client(#[from] ClientError),
     #[error(
@@ -51,35 +52,50 @@ impl Registry {
         Self { client, bearer, directory }
     }
 
-    /// Follows it until dropped; failures are logged once per spell and waited out with growing, jittered pauses, so
-    /// that a thousand proxies do not come back at once.
+    /// Follows it until dropped; failures are waited out with growing, jittered pauses, so that a thousand proxies do not
+    /// come back at once. The log tells when it is lost and when it is found again, not of each attempt between.
     pub async fn follow(self) {
         let mut pause = SHORTEST;
-        let mut etag = None;
+        let (mut etag, mut lost) = (None, false);
         loop {
             let begun = Instant::now();
-            let outcome = self.stay_current(&mut etag).await;
+            let outcome = self.stay_current(&mut etag, &mut lost).await;
             if begun.elapsed() > LONGEST {
                 pause = SHORTEST;
             }
             if let Err(error) = outcome {
-                let age = self.directory.age().unwrap_or_default();
-                tracing::warn!(
-                    error = &error as &dyn std::error::Error,
-                    snapshot_age_seconds = age.as_secs(),
-                    "the control plane is not followed; the last snapshot stays in force"
-                );
+                self.report(&error, std::mem::replace(&mut lost, true));
             }
             sleep(pause.mul_f64(fastrand::f64().mul_add(0.5, 0.5))).await;
             pause = (pause * 2).min(LONGEST);
         }
     }
 
+    fn report(&self, error: &Interrupted, known: bool) {
+        let error = error as &dyn std::error::Error;
+        if known {
+            return tracing::debug!(error, "the control plane is still not followed");
+        }
+        let age = self.directory.age().unwrap_or_default();
+        tracing::warn!(
+            error,
+            snapshot_age_seconds = age.as_secs(),
+            "the control plane is not followed; the last snapshot stays in force"
+        );
+    }
+
     /// Fetches the catalog, then again whenever the stream says that there is another; ends with the stream.
-    async fn stay_current(&self, etag: &mut Option<String>) -> Result<(), Interrupted> {
+    async fn stay_current(
+        &self,
+        etag: &mut Option<String>,
+        lost: &mut bool,
+    ) -> Result<(), Interrupted> {
         let revision = self.refresh(etag).await?;
         let bearer = (self.bearer)().await.map_err(Interrupted::Bearer)?;
         let mut watch = self.client.watch(&bearer, revision).await?;
+        if std::mem::take(lost) {
+            tracing::info!(revision, "the control plane is followed again");
+        }
         loop {
             match self.next(&mut watch).await? {
                 Heard::Change | Heard::Nothing => {
@@ -146,7 +162,10 @@ mod tests {
     use tokio::{runtime::Handle, sync::watch, time::timeout};
 
     use super::*;
-    use crate::api::{Catalog, ClientSettings};
+    use crate::{
+        api::{Catalog, ClientSettings},
+        telemetry::overhear,
+    };
 
     /// Real sockets, so real time: far more than any step needs.
     const LONG: Duration = Duration::from_secs(20);
@@ -200,6 +219,15 @@ mod tests {
         ([(header::CONTENT_TYPE, "text/event-stream")], Body::from_stream(events)).into_response()
     }
 
+    fn client(address: std::net::SocketAddr) -> Client {
+        let url = format!("http://{address}").parse().unwrap();
+        Client::new(ClientSettings::new(vec![url], None)).unwrap()
+    }
+
+    fn pass() -> AskBearer {
+        Arc::new(|| std::future::ready(Ok("pass".into())).boxed())
+    }
+
     async fn follow(first: Catalog) -> (Arc<Plane>, Arc<Directory>) {
         let plane = Arc::new(Plane {
             catalog: watch::Sender::new(first),
@@ -213,13 +241,11 @@ mod tests {
             .route("/v1/watch", get(serve_watch))
             .with_state(plane.clone());
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
+        let client = client(listener.local_addr().unwrap());
         let here = Handle::current();
         here.spawn(async move { axum::serve(listener, router).await.unwrap() });
-        let client = Client::new(ClientSettings::new(vec![url], None)).unwrap();
-        let bearer: AskBearer = Arc::new(|| std::future::ready(Ok("pass".into())).boxed());
         let directory = Arc::new(Directory::default());
-        here.spawn(Registry::new(client, bearer, directory.clone()).follow());
+        here.spawn(Registry::new(client, pass(), directory.clone()).follow());
         (plane, directory)
     }
 
@@ -281,5 +307,31 @@ mod tests {
         assert_eq!(directory.load().unwrap().project.name.as_str(), "shop");
         plane.catalog.send_replace(catalog("shop", 3));
         reaches(&directory, 3).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_outage_is_one_line_in_the_log_and_says_why() {
+        let (paper, _guard) = overhear("warn");
+        // Bound and dropped: nobody listens there. So every attempt fails, and the clock goes from pause to pause.
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = client(listener.local_addr().unwrap());
+        drop(listener);
+        let following = Registry::new(client, pass(), Arc::default()).follow();
+        assert!(timeout(Duration::from_secs(60), following).await.is_err());
+        let log = paper.text();
+        assert_eq!(log.lines().count(), 1, "{log}");
+        assert!(log.contains("cannot be reached: "), "{log}");
+
+        // Without a token, the reason for that is said too.
+        let (paper, _guard) = overhear("warn");
+        let bearer: AskBearer = Arc::new(|| {
+            let missing = std::io::Error::other("/run/secrets/infrar cannot be read");
+            std::future::ready(Err(missing.into())).boxed()
+        });
+        let client = Client::new(ClientSettings::new(Vec::new(), None)).unwrap();
+        let following = Registry::new(client, bearer, Arc::default()).follow();
+        assert!(timeout(Duration::from_secs(60), following).await.is_err());
+        let log = paper.text();
+        assert!(log.contains("control plane: /run/secrets/infrar cannot be read"), "{log}");
     }
 }

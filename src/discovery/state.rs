@@ -2,6 +2,9 @@
 //!
 //! Each is a file of its own, written when it is received, atomically and for its owner's eyes only. A file that is
 //! damaged, too old, or of another project is refused with its reason; the proxy then starts as if it were not there.
+//!
+//! How old something is counts from when its source last said that it is current, not from its last change. So a small
+//! file beside it notes that, and a large one is not written again for it.
 
 use std::{
     fs, io,
@@ -74,19 +77,26 @@ pub enum StateFault {
 struct Envelope {
     format: u32,
     service: String,
-    /// Seconds since 1970.
+    /// When it was received or confirmed, seconds since 1970.
     saved_at: i64,
     sha256: String,
     content: String,
 }
+
+/// Tells which content lies on disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Seal(String);
 
 /// Content that was kept, and how old it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stored<T> {
     /// What was kept.
     pub content: T,
-    /// Since it was written.
+    /// Since its source last said that it is current.
     pub age: Duration,
+    /// To confirm it by.
+    pub seal: Seal,
 }
 
 /// The folder in which a proxy keeps what must survive it.
@@ -115,35 +125,82 @@ impl State {
         self.folder.join(format!("{name}.json"))
     }
 
-    /// Keeps `content` under `name`. Blocks on the disk.
+    /// Keeps `content` under `name`, as current now. Blocks on the disk.
     ///
     /// # Errors
     /// [`StateFault::Io`]; what was kept before is then untouched.
-    pub fn keep<T: Serialize>(&self, name: &str, content: &T) -> Result<(), StateFault> {
-        let path = self.path(name);
-        let io = |source| StateFault::Io { path: path.clone(), source };
+    pub fn keep<T: Serialize>(&self, name: &str, content: &T) -> Result<Seal, StateFault> {
+        self.write(&self.path(name), content, Duration::ZERO)
+    }
+
+    /// Notes that what was kept under `name` with this seal was current `age` ago. Blocks on the disk.
+    ///
+    /// # Errors
+    /// [`StateFault::Io`]; what was noted before is then untouched.
+    pub fn confirm(&self, name: &str, seal: &Seal, age: Duration) -> Result<(), StateFault> {
+        self.write(&self.path(&note_of(name)), seal, age).map(drop)
+    }
+
+    fn write<T: Serialize>(
+        &self,
+        path: &Path,
+        content: &T,
+        age: Duration,
+    ) -> Result<Seal, StateFault> {
+        let io = |source| StateFault::Io { path: path.to_owned(), source };
         let content = serde_json::to_string(content).map_err(|source| io(source.into()))?;
+        let age = i64::try_from(age.as_secs()).unwrap_or(i64::MAX);
+        let seal = checksum(&content);
         let envelope = Envelope {
             format: FORMAT,
             service: self.service.to_string(),
-            saved_at: self.clock.unix_seconds(),
-            sha256: checksum(&content),
+            saved_at: self.clock.unix_seconds().saturating_sub(age),
+            sha256: seal.clone(),
             content,
         };
         let bytes = serde_json::to_vec(&envelope).map_err(|source| io(source.into()))?;
-        write_private(&path, &bytes).map_err(io)
+        write_private(path, &bytes).map_err(io)?;
+        Ok(Seal(seal))
     }
 
-    /// What was kept under `name`, if anything was. Blocks on the disk.
+    /// What was kept under `name`, if anything was; `oldest` is the age from which it is refused. Blocks on the disk.
     ///
     /// # Errors
     /// [`StateFault`] when there is something that must not be used.
     pub fn kept<T: DeserializeOwned>(
         &self,
         name: &str,
-        oldest: Duration,
+        oldest: Option<Duration>,
     ) -> Result<Option<Stored<T>>, StateFault> {
         let path = self.path(name);
+        let Some(envelope) = self.read(&path)? else { return Ok(None) };
+        let seal = Seal(envelope.sha256);
+        let current_at = self.confirmed(name, &seal).unwrap_or(i64::MIN).max(envelope.saved_at);
+        // A clock that was set back makes no file younger than new.
+        let seconds = self.clock.unix_seconds().saturating_sub(current_at);
+        let age = Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
+        if oldest.is_some_and(|oldest| age > oldest) {
+            return Err(StateFault::Old { path, age });
+        }
+        match serde_json::from_str(&envelope.content) {
+            Ok(content) => Ok(Some(Stored { content, age, seal })),
+            Err(_other_shape) => Err(StateFault::Damaged(path)),
+        }
+    }
+
+    /// When the content with this seal was last confirmed. A note that cannot be used confirms nothing.
+    fn confirmed(&self, name: &str, seal: &Seal) -> Option<i64> {
+        let note = self.read(&self.path(&note_of(name))).unwrap_or_else(|fault| {
+            let error = &fault as &dyn std::error::Error;
+            tracing::warn!(error, "what was kept counts as older than it may be");
+            None
+        })?;
+        let confirmed: Seal = serde_json::from_str(&note.content).ok()?;
+        (confirmed == *seal).then_some(note.saved_at)
+    }
+
+    fn read(&self, path: &Path) -> Result<Option<Envelope>, StateFault> {
+        let path = path.to_owned();
         let io = |source| StateFault::Io { path: path.clone(), source };
         let facts = match fs::metadata(&path) {
             Ok(facts) => facts,
@@ -173,17 +230,13 @@ impl State {
                 found: envelope.service,
             });
         }
-        // A clock that was set back makes no file younger than new.
-        let seconds = self.clock.unix_seconds().saturating_sub(envelope.saved_at);
-        let age = Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
-        if age > oldest {
-            return Err(StateFault::Old { path, age });
-        }
-        match serde_json::from_str(&envelope.content) {
-            Ok(content) => Ok(Some(Stored { content, age })),
-            Err(_other_shape) => Err(StateFault::Damaged(path)),
-        }
+        Ok(Some(envelope))
     }
+}
+
+/// The file that says when `name` was last confirmed.
+fn note_of(name: &str) -> String {
+    format!("{name}-confirmed")
 }
 
 fn checksum(content: &str) -> String {
@@ -200,7 +253,7 @@ fn checksum(content: &str) -> String {
 mod tests {
     use super::*;
 
-    const WEEK: Duration = Duration::from_secs(7 * 86_400);
+    const WEEK: Option<Duration> = Some(Duration::from_secs(7 * 86_400));
 
     fn state(folder: &Path, service: &str) -> State {
         let clock = Clock::starting_at(jiff::Timestamp::from_second(1_800_000_000).unwrap());
@@ -215,9 +268,32 @@ mod tests {
         state.keep("snapshot", &7u64).unwrap();
         tokio::time::advance(Duration::from_secs(60)).await;
         let found = state.kept::<u64>("snapshot", WEEK).unwrap().unwrap();
-        assert_eq!(found, Stored { content: 7, age: Duration::from_secs(60) });
-        tokio::time::advance(WEEK).await;
+        assert_eq!((found.content, found.age), (7, Duration::from_secs(60)));
+        tokio::time::advance(Duration::from_secs(7 * 86_400)).await;
         assert!(matches!(state.kept::<u64>("snapshot", WEEK), Err(StateFault::Old { .. })));
+        // Whoever asks without a limit has it however old it is.
+        assert_eq!(state.kept::<u64>("snapshot", None).unwrap().unwrap().content, 7);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn its_age_counts_from_its_last_confirmation() {
+        let (folder, day) = (tempfile::tempdir().unwrap(), Duration::from_secs(86_400));
+        let state = state(folder.path(), "web");
+        let seal = state.keep("snapshot", &7u64).unwrap();
+        tokio::time::advance(10 * day).await;
+        state.confirm("snapshot", &seal, Duration::from_secs(30)).unwrap();
+        tokio::time::advance(day).await;
+        let found = state.kept::<u64>("snapshot", WEEK).unwrap().unwrap();
+        assert_eq!((found.age, found.seal), (day + Duration::from_secs(30), seal.clone()));
+        // What was confirmed is that content, and no other that takes its place.
+        tokio::time::advance(day).await;
+        state.keep("snapshot", &8u64).unwrap();
+        tokio::time::advance(day).await;
+        state.confirm("snapshot", &seal, Duration::ZERO).unwrap();
+        assert_eq!(state.kept::<u64>("snapshot", WEEK).unwrap().unwrap().age, day);
+        // A damaged note confirms nothing, and takes nothing away.
+        fs::write(folder.path().join("snapshot-confirmed.json"), "{").unwrap();
+        assert_eq!(state.kept::<u64>("snapshot", WEEK).unwrap().unwrap().age, day);
     }
 
     #[tokio::test]

@@ -23,7 +23,7 @@ use tokio::{
     sync::watch,
     time::{Instant, sleep, timeout},
 };
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 use url::Url;
 
 use crate::{
@@ -55,9 +55,6 @@ pub enum FetchFault {
     /// The issuer did not answer, or not with a key set.
     #[error("the issuer's keys could not be fetched")]
     Source(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// Its published configuration cannot be used.
-    #[error("the issuer's configuration cannot be used: {0}")]
-    Discovery(&'static str),
     /// It answered with a set that cannot be used.
     #[error("the issuer's keys cannot be used")]
     Set(#[from] KeySetError),
@@ -90,33 +87,6 @@ pub fn keys_at(client: Client, jwks_uri: Url) -> Fetch {
     Arc::new(move || {
         let (client, url) = (client.clone(), jwks_uri.clone());
         async move { client.jwks(&url).await.map_err(FetchFault::source) }.boxed()
-    })
-}
-
-/// The keys of an issuer that publishes its configuration (OpenID Connect Discovery 1.0 §4), asked anew each
-/// time because the place of the keys may move. The configuration must name this very issuer, and keys are
-/// not fetched in the clear for an issuer that is not.
-#[must_use]
-pub fn discovered_keys(client: Client, issuer: Arc<str>) -> Fetch {
-    Arc::new(move || {
-        let (client, issuer) = (client.clone(), issuer.clone());
-        async move {
-            let place =
-                format!("{}/.well-known/openid-configuration", issuer.trim_end_matches('/'));
-            let place = Url::parse(&place).map_err(FetchFault::source)?;
-            let found = client.jwks(&place).await.map_err(FetchFault::source)?;
-            let text = |name| found.get(name).and_then(Value::as_str);
-            if text("issuer") != Some(&issuer) {
-                return Err(FetchFault::Discovery("it names another issuer"));
-            }
-            let keys = text("jwks_uri").and_then(|uri| Url::parse(uri).ok());
-            let keys = keys.ok_or(FetchFault::Discovery("it names no jwks_uri"))?;
-            if keys.scheme() != "https" && keys.scheme() != place.scheme() {
-                return Err(FetchFault::Discovery("its keys are not under https"));
-            }
-            client.jwks(&keys).await.map_err(FetchFault::source)
-        }
-        .boxed()
     })
 }
 
@@ -173,6 +143,8 @@ pub struct Jwks {
 struct State {
     fetching: bool,
     last_worked: bool,
+    /// Whether the log has told that keys cannot be fetched.
+    told: bool,
     fetched_at: Option<Instant>,
     asked_at: Option<Instant>,
     unknown: VecDeque<(Box<str>, Instant)>,
@@ -396,13 +368,21 @@ struct Running {
 impl Running {
     async fn carry(mut self, answer: BoxFuture<'static, Result<Value, FetchFault>>) {
         let fetched = timeout(FETCH_LIMIT, answer).await.unwrap_or(Err(FetchFault::Deadline));
-        match self.keys.take(fetched) {
-            Ok(()) => self.worked = true,
-            Err(fault) => {
-                let cause = std::error::Error::source(&fault).map(ToString::to_string);
-                warn!(issuer = %self.keys.issuer, %fault, cause, "keys not refreshed, the old ones stay");
+        let (issuer, outcome) = (&self.keys.issuer, self.keys.take(fetched));
+        let told = std::mem::replace(&mut self.keys.lock().told, outcome.is_err());
+        match outcome {
+            Ok(()) if told => info!(%issuer, "keys are fetched again"),
+            Ok(()) => {}
+            Err(ref fault) => {
+                let error = fault as &dyn std::error::Error;
+                if told {
+                    debug!(%issuer, error, "keys still not fetched");
+                } else {
+                    warn!(%issuer, error, "keys not fetched, the old ones stay");
+                }
             }
         }
+        self.worked = outcome.is_ok();
     }
 }
 
@@ -539,6 +519,20 @@ mod tests {
         // Nobody needs the keys any more, so nobody fetches them.
         sleep(Duration::from_secs(700)).await;
         following.await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_issuer_that_is_down_is_one_line_in_the_log() {
+        let (paper, _guard) = crate::telemetry::overhear("warn");
+        let issuer = Issuer::with(&["a"]);
+        issuer.down.store(true, Ordering::SeqCst);
+        let jwks = issuer.jwks();
+        for _ in 0..10 {
+            jwks.fetch().await.unwrap();
+        }
+        let log = paper.text();
+        assert_eq!(log.lines().count(), 1, "{log}");
+        assert!(log.contains("could not be fetched: down"), "{log}");
     }
 
     #[tokio::test(start_paused = true)]

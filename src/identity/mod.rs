@@ -15,9 +15,7 @@ mod policy;
 mod tokens;
 mod verify;
 
-pub use jwks::{
-    Fetch, FetchFault, Jwks, JwksStats, Refreshed, control_keys, discovered_keys, keys_at,
-};
+pub use jwks::{Fetch, FetchFault, Jwks, JwksStats, Refreshed, control_keys, keys_at};
 pub use keys::{Algorithm, KeyId, KeySet, KeySetError};
 pub use mint::{Mint, MintError, MintSettings, Minted, OwnClaims};
 pub use policy::{

@@ -115,7 +115,8 @@ pub enum Refused {
 ///
 /// `granted_now` is what `permissions` gives the caller at this callee in the present snapshot. Scopes of our
 /// own issuer's tokens count only while they are in it; for other issuers the token's own count and
-/// `granted_now` is not looked at.
+/// `granted_now` is not looked at. Another issuer may put any word into `scope`, so where any scope will do, its token
+/// needs one of those that the service has, `listed`, as far as they are known.
 ///
 /// # Errors
 /// [`Refused`], never by `strictness` alone when the path is unlisted or unclear.
@@ -123,6 +124,7 @@ pub fn admit(
     claims: &Claims,
     action: Action<'_>,
     granted_now: Option<&ScopeSet>,
+    listed: Option<&ScopeSet>,
     strictness: Strictness,
 ) -> Result<Grant, Refused> {
     let needed = match action {
@@ -136,7 +138,13 @@ pub fn admit(
     let (held, header) = holding(claims, granted_now);
     let missing = match needed {
         Needed::Nothing => None,
-        Needed::AnyScope => held.is_empty().then(ScopeSet::default),
+        Needed::AnyScope => {
+            let counts = |scope| match listed {
+                Some(listed) if !claims.is_ours() => listed.contains(scope),
+                Some(_) | None => true,
+            };
+            (!held.iter().any(counts)).then(ScopeSet::default)
+        }
         Needed::All(scopes) if held.covers(scopes) => None,
         Needed::All(scopes) => {
             Some(scopes.iter().filter(|scope| !held.contains(scope)).cloned().collect())
@@ -616,7 +624,7 @@ mod tests {
         let claims = claims(true, "read:data write:query");
         let (read, write) = (scopes("read:data"), scopes("write:query"));
         let (more, other, nothing) = (scopes("read:data write:data"), scopes("other"), scopes(""));
-        let now = |action, granted| admit(&claims, action, granted, Strictness::Enforce);
+        let now = |action, granted| admit(&claims, action, granted, None, Strictness::Enforce);
 
         let grant = now(Action::Scopes(&read), Some(&more)).unwrap();
         assert_eq!(grant.scopes().unwrap(), "read:data");
@@ -639,11 +647,24 @@ mod tests {
     fn another_issuers_scopes_are_its_own() {
         let claims = claims(false, "read:data");
         let (read, write) = (scopes("read:data"), scopes("write:query"));
-        assert!(admit(&claims, Action::Scopes(&read), None, Strictness::Enforce).is_ok());
+        assert!(admit(&claims, Action::Scopes(&read), None, None, Strictness::Enforce).is_ok());
         for strictness in [Strictness::Enforce, Strictness::Learn] {
-            let refused = admit(&claims, Action::Scopes(&write), Some(&write), strictness);
+            let refused = admit(&claims, Action::Scopes(&write), Some(&write), None, strictness);
             assert!(matches!(refused, Err(Refused::ScopeMissing { .. })));
         }
+    }
+
+    #[test]
+    fn where_any_scope_will_do_another_issuers_must_be_one_of_the_services() {
+        let claims = claims(false, "openid read:data");
+        let any = |listed| admit(&claims, Action::AnyScope, None, listed, Strictness::Enforce);
+        let (data, reports, nothing) = (scopes("read:data"), scopes("read:all"), scopes(""));
+        assert!(any(Some(&data)).is_ok());
+        for listed in [&reports, &nothing] {
+            assert!(matches!(any(Some(listed)), Err(Refused::ScopeMissing { .. })), "{listed}");
+        }
+        // A proxy that has no snapshot yet does not know them.
+        assert!(any(None).is_ok());
     }
 
     #[test]
@@ -655,9 +676,9 @@ mod tests {
         assert_eq!(Strictness::at(&mode, until), Strictness::Enforce);
         let claims = claims(true, "read:data");
         let write = scopes("write:query");
-        let grant = admit(&claims, Action::Scopes(&write), None, Strictness::Learn).unwrap();
+        let grant = admit(&claims, Action::Scopes(&write), None, None, Strictness::Learn).unwrap();
         assert!(grant.is_learned());
-        let unlisted = admit(&claims, Action::Unlisted, None, Strictness::Learn);
+        let unlisted = admit(&claims, Action::Unlisted, None, None, Strictness::Learn);
         assert_eq!(unlisted.unwrap_err(), Refused::Unlisted);
     }
 

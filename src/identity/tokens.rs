@@ -27,7 +27,7 @@ use tokio::{
     sync::watch,
     time::{Instant, sleep, sleep_until, timeout},
 };
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use crate::{
     api::{Client, ClientError, Credential, TokenAnswer},
@@ -42,6 +42,8 @@ const MARGIN: Duration = Duration::from_secs(5);
 const ASK_LIMIT: Duration = Duration::from_secs(20);
 /// Pauses after failures.
 const RETRY: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
+/// How often the wall clock is looked at.
+const CLOCK_EVERY: Duration = Duration::from_secs(1);
 /// How often a token file is looked at.
 const FILE_EVERY: Duration = Duration::from_secs(1);
 /// The life of a bearer from a file that does not say when it ends; the file is watched anyway.
@@ -70,8 +72,8 @@ pub enum TokenUnavailable {
     /// What came cannot be sent, or has expired already.
     #[error("the token cannot be used")]
     Unusable,
-    /// The token file cannot be read.
-    #[error("the token file {} cannot be read", path.display())]
+    /// The file with the token, or with the secret to ask for one, cannot be read.
+    #[error("{} cannot be read", path.display())]
     File {
         /// The file.
         path: PathBuf,
@@ -89,6 +91,27 @@ impl TokenUnavailable {
     #[must_use]
     pub fn is_permission(&self) -> bool {
         matches!(self, Self::Refused { code, .. } if matches!(code.as_str(), "invalid_target" | "access_denied"))
+    }
+
+    /// What it comes down to, for whoever called: no address, path or code.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Refused { code, .. } if code == "invalid_client" => {
+                "wrong credential: the issuer does not accept this proxy's own"
+            }
+            Self::Refused { .. } => "the issuer refuses a token for it",
+            Self::Unreachable(error) => match &**error {
+                ClientError::Refused { .. } => "the issuer is out of order or too busy",
+                ClientError::Unreachable { .. } => "the issuer cannot be reached",
+                ClientError::Malformed { .. } => "the issuer's answer cannot be used",
+                ClientError::Settings { .. } => "the issuer cannot be asked with these settings",
+            },
+            Self::Deadline => "the issuer cannot be reached: it gave no answer in time",
+            Self::Unusable => "the token cannot be used: it has expired or is malformed",
+            Self::File { .. } => "no credential: the file that holds it cannot be read",
+            Self::NoSource => "no credential: nothing is set up that gives tokens for it",
+        }
     }
 }
 
@@ -135,16 +158,8 @@ impl TokenSource for ControlTokens {
         &self,
         audience: &ServiceName,
     ) -> BoxFuture<'static, Result<TokenAnswer, TokenUnavailable>> {
-        let (asker, audience, here) = (self.clone(), audience.clone(), Handle::current());
-        // The client's future keeps to one thread, so it is given one; questions are rare and one per callee.
-        let asking = tokio::task::spawn_blocking(move || {
-            here.block_on(asker.client.token(&asker.credential, audience.as_str(), None))
-        });
-        asking
-            .map(|ended| match ended {
-                Ok(answer) => answer.map_err(TokenUnavailable::from),
-                Err(_ended) => Err(TokenUnavailable::Unusable),
-            })
+        let (asker, audience) = (self.clone(), audience.clone());
+        async move { Ok(asker.client.token(&asker.credential, audience.as_str(), None).await?) }
             .boxed()
     }
 }
@@ -427,6 +442,31 @@ impl Tokens {
         }
     }
 
+    /// Drops tokens that have expired by the wall clock, for as long as somebody holds them; to be run on the side
+    /// runtime. Requests compare with a clock that costs nothing to read but stands still while the machine sleeps.
+    pub fn follow_clock(self: &Arc<Self>) -> impl Future<Output = ()> + Send + 'static {
+        let weak = Arc::downgrade(self);
+        async move {
+            while let Some(tokens) = weak.upgrade() {
+                tokens.drop_expired(tokens.shared.clock.unix_seconds());
+                drop(tokens);
+                sleep(CLOCK_EVERY).await;
+            }
+        }
+    }
+
+    /// Drops the tokens that must not be sent any more at `now`, seconds since 1970.
+    fn drop_expired(&self, now: i64) {
+        let margin = i64::try_from(MARGIN.as_secs()).unwrap_or(i64::MAX);
+        for slot in self.lock().slots.values() {
+            let Some(bearer) = slot.bearer.load_full() else { continue };
+            if bearer.expires_at.saturating_sub(margin) <= now {
+                // Only this one: a fresh token may have come since the look.
+                let _dropped = slot.bearer.compare_and_swap(&bearer, None);
+            }
+        }
+    }
+
     /// Numbers for metrics.
     #[must_use]
     pub fn stats(&self) -> TokenStats {
@@ -692,6 +732,9 @@ impl Asking {
         // Without an outcome the source panicked or the runtime ends.
         match self.outcome.take().unwrap_or(Err(TokenUnavailable::Unusable)) {
             Ok(bearer) => {
+                if slot.lock().failures > 0 {
+                    info!(callee = %slot.callee, "there are tokens again");
+                }
                 debug!(callee = %slot.callee, expires_at = bearer.expires_at, "token received");
                 slot.put(bearer);
                 shared.received.fetch_add(1, Ordering::Relaxed);
@@ -699,9 +742,14 @@ impl Asking {
             }
             Err(fault) => {
                 shared.failures.fetch_add(1, Ordering::Relaxed);
-                let cause = std::error::Error::source(&fault).map(ToString::to_string);
-                warn!(callee = %slot.callee, %fault, cause, "no token");
+                let error = &fault as &dyn std::error::Error;
                 let mut state = slot.lock();
+                // Once per spell: it is asked for again every few seconds.
+                if state.failures == 0 {
+                    warn!(callee = %slot.callee, error, "no token");
+                } else {
+                    debug!(callee = %slot.callee, error, "still no token");
+                }
                 state.failures = state.failures.saturating_add(1);
                 let until = Instant::now() + RETRY.pause(state.failures);
                 state.failed = Some((fault, until));
@@ -946,6 +994,38 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_token_that_expired_while_the_machine_slept_is_not_sent() {
+        let (tokens, issuer) = tokens(&[]);
+        let slot = tokens.slot(&data());
+        let expires_at = slot.bearer().await.unwrap().expires_at();
+        tokens.drop_expired(expires_at - 6);
+        assert!(slot.current(Instant::now()).is_some());
+        // The wall clock went on, the one that timers use did not.
+        tokens.drop_expired(expires_at - 5);
+        assert!(slot.current(Instant::now()).is_none());
+        assert_eq!(slot.bearer().await.unwrap().header(), "Bearer data-2");
+        assert_eq!(issuer.asked(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_spell_without_tokens_is_two_lines_in_the_log() {
+        let (paper, _guard) = crate::telemetry::overhear("info");
+        let (tokens, issuer) = tokens(&[]);
+        issuer.down.store(true, Ordering::SeqCst);
+        let slot = tokens.slot(&data());
+        for _ in 0..10 {
+            assert!(slot.bearer().await.is_err());
+            sleep(Duration::from_secs(5)).await;
+        }
+        issuer.down.store(false, Ordering::SeqCst);
+        slot.bearer().await.unwrap();
+        let log = paper.text();
+        assert_eq!(log.lines().count(), 2, "{log}");
+        assert!(log.contains("no token callee=data error=the issuer gave no answer"), "{log}");
+        assert!(log.contains("there are tokens again callee=data"), "{log}");
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_token_file_is_read_again_when_it_changes() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("token");
@@ -992,6 +1072,37 @@ mod tests {
     }
 
     #[test]
+    fn questions_that_nobody_answers_hold_up_nothing_else() {
+        let side = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .max_blocking_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        side.block_on(async {
+            // Accepts, and says nothing.
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let url = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
+            let client = Client::new(crate::api::ClientSettings::new(vec![url], None)).unwrap();
+            let credential = Credential { client_id: data(), secret: "secret".into() };
+            let source = Arc::new(ControlTokens::new(client, credential));
+            let tokens = Tokens::new(source, HashMap::new(), Handle::current(), Clock::system());
+            let (first, second) = (tokens.slot(&data()), tokens.slot(&"reports".parse().unwrap()));
+            let looking_up_a_name = async {
+                // Both questions have arrived, so both wait for their answers.
+                let _held = (listener.accept().await.unwrap(), listener.accept().await.unwrap());
+                tokio::task::spawn_blocking(|| "found").await.unwrap()
+            };
+            tokio::select! {
+                found = looking_up_a_name => assert_eq!(found, "found"),
+                _ = first.bearer() => unreachable!("nobody answers"),
+                _ = second.bearer() => unreachable!("nobody answers"),
+            }
+        });
+        side.shutdown_background();
+    }
+
+    #[test]
     fn a_missing_grant_is_told_apart_from_an_issuer_that_is_down() {
         let refused = |status: u16, code: &str| {
             TokenUnavailable::from(ClientError::Refused {
@@ -1003,5 +1114,22 @@ mod tests {
         assert!(refused(400, "invalid_target").is_permission());
         assert!(!refused(401, "invalid_client").is_permission());
         assert!(matches!(refused(503, "invalid_target"), TokenUnavailable::Unreachable(_)));
+        let missing = TokenUnavailable::File {
+            path: "/run/secrets/infrar".into(),
+            source: Arc::new(io::ErrorKind::NotFound.into()),
+        };
+        assert!(missing.to_string().contains("/run/secrets/infrar"), "the log names the file");
+        for (fault, begins) in [
+            (refused(401, "invalid_client"), "wrong credential"),
+            (refused(400, "invalid_target"), "the issuer refuses"),
+            (refused(503, "temporarily_unavailable"), "the issuer is out of order"),
+            (TokenUnavailable::Deadline, "the issuer cannot be reached"),
+            (TokenUnavailable::NoSource, "no credential"),
+            (missing, "no credential"),
+        ] {
+            let reason = fault.reason();
+            assert!(reason.starts_with(begins), "{fault:?}: {reason}");
+            assert!(!reason.contains('/') && !reason.contains("401"), "{reason}");
+        }
     }
 }

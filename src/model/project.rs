@@ -329,7 +329,8 @@ pub struct Issuer {
     pub jwks_uri: Option<Url>,
     /// Its keys, read from a file by whoever reads the project; as JWK set JSON.
     pub jwks: Option<serde_json::Value>,
-    /// Audiences accepted besides the service's own name.
+    /// Audiences that stand for every service. The name of a service stands for that one alone, where it is accepted
+    /// anyway.
     pub audiences: Vec<String>,
 }
 

@@ -6,7 +6,7 @@
 use std::{
     io,
     path::{Path, PathBuf},
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
 use arc_swap::ArcSwap;
@@ -159,6 +159,8 @@ pub struct ServerTls {
     current: ArcSwap<Loaded>,
     files: Option<(PathBuf, PathBuf)>,
     terms: Terms,
+    /// The fault that [`look`](ServerTls::look) has told, until it is gone.
+    told: Mutex<Option<String>>,
 }
 
 #[derive(Debug)]
@@ -185,7 +187,7 @@ impl ServerTls {
         let terms = Terms::new(min)?;
         let loaded = terms.load_files(cert, key)?;
         let files = Some((cert.to_owned(), key.to_owned()));
-        Ok(Self { current: ArcSwap::from_pointee(loaded), files, terms })
+        Ok(Self { current: ArcSwap::from_pointee(loaded), files, terms, told: Mutex::default() })
     }
 
     /// The same from PEM text: for certificates that this process makes itself.
@@ -195,7 +197,8 @@ impl ServerTls {
     pub fn from_pem(cert: &[u8], key: &[u8], min: MinVersion) -> Result<Self, TlsError> {
         let terms = Terms::new(min)?;
         let loaded = terms.load(cert, key, "the certificate", "the key")?;
-        Ok(Self { current: ArcSwap::from_pointee(loaded), files: None, terms })
+        let current = ArcSwap::from_pointee(loaded);
+        Ok(Self { current, files: None, terms, told: Mutex::default() })
     }
 
     /// The configuration for a new connection. Cheap, and the same `Arc` until something changes.
@@ -219,6 +222,22 @@ impl ServerTls {
         let Some((cert, key)) = &self.files else { return Ok(Reload::Unchanged) };
         let loaded = self.terms.load_files(cert, key)?;
         Ok(self.exchange(loaded))
+    }
+
+    /// As [`reload`](Self::reload), for whoever looks every few seconds: a fault is told once, and again when another
+    /// has taken its place.
+    ///
+    /// # Errors
+    /// [`TlsError`]; what was in use stays in use.
+    pub fn look(&self) -> Result<Reload, TlsError> {
+        let outcome = self.reload();
+        let fault = outcome.as_ref().err().map(|fault| format!("{fault:?}"));
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if fault.is_some() && *told == fault {
+            return Ok(Reload::Unchanged);
+        }
+        *told = fault;
+        outcome
     }
 
     /// Exchanges certificate and key for new PEM text.
@@ -627,6 +646,12 @@ mod tests {
 
         std::fs::remove_file(&cert).unwrap();
         assert!(matches!(server.reload(), Err(TlsError::Read { .. })));
+        // Whoever looks again and again is told once.
+        assert!(matches!(server.look(), Err(TlsError::Read { .. })));
+        assert_eq!(server.look().unwrap(), Reload::Unchanged);
+        std::fs::write(&cert, "no certificate").unwrap();
+        assert!(matches!(server.look(), Err(TlsError::NoCertificate { .. })));
+        assert_eq!(server.look().unwrap(), Reload::Unchanged);
     }
 
     #[test]

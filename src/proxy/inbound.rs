@@ -96,8 +96,12 @@ impl Gate {
         let granted = view
             .zip(claims.caller().ours())
             .and_then(|(view, caller)| view.catalog.project.granted(caller, callee));
+        let listed = view
+            .filter(|_| !claims.is_ours())
+            .and_then(|view| view.catalog.project.services.get(callee))
+            .map(|service| &service.scopes);
         let strictness = view.map_or(Strictness::Enforce, |view| view.strictness);
-        let grant = admit(claims, action, granted, strictness);
+        let grant = admit(claims, action, granted, listed, strictness);
         if grant.as_ref().is_ok_and(Grant::is_learned) {
             self.learned(claims, action, callee, granted);
         }
@@ -128,7 +132,7 @@ impl Gate {
         if told.len() >= MOST_TOLD || !told.insert(key) {
             return;
         }
-        if let Err(refused) = admit(claims, action, granted, Strictness::Enforce) {
+        if let Err(refused) = admit(claims, action, granted, None, Strictness::Enforce) {
             tracing::info!(%callee, would_be_refused = %refused, "a call that enforcing permissions would refuse");
         }
     }

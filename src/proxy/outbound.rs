@@ -9,7 +9,7 @@ use http::{HeaderValue, Method, StatusCode, header};
 use tokio::time::Instant;
 
 use crate::{
-    identity::{Slot, TokenUnavailable},
+    identity::Slot,
     model::ServiceName,
     proxy::{
         forward::{Dispatch, Forward},
@@ -201,10 +201,10 @@ impl Outbound {
                 callee: service(),
             }),
             Ok(Err(error)) => {
-                tracing::warn!(
+                tracing::debug!(
                     service = %cluster.service, error = &error as &dyn std::error::Error, "no token for a call"
                 );
-                Err(Rejection::TokenUnavailable { service: service(), why: why(&error) })
+                Err(Rejection::TokenUnavailable { service: service(), why: error.reason() })
             }
             Err(_elapsed) => Err(Rejection::TokenUnavailable {
                 service: service(),
@@ -212,10 +212,6 @@ impl Outbound {
             }),
         }
     }
-}
-
-fn why(_error: &TokenUnavailable) -> &'static str {
-    "the issuer cannot be reached or refused; the proxy's log says more"
 }
 
 /// The host that the request is for: that of an absolute target, else of `host`.

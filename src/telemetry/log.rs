@@ -1,10 +1,31 @@
 //! The process' own log: what happened to the proxy, not to single requests.
+//!
+//! An error is a field like any other, `error = &error as &dyn Error`, and is written with all its causes, joined by
+//! `: `, in both forms. So no caller writes causes out itself.
 
-use std::io::{self, IsTerminal};
+use std::{
+    error::Error,
+    fmt,
+    io::{self, IsTerminal},
+};
 
-use tracing::{Dispatch, dispatcher, level_filters::LevelFilter};
+use serde::ser::{SerializeMap, Serializer};
+use tracing::{
+    Dispatch, Event, Subscriber, dispatcher,
+    field::{Field, Visit},
+    level_filters::LevelFilter,
+};
 use tracing_appender::non_blocking::NonBlocking;
-use tracing_subscriber::{EnvFilter, fmt};
+use tracing_subscriber::{
+    EnvFilter,
+    field::{RecordFields, VisitOutput},
+    fmt::{
+        FmtContext, FormatEvent, FormatFields,
+        format::{DefaultVisitor, Writer},
+        time::{FormatTime, SystemTime},
+    },
+    registry::LookupSpan,
+};
 
 use crate::telemetry::writer::{self, Dropped, Flushing};
 
@@ -91,18 +112,163 @@ fn filter(level: &str) -> Result<EnvFilter, LogError> {
 }
 
 fn subscriber(text: bool, colours: bool, filter: EnvFilter, lines: NonBlocking) -> Dispatch {
-    let log = fmt().with_env_filter(filter).with_writer(lines);
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(lines);
     if text {
-        Dispatch::new(log.with_ansi(colours).with_target(false).finish())
+        Dispatch::new(log.with_ansi(colours).with_target(false).fmt_fields(TextFields).finish())
     } else {
-        Dispatch::new(log.json().flatten_event(true).finish())
+        Dispatch::new(log.event_format(JsonLines).finish())
+    }
+}
+
+/// An error and its causes, outermost first.
+struct Chain<'a>(&'a (dyn Error + 'static));
+
+impl fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut next = self.0.source();
+        while let Some(cause) = next {
+            write!(f, ": {cause}")?;
+            next = cause.source();
+        }
+        Ok(())
+    }
+}
+
+/// The fields of a line of text.
+struct TextFields;
+
+impl<'writer> FormatFields<'writer> for TextFields {
+    fn format_fields<R: RecordFields>(&self, writer: Writer<'writer>, fields: R) -> fmt::Result {
+        let mut line = TextLine(DefaultVisitor::new(writer, true));
+        fields.record(&mut line);
+        line.0.finish()
+    }
+}
+
+/// As usual, but for errors.
+struct TextLine<'a>(DefaultVisitor<'a>);
+
+impl Visit for TextLine<'_> {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.0.record_debug(field, value);
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.0.record_str(field, value);
+    }
+
+    fn record_error(&mut self, field: &Field, value: &(dyn Error + 'static)) {
+        // Causes may quote a peer: what would move a terminal's cursor is written as an escape.
+        let mut plain = String::new();
+        for letter in Chain(value).to_string().chars() {
+            if letter.is_control() {
+                plain.extend(letter.escape_default());
+            } else {
+                plain.push(letter);
+            }
+        }
+        self.0.record_debug(field, &format_args!("{plain}"));
+    }
+}
+
+/// One object per line: `timestamp`, `level`, the event's own fields, `target`.
+struct JsonLines;
+
+impl<S, N> FormatEvent<S, N> for JsonLines
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        _: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        let mut timestamp = String::new();
+        SystemTime.format_time(&mut Writer::new(&mut timestamp))?;
+        let line = json_line(&timestamp, event).map_err(|_error| fmt::Error)?;
+        writer.write_str(&line)?;
+        writer.write_char('\n')
+    }
+}
+
+fn json_line(timestamp: &str, event: &Event<'_>) -> Result<String, serde_json::Error> {
+    let mut line = Vec::with_capacity(256);
+    let mut serializer = serde_json::Serializer::new(&mut line);
+    let mut map = serializer.serialize_map(None)?;
+    map.serialize_entry("timestamp", timestamp)?;
+    map.serialize_entry("level", event.metadata().level().as_str())?;
+    let mut members = JsonMembers { map: &mut map, outcome: Ok(()) };
+    event.record(&mut members);
+    members.outcome?;
+    map.serialize_entry("target", event.metadata().target())?;
+    map.end()?;
+    // What serde_json writes is UTF-8.
+    Ok(String::from_utf8(line).unwrap_or_default())
+}
+
+/// The fields of an event as members of an object.
+struct JsonMembers<'a, M: SerializeMap> {
+    map: &'a mut M,
+    outcome: Result<(), M::Error>,
+}
+
+impl<M: SerializeMap> JsonMembers<'_, M> {
+    fn member<T: serde::Serialize + ?Sized>(&mut self, field: &Field, value: &T) {
+        if self.outcome.is_ok() {
+            let name = field.name();
+            let name = name.strip_prefix("r#").unwrap_or(name);
+            self.outcome = self.map.serialize_entry(name, value);
+        }
+    }
+}
+
+impl<M: SerializeMap> Visit for JsonMembers<'_, M> {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.member(field, &format!("{value:?}"));
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.member(field, value);
+    }
+
+    fn record_error(&mut self, field: &Field, value: &(dyn Error + 'static)) {
+        self.member(field, &Chain(value).to_string());
+    }
+
+    fn record_bool(&mut self, field: &Field, value: bool) {
+        self.member(field, &value);
+    }
+
+    fn record_i64(&mut self, field: &Field, value: i64) {
+        self.member(field, &value);
+    }
+
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.member(field, &value);
+    }
+
+    fn record_f64(&mut self, field: &Field, value: f64) {
+        self.member(field, &value);
     }
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::telemetry::writer::tests::Paper;
+
+    /// Writes down what this thread logs from `level` on, until the guard is dropped.
+    pub(crate) fn overhear(level: &str) -> (Paper, dispatcher::DefaultGuard) {
+        let paper = Paper::default();
+        let pages = paper.clone();
+        let log = tracing_subscriber::fmt().with_env_filter(filter(level).unwrap());
+        let log = log.with_ansi(false).fmt_fields(TextFields).with_writer(move || pages.clone());
+        let guard = dispatcher::set_default(&Dispatch::new(log.finish()));
+        (paper, guard)
+    }
 
     /// What is written while `speak` runs.
     fn written(text: bool, level: &str, speak: impl FnOnce()) -> String {
@@ -133,6 +299,34 @@ mod tests {
         let log = written(true, "warn", || tracing::warn!(port = 15001, "in use"));
         assert!(log.trim_end().ends_with("WARN in use port=15001"), "{log}");
         assert!(!log.contains('\u{1b}'), "{log}");
+    }
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("no catalog")]
+    struct Outer(#[source] Middle);
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("control:7070 cannot be reached")]
+    struct Middle(#[source] io::Error);
+
+    #[test]
+    fn an_error_is_written_with_all_its_causes_in_both_forms() {
+        let speak = || {
+            let error = Outer(Middle(io::Error::other("name\u{1b}[2J\nnot known")));
+            tracing::warn!(error = &error as &dyn Error, attempts = 3, last = true, "not followed");
+        };
+        let log = written(false, "info", speak);
+        let line: serde_json::Value = serde_json::from_str(&log).unwrap();
+        let chain = "no catalog: control:7070 cannot be reached: name\u{1b}[2J\nnot known";
+        assert_eq!(line["error"], chain, "{log}");
+        assert_eq!((&line["attempts"], &line["last"]), (&3.into(), &true.into()), "{log}");
+        assert_eq!(line["message"], "not followed", "{log}");
+        let order = ["timestamp", "level", "message", "error", "target"].map(|key| log.find(key));
+        assert!(order.is_sorted() && order[0].is_some(), "{log}");
+        // For people the same, and nothing that moves their cursor.
+        let log = written(true, "info", speak);
+        let end = r"error=no catalog: control:7070 cannot be reached: name\u{1b}[2J\nnot known";
+        assert!(log.contains(end) && log.lines().count() == 1, "{log}");
     }
 
     #[test]

@@ -14,5 +14,7 @@ mod writer;
 pub use access::{AccessLog, Entry};
 pub use cells::{Counter, Direction, Histogram};
 pub use expose::{Families, Registry};
+#[cfg(test)]
+pub(crate) use log::tests::overhear;
 pub use log::{Format, LogError, LogGuard, start};
 pub use writer::{Dropped, Flushing};

@@ -101,6 +101,11 @@ pub const TOKENS_RECEIVED: Name =
 /// Attempts to get one that failed.
 pub const TOKEN_FAILURES: Name =
     counter("infrar_token_failures_total", "Attempts to get a token that failed.");
+/// Label: `callee`.
+pub const TOKEN_LEFT: Name = gauge(
+    "infrar_token_left_seconds",
+    "How long the token for a callee may still be sent; 0 when there is none.",
+);
 /// Fetches of keys.
 pub const JWKS_FETCHES: Name =
     counter("infrar_jwks_fetches_total", "Fetches of an issuer's public keys.");
@@ -110,6 +115,16 @@ pub const JWKS_FAILURES: Name =
 /// Age of the keys in use.
 pub const JWKS_AGE: Name =
     gauge("infrar_jwks_age_seconds", "Since an issuer's public keys were last fetched.");
+/// Whether there are any.
+pub const JWKS_KEYS: Name = gauge(
+    "infrar_jwks_keys",
+    "Public keys of an issuer that can verify; 0 while none were fetched: its tokens are refused.",
+);
+/// Tokens that were refused for it, or waited for a fetch.
+pub const JWKS_UNKNOWN: Name = counter(
+    "infrar_jwks_unknown_total",
+    "Tokens that named a key which the issuer was not known to have.",
+);
 /// Label: `outcome`, `applied` or `refused`.
 pub const SETTINGS_RELOADS: Name = counter(
     "infrar_settings_reloads_total",
@@ -154,9 +169,12 @@ pub const ALL: &[Name] = &[
     SNAPSHOT_REVISION,
     TOKENS_RECEIVED,
     TOKEN_FAILURES,
+    TOKEN_LEFT,
     JWKS_FETCHES,
     JWKS_FAILURES,
     JWKS_AGE,
+    JWKS_KEYS,
+    JWKS_UNKNOWN,
     SETTINGS_RELOADS,
     SETTINGS_CURRENT,
     BUILD_INFO,

@@ -119,10 +119,10 @@ pub(super) mod tests {
 
     /// Keeps what is written on it.
     #[derive(Clone, Default)]
-    pub(in crate::telemetry) struct Paper(Arc<Mutex<Vec<u8>>>);
+    pub(crate) struct Paper(Arc<Mutex<Vec<u8>>>);
 
     impl Paper {
-        pub(in crate::telemetry) fn text(&self) -> String {
+        pub(crate) fn text(&self) -> String {
             String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
         }
     }
