@@ -589,7 +589,8 @@ async fn a_token_is_taken_off_again_when_the_next_attempt_goes_where_it_may_not(
     };
     let folder = Folder::new();
     let [out, admin] = free_ports();
-    // The first endpoint takes tokens and fails; the second is reached in plaintext over a network.
+    // The first endpoint takes tokens and fails; the second is reached in plaintext over a network. Unequal weights are
+    // exact shares: the first is tried whatever is known of its latency.
     let near = Origin::scripted(|mut visit| async move {
         while visit.head().await.is_some() {
             visit.say("HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n").await;
@@ -601,8 +602,8 @@ async fn a_token_is_taken_off_again_when_the_next_attempt_goes_where_it_may_not(
     let project = |far_keys: &str| {
         format!(
             "project: shop\nservices:\n  data:\n    scopes: [use]\n    endpoints:\n      \
-             - {{ url: 'http://{}', provider: aws, region: us-east-1 }}\n      \
-             - {{ url: 'http://{}', provider: aws, region: us-east-1{far_keys} }}\n\
+             - {{ url: 'http://{}', provider: aws, region: us-east-1, weight: 60 }}\n      \
+             - {{ url: 'http://{}', provider: aws, region: us-east-1, weight: 40{far_keys} }}\n\
              permissions: {{ web: {{ data: [use] }} }}\n",
             near.at, far.at
         )

@@ -28,6 +28,7 @@ pub const PATHS: &[&[u8]] = &[
     b"/%6fpen/./x%2F..%2F..%2Fclosed",
     b"/healthz",
     b"//open/.",
+    b"/opdn/..;/open/x/../opn/..;/ej/../op/..;/../opn/..;/ej/../op/..;/of",
 ];
 
 pub const TOKENS: &[&[u8]] = &[
@@ -96,8 +97,10 @@ pub fn path(data: &[u8]) {
 
     RULES.with(|rules| {
         let action = rules.action(&http::Method::GET, text);
-        if !matches!(action, Action::Unclear(_)) {
-            assert_eq!(action, rules.action(&http::Method::GET, &normal), "{text} and {normal}");
+        // The normal form may be less clear: a `..` may have taken a `..;` with it that others would climb by.
+        let plain = rules.action(&http::Method::GET, &normal);
+        if !matches!(action, Action::Unclear(_)) && !matches!(plain, Action::Unclear(_)) {
+            assert_eq!(action, plain, "{text} and {normal}");
         }
         if action == Action::Public {
             let liberal = liberal(text);
