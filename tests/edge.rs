@@ -55,7 +55,7 @@ impl Clouds {
         let plain = Plain::open().await;
         let plain_url = plain
             .as_ref()
-            .map_or("http://192.0.2.1".to_owned(), |plain| format!("http://{}", plain.at));
+            .map_or_else(|| "http://192.0.2.1".to_owned(), |plain| format!("http://{}", plain.at));
         let identities: String = ["web", "data", "azure-edge", "aws-edge"]
             .map(|name| format!("  {name}: {{ client_secret_file: secrets/{name} }}\n"))
             .concat();

@@ -87,7 +87,12 @@ impl Via {
 
 /// Whether a comma-separated header names `word`.
 pub(super) fn lists(fields: &Fields, name: &HeaderName, word: &str) -> bool {
-    fields.all(name).any(|value| {
+    list(fields.all(name), word)
+}
+
+/// Whether comma-separated values name `word`.
+pub(super) fn list<'a>(mut values: impl Iterator<Item = &'a HeaderValue>, word: &str) -> bool {
+    values.any(|value| {
         value
             .as_bytes()
             .split(|b| *b == b',')

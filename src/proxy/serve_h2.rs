@@ -211,34 +211,25 @@ async fn answer(
     if poll_fn(|cx| Poll::Ready(respond.poll_reset(cx))).await.is_ready() {
         return seat.given_up(story.worker().watchdog.coarse_now());
     }
-    let received = Rc::new(Cell::new(0));
     let method = request.method().clone();
     let limits = story.worker().limits();
     let (mut parts, stream) = request.into_parts();
     let length = match check(&parts, &limits) {
         Ok(length) => length,
         Err(rejection) => {
-            let refused = Request {
-                method: parts.method,
-                uri: parts.uri,
-                version: Version::HTTP_2,
-                fields: parts.headers.into(),
-                body: Body::Empty,
-            };
-            let refusal = story.refuse(rejection, Some(refused));
+            let refusal = story.refuse(rejection, Some(with_body(parts, Body::Empty)));
             return finish(refusal, &mut respond, &method, 0, limits.stall_timeout).await;
         }
     };
     join_cookies(&mut parts.headers);
-    let limit = limits.body_bytes;
-    let fields = Fields::from(parts.headers);
-    let expects = headers::lists(&fields, &header::EXPECT, "100-continue");
-    let welcome = Rc::new(Cell::new(if expects { Welcome::Awaited } else { Welcome::Said }));
+    let arrival = Rc::<Arrival>::default();
+    if headers::list(parts.headers.get_all(header::EXPECT).iter(), "100-continue") {
+        arrival.welcome.set(Welcome::Awaited);
+    }
     let incoming = Incoming {
         stream,
-        received: Rc::clone(&received),
-        welcome: Rc::clone(&welcome),
-        limit,
+        arrival: Rc::clone(&arrival),
+        limit: limits.body_bytes,
         length,
         trailers: false,
         patience: limits.stall_timeout,
@@ -247,15 +238,14 @@ async fn answer(
     };
     let body = gather(incoming).await;
     let interim = Interim::default();
-    let request =
-        Request { method: parts.method, uri: parts.uri, version: Version::HTTP_2, fields, body };
+    let request = with_body(parts, body);
     let alarm = RefCell::default();
     let call = Call { request, peer, interim: &interim, alarm: &alarm };
     let mut walk = pin!(story.answer(call));
     let walked = poll_fn(|cx| {
         let walked = walk.as_mut().poll(cx);
-        if welcome.get() == Welcome::Due {
-            welcome.set(Welcome::Said);
+        if arrival.welcome.get() == Welcome::Due {
+            arrival.welcome.set(Welcome::Said);
             say_early(&mut respond, StatusCode::CONTINUE, Fields::new());
         }
         for (status, mut fields) in interim.take() {
@@ -271,7 +261,8 @@ async fn answer(
     .await;
     match walked {
         Some(answer) => {
-            finish(answer, &mut respond, &method, received.get(), limits.stall_timeout).await;
+            let received = arrival.received.get();
+            finish(answer, &mut respond, &method, received, limits.stall_timeout).await;
         }
         None => seat.given_up(story.worker().watchdog.coarse_now()),
     }
@@ -316,14 +307,28 @@ fn check(parts: &Parts, limits: &Limits) -> Result<Option<u64>, Rejection> {
     }
 }
 
+fn with_body(parts: Parts, body: Body) -> Request {
+    let Parts { method, uri, headers, .. } = parts;
+    Request { method, uri, version: Version::HTTP_2, fields: headers.into(), body }
+}
+
+/// What a request's body and the task that answers it tell each other.
+#[derive(Default)]
+struct Arrival {
+    /// Bytes that have come.
+    received: Cell<u64>,
+    welcome: Cell<Welcome>,
+}
+
 /// Whether a client has been told that its body is welcome (`expect: 100-continue`).
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
 enum Welcome {
     /// It waits for it.
     Awaited,
     /// Somebody wants the body now.
     Due,
     /// It was told, or does not wait.
+    #[default]
     Said,
 }
 
@@ -450,9 +455,7 @@ fn join_cookies(headers: &mut HeaderMap) {
 /// The body of a request.
 struct Incoming {
     stream: RecvStream,
-    received: Rc<Cell<u64>>,
-    /// Told here, by whoever reads the body first.
-    welcome: Rc<Cell<Welcome>>,
+    arrival: Rc<Arrival>,
     limit: Option<u64>,
     length: Option<u64>,
     trailers: bool,
@@ -465,8 +468,8 @@ struct Incoming {
 
 impl Incoming {
     fn took(&mut self, data: &Bytes) -> Result<(), BodyError> {
-        let received = self.received.get() + data.len() as u64;
-        self.received.set(received);
+        let received = self.arrival.received.get() + data.len() as u64;
+        self.arrival.received.set(received);
         if let Some(limit) = self.limit.filter(|limit| received > *limit) {
             return Err(BodyError::TooLarge { limit });
         }
@@ -510,8 +513,12 @@ impl http_body::Body for Incoming {
         let this = &mut *self;
         if !this.trailers {
             let polled = this.stream.poll_data(cx);
-            if this.welcome.get() == Welcome::Awaited {
-                this.welcome.set(if polled.is_pending() { Welcome::Due } else { Welcome::Said });
+            if this.arrival.welcome.get() == Welcome::Awaited {
+                this.arrival.welcome.set(if polled.is_pending() {
+                    Welcome::Due
+                } else {
+                    Welcome::Said
+                });
             }
             let Poll::Ready(next) = polled else {
                 return this.poll_stalled(cx).map(|error| Some(Err(error)));
@@ -540,7 +547,7 @@ impl http_body::Body for Incoming {
     fn size_hint(&self) -> SizeHint {
         // h2 holds the peer to its content-length.
         self.length.map_or_else(SizeHint::default, |length| {
-            SizeHint::with_exact(length.saturating_sub(self.received.get()))
+            SizeHint::with_exact(length.saturating_sub(self.arrival.received.get()))
         })
     }
 }
@@ -600,8 +607,7 @@ mod tests {
             body.send_data(Bytes::from_static(b"hello"), false).unwrap();
             let mut incoming = Incoming {
                 stream: request.into_body(),
-                received: Rc::default(),
-                welcome: Rc::new(Cell::new(Welcome::Said)),
+                arrival: Rc::default(),
                 limit: None,
                 length,
                 trailers: false,

@@ -486,7 +486,7 @@ impl Surveyor {
         let direct = match edge {
             Some(_) => {
                 let direct = self.connector(settings, way.address, &way.endpoint.url)?;
-                Some(tallied(direct, self.path(settings, name, way), &[Kind::Tunnel]))
+                Some(tallied(direct, self.path(settings, name, way).as_ref(), &[Kind::Tunnel]))
             }
             None => None,
         };
@@ -555,12 +555,16 @@ impl Surveyor {
             // The edge counts what it sends to the other cloud: counted here too, it would be paid twice.
             Some(edge) => tallied(
                 self.connector(settings, edge, edge)?,
-                self.path_next_door(settings, name),
+                self.path_next_door(settings, name).as_ref(),
                 &[Kind::Http],
             ),
             None => {
                 let connector = self.connector(settings, way.address, &way.endpoint.url)?;
-                tallied(connector, self.path(settings, name, way), &[Kind::Http, Kind::Tunnel])
+                tallied(
+                    connector,
+                    self.path(settings, name, way).as_ref(),
+                    &[Kind::Http, Kind::Tunnel],
+                )
             }
         };
         let pool = PoolSettings { head: settings.limits.head, ..PoolSettings::default() };
@@ -613,7 +617,7 @@ impl Surveyor {
         let vitals = Arc::new(Vitals::new(self.ward.tick(Instant::now())));
         let connector = tallied(
             self.connector(&settings, host, host)?,
-            self.path_outside(&settings, &name, host),
+            self.path_outside(&settings, &name, host).as_ref(),
             &[Kind::Http, Kind::Tunnel],
         );
         let app = App { origin: host.clone(), protocol: Protocol::Auto };
@@ -702,10 +706,10 @@ const NEVER_LEFT_ALONE: Circuit =
     Circuit { failure_threshold: Circuit::NEVER, recovery_timeout: Duration::from_secs(1) };
 
 /// Counts these kinds of bytes on `path`.
-fn tallied(mut connector: Connector, path: Option<Path>, kinds: &[Kind]) -> Connector {
+fn tallied(mut connector: Connector, path: Option<&Path>, kinds: &[Kind]) -> Connector {
+    let Some(path) = path else { return connector };
     for kind in kinds.iter().copied() {
-        let Some(path) = path.clone() else { break };
-        let tally = Rc::new(OnPath { path, kind });
+        let tally = Rc::new(OnPath { path: path.clone(), kind });
         connector = match kind {
             Kind::Http => connector.tallied(tally),
             Kind::Tunnel => connector.tunnels_tallied(tally),
