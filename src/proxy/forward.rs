@@ -8,7 +8,7 @@ use std::{
     cell::RefCell, future::poll_fn, pin::pin, rc::Rc, sync::Arc, task::Poll, time::Duration,
 };
 
-use http::{HeaderName, HeaderValue, Method, StatusCode, Uri, header, uri::PathAndQuery};
+use http::{HeaderName, HeaderValue, Method, StatusCode, Uri, Version, header, uri::PathAndQuery};
 use tokio::time::Instant;
 
 use crate::{
@@ -22,7 +22,7 @@ use crate::{
     },
     runtime::Alarm,
     upstream::{ConnectError, Failure, Lease, Outgoing, Received, SendError, Want},
-    wire::{Body, BodyError, Fields, Interim, Replay},
+    wire::{Body, BodyError, Fields, Interim, Replay, Request},
 };
 
 /// A fast failure must not look like a fast endpoint.
@@ -32,14 +32,9 @@ const FAR: Duration = Duration::from_secs(24 * 3600);
 
 /// A request ready to be sent.
 pub(super) struct Dispatch<'a> {
-    /// The method.
-    pub method: Method,
-    /// The target as it arrived.
-    pub uri: Uri,
-    /// End-to-end headers; `host` and credentials are put in per attempt.
-    pub fields: Fields,
-    /// The body.
-    pub body: Body,
+    /// The request, with end-to-end headers; `host` and credentials are put in per attempt. Boxed, as it is from its
+    /// first stage on: what every stage hands to the next is then a pointer.
+    pub request: Box<Request>,
     /// The token, for endpoints that take one.
     pub bearer: Option<HeaderValue>,
     /// Whether the client asks to switch protocols.
@@ -106,7 +101,7 @@ impl<'a> Forward<'a> {
         }
         let limit = cluster.timeouts.request.unwrap_or(FAR);
         let deadline = record.started() + limit;
-        let repeatable = repeatable(&dispatch.method, &dispatch.fields);
+        let repeatable = repeatable(&dispatch.request.method, &dispatch.request.fields);
         Self {
             cluster,
             ward,
@@ -135,10 +130,13 @@ impl<'a> Forward<'a> {
         let interim = Interim::default();
         let alarm = RefCell::default();
         let dispatch = Dispatch {
-            method: Method::CONNECT,
-            uri: Uri::default(),
-            fields: Fields::new(),
-            body: Body::Empty,
+            request: Box::new(Request {
+                method: Method::CONNECT,
+                uri: Uri::default(),
+                version: Version::HTTP_11,
+                fields: Fields::new(),
+                body: Body::Empty,
+            }),
             bearer: None,
             upgrade: true,
             grpc: false,
@@ -303,7 +301,7 @@ impl<'a> Forward<'a> {
                 Box::pin(self.renew()).await.map_err(|rejection| (rejection, false))?;
             }
             let stale = lease.may_be_stale();
-            if matches!(self.dispatch.body, Body::Stream(_)) {
+            if matches!(self.dispatch.request.body, Body::Stream(_)) {
                 self.keep(&lease);
             }
             let interim = self.dispatch.interim;
@@ -362,15 +360,17 @@ impl<'a> Forward<'a> {
         let unseen = matches!(lease, Lease::H2 { .. });
         let again =
             (more && (self.repeatable || unseen)) || (self.repeatable && lease.may_be_stale());
-        match std::mem::take(&mut self.dispatch.body) {
+        match std::mem::take(&mut self.dispatch.request.body) {
             Body::Stream(stream) if again => self.replay = Some(Replay::new(stream)),
-            body @ (Body::Empty | Body::Full(_) | Body::Stream(_)) => self.dispatch.body = body,
+            body @ (Body::Empty | Body::Full(_) | Body::Stream(_)) => {
+                self.dispatch.request.body = body
+            }
         }
     }
 
     /// The request as this target gets it.
     fn outgoing<'b>(&'b mut self, target: &'b Target) -> Outgoing<'b> {
-        let fields = &mut self.dispatch.fields;
+        let fields = &mut self.dispatch.request.fields;
         match &target.host {
             Some(host) => fields.set(header::HOST, host.clone()),
             None if fields.contains(&header::HOST) => {}
@@ -389,21 +389,21 @@ impl<'a> Forward<'a> {
                 fields.remove(&header::AUTHORIZATION);
             }
         }
-        let body = match (&self.dispatch.body, &self.replay) {
+        let body = match (&self.dispatch.request.body, &self.replay) {
             (Body::Empty, None) => Body::Empty,
             (Body::Full(bytes), _) => Body::Full(bytes.clone()),
             (Body::Empty, Some(replay)) => replay.body(),
             (Body::Stream(_), _) => {
                 self.spent = true;
-                std::mem::take(&mut self.dispatch.body)
+                std::mem::take(&mut self.dispatch.request.body)
             }
         };
         Outgoing {
-            method: &self.dispatch.method,
+            method: &self.dispatch.request.method,
             scheme: &target.scheme,
             authority: &target.authority,
-            target: self.dispatch.uri.path_and_query().unwrap_or(&ROOT),
-            fields: &self.dispatch.fields,
+            target: self.dispatch.request.uri.path_and_query().unwrap_or(&ROOT),
+            fields: &self.dispatch.request.fields,
             body,
             upgrade: self.dispatch.upgrade,
         }

@@ -385,7 +385,7 @@ impl Connection {
     }
 
     /// Makes a request of a head, with the body that follows it.
-    fn request(&self, head: ParsedRequest, framing: Framing) -> (Request, Asked) {
+    fn request(&self, head: ParsedRequest, framing: Framing) -> (Box<Request>, Asked) {
         let limits = self.story.worker().limits();
         let wire = &self.wire;
         wire.received.set(0);
@@ -415,18 +415,18 @@ impl Connection {
             *wire.decoder.borrow_mut() = BodyDecoder::Length(0);
         }
         let asked = Asked { method: head.method.clone(), version: head.version, keep_alive };
-        let request = Request {
+        let request = Box::new(Request {
             method: head.method,
             uri: head.uri,
             version: head.version,
             fields: head.fields,
             body,
-        };
+        });
         (request, asked)
     }
 
     /// Lets the story answer; `None` when the client went away or stalled meanwhile.
-    async fn answer(&mut self, request: Request) -> Option<Answer> {
+    async fn answer(&mut self, request: Box<Request>) -> Option<Answer> {
         let story = Rc::clone(&self.story);
         // RFC 9110 §15.2: HTTP/1.0 knows no interim responses.
         let hears = request.version != Version::HTTP_10;

@@ -240,6 +240,7 @@ async fn answer(
     let interim = Interim::default();
     let request = with_body(parts, body);
     let alarm = RefCell::default();
+    let request = Box::new(request);
     let call = Call { request, peer, interim: &interim, alarm: &alarm };
     let mut walk = pin!(story.answer(call));
     let walked = poll_fn(|cx| {

@@ -100,13 +100,10 @@ impl Walk {
         host: &HeaderValue,
         bearer: Option<HeaderValue>,
     ) -> Dispatch<'a> {
-        let Request { method, uri, mut fields, body, .. } = call.request;
-        see_off(&mut fields, call.peer, host, self.upgrade.as_ref());
+        let mut request = call.request;
+        see_off(&mut request.fields, call.peer, host, self.upgrade.as_ref());
         Dispatch {
-            method,
-            uri,
-            fields,
-            body,
+            request,
             bearer,
             upgrade: self.upgrade.is_some(),
             grpc: self.grpc,

@@ -216,7 +216,7 @@ impl Worker {
 /// What a handler of requests needs of each: the request, who sent it, and where interim responses go.
 pub(super) struct Call<'a> {
     /// The request.
-    pub request: Request,
+    pub request: Box<Request>,
     /// Who sent it.
     pub peer: &'a Peer,
     /// Where interim responses go.
