@@ -13,64 +13,8 @@
 
 mod support;
 
-use std::{fmt::Write as _, net::SocketAddr};
-
-use support::{Folder, Infrar, Line, Origin, Said, Visit, free_ports, get, header, talk, until};
+use support::{Line, Origin, Said, Visit, free_ports, get, header, sidecar::Sidecar, talk, until};
 use tokio::time::{Duration, Instant};
-
-/// A sidecar with its way out open.
-struct Sidecar {
-    infrar: Infrar,
-    out: SocketAddr,
-    admin: SocketAddr,
-    #[expect(dead_code, reason = "held for its Drop")]
-    folder: Folder,
-}
-
-/// One service of the project: its name, its endpoints, and further keys.
-type Service<'a> = (&'a str, &'a [SocketAddr], &'a str);
-
-impl Sidecar {
-    async fn open(services: &[Service<'_>]) -> Self {
-        Self::with(services, "").await
-    }
-
-    /// With further keys of `proxy.yaml`.
-    async fn with(services: &[Service<'_>], keys: &str) -> Self {
-        let folder = Folder::new();
-        let [out, admin] = free_ports();
-        let mut project = "project: shop\nservices:\n".to_owned();
-        let mut grants = String::new();
-        for (name, endpoints, keys) in services {
-            write!(project, "  {name}:\n    scopes: [use]\n{keys}    endpoints:\n")
-                .expect("memory");
-            for at in *endpoints {
-                writeln!(
-                    project,
-                    "      - {{ url: 'http://{at}', provider: aws, region: us-east-1, auth_method: none }}"
-                )
-                .expect("memory");
-            }
-            writeln!(grants, "    {name}: [use]").expect("memory");
-        }
-        write!(project, "permissions:\n  web:\n{grants}").expect("memory");
-        folder.write("project.yaml", &project);
-        folder.write(
-            "proxy.yaml",
-            &format!(
-                "service: web\nplace: aws_us_east_1\nproject: project.yaml\noutbound: {{ listen: '{out}' }}\n\
-                 admin: {{ listen: '{admin}' }}\nlog: {{ format: json }}\n{keys}"
-            ),
-        );
-        let mut infrar = Infrar::start(&folder, "proxy", &["proxy", "--config", "proxy.yaml"]);
-        infrar.ready(admin).await;
-        Self { infrar, out, admin, folder }
-    }
-
-    async fn says(&self, text: &str) -> Said {
-        talk(self.out, text).await
-    }
-}
 
 /// A refusal is a problem document that says why, in the words of RFC 9457 and RFC 9209.
 fn assert_refused(said: &Said, status: u16, code: &str, error: &str) {

@@ -7,6 +7,9 @@
 )]
 #![allow(dead_code, reason = "each story file uses a part of the stage")]
 
+pub(crate) mod frames;
+pub(crate) mod sidecar;
+
 use std::{
     fs,
     net::{Ipv4Addr, SocketAddr},
