@@ -243,6 +243,13 @@ impl RunningProxy {
 
     /// Ends when the application behind us refuses connections; without one, when nobody has called out for a while.
     async fn application_ended(&self) {
+        let calls_out = self.listeners.iter().any(|(listener, _)| match listener {
+            proxy::Listener::Outbound | proxy::Listener::Port(_) => true,
+            proxy::Listener::Inbound(_) => false,
+        });
+        if !calls_out {
+            return;
+        }
         let mut ticks = tokio::time::interval(Duration::from_millis(250));
         let mut quiet_since = Instant::now();
         loop {
