@@ -38,10 +38,10 @@ pub(super) fn settings(file: &ProxyFile) -> anyhow::Result<proxy::Settings> {
             head: crate::http1::HeadLimits { bytes: limits.header_bytes, headers: limits.headers },
             header_timeout: limits.header_timeout,
             idle_timeout: limits.idle_timeout,
+            stall_timeout: limits.stall_timeout,
             streams: limits.streams,
             connections: limits.connections,
             body_bytes: limits.body_bytes,
-            ..proxy::Limits::default()
         },
     })
 }
