@@ -42,7 +42,8 @@ impl Edge {
 
     /// Answers one request; a refusal is an answer too.
     pub(super) async fn answer(&self, mut call: Call<'_>) -> Answer {
-        let mut record = self.worker.inbound_desk.open(&call.request.method, &call.request.uri);
+        let desk = &self.worker.inbound_desk;
+        let mut record = desk.open(&call.request.method, &call.request.uri, call.flow);
         let grpc = headers::is_grpc(&call.request.fields);
         let id = headers::identify(&mut call.request.fields);
         match self.carry(call, &id, grpc, &mut record).await {

@@ -145,7 +145,7 @@ impl<'a> Forward<'a> {
             let flight = Flight::begin(Arc::clone(&target.vitals));
             let opened = target.pool.connector().open_tunnel(cluster.timeouts.connect).await;
             let now = Instant::now();
-            forward.record.waited(now.duration_since(begun));
+            forward.record.waited(begun, now);
             let outcome = if opened.is_ok() { Outcome::Success } else { Outcome::Failure };
             forward.settle(&target, chosen, outcome, begun, now);
             match opened {
@@ -219,7 +219,7 @@ impl<'a> Forward<'a> {
         let flight = Flight::begin(Arc::clone(&target.vitals));
         let outcome = self.exchange(&target, begun).await;
         let now = Instant::now();
-        self.record.waited(now.duration_since(begun));
+        self.record.waited(begun, now);
         let verdict = self.judge(&outcome);
         self.settle(&target, chosen, verdict, begun, now);
         Ok(match outcome {
@@ -375,8 +375,11 @@ impl<'a> Forward<'a> {
             SendError::RequestBody(BodyError::Framing) => {
                 Rejection::BadRequest("the body's framing is invalid")
             }
-            SendError::RequestBody(BodyError::Incomplete | BodyError::Stalled) => {
+            SendError::RequestBody(BodyError::Incomplete) => {
                 Rejection::BadRequest("the body broke off before its end")
+            }
+            SendError::RequestBody(BodyError::Stalled { limit }) => {
+                Rejection::RequestTimeout(*limit)
             }
             SendError::BadRequest => {
                 Rejection::BadRequest("the request cannot be expressed in HTTP/2")

@@ -54,7 +54,8 @@ impl Outbound {
 
     /// Answers one request of the local application; a refusal is an answer too.
     pub(super) async fn answer(&self, mut call: Call<'_>) -> Answer {
-        let mut record = self.worker.outbound_desk.open(&call.request.method, &call.request.uri);
+        let desk = &self.worker.outbound_desk;
+        let mut record = desk.open(&call.request.method, &call.request.uri, call.flow);
         let grpc = headers::is_grpc(&call.request.fields);
         let id = headers::identify(&mut call.request.fields);
         let walk = if call.request.method == Method::CONNECT {

@@ -9,6 +9,7 @@ use std::{
     pin::{Pin, pin},
     rc::Rc,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -22,13 +23,14 @@ use http_body::{Body as _, Frame, SizeHint};
 use crate::{
     net::Stream,
     proxy::{
-        reject::Rejection,
+        flow::Flow,
+        reject::{self, Rejection},
         settings::Limits,
         story::Story,
         worker::{Answer, Call, Peer},
     },
     runtime::{self, Guard, Phase},
-    wire::{Body, BodyError, Fields, Interim, Prepended, Request, Response},
+    wire::{Body, BodyError, Fields, Interim, NextFrame, Prepended, Request, Response},
 };
 
 /// Window of one stream. 1 MiB carries 100 Mbit/s over a round trip of 80 ms.
@@ -38,15 +40,21 @@ const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
 /// What may wait to be written per stream.
 const SEND_BUFFER: usize = 512 * 1024;
 /// Streams that a client may reset before we have seen them, and streams that we reset for its errors, before the
-/// connection is ended; Envoy's bound is 500 premature resets.
+/// connection is ended.
 const RESETS: usize = 100;
+/// A stream that its client resets within this time, and before an answer, was hardly meant (Envoy's value).
+const PREMATURE: Duration = Duration::from_secs(1);
+/// So many of those, if they are at least half of all, end the connection (Envoy's value).
+const MOST_PREMATURE: usize = 500;
+/// How long a connection that was told to go may take for its farewell.
+const LINGER: Duration = Duration::from_secs(1);
 
 /// Serves a connection until either side has had enough.
 pub(super) async fn serve(stream: Stream, guard: Guard, story: Rc<Story>, peer: Peer) {
     let limits = *story.worker().limits();
     let Some(mut connection) = shake(stream, &guard, &limits).await else { return };
     let peer = Rc::new(peer);
-    let open = Rc::new(Cell::new(0usize));
+    let streams = Rc::new(Streams::default());
     let mut leaving = false;
     guard.arm(limits.idle_timeout);
     loop {
@@ -58,7 +66,7 @@ pub(super) async fn serve(stream: Stream, guard: Guard, story: Rc<Story>, peer: 
                 return Poll::Ready(Next::Leave);
             }
             match guard.poll_expired(cx) {
-                Poll::Ready(()) if open.get() > 0 => Poll::Ready(Next::Busy),
+                Poll::Ready(()) if streams.open.get() > 0 => Poll::Ready(Next::Busy),
                 Poll::Ready(()) => Poll::Ready(Next::Leave),
                 Poll::Pending => Poll::Pending,
             }
@@ -66,17 +74,19 @@ pub(super) async fn serve(stream: Stream, guard: Guard, story: Rc<Story>, peer: 
         .await;
         match next {
             Next::Stream(accepted) => match *accepted {
+                Some(Ok(_)) if streams.are_a_flood() => {
+                    return send_away(connection, &guard).await;
+                }
                 Some(Ok((request, respond))) => {
                     guard.arm(limits.idle_timeout);
-                    let seat = Seat::take(&open);
+                    let seat = Seat::take(&streams);
                     let (story, peer) = (Rc::clone(&story), Rc::clone(&peer));
                     // Boxed here: what is moved on is then a pointer and not the room for a whole request.
                     runtime::spawn_local(
                         "h2-stream",
-                        Box::pin(async move {
-                            answer(request, respond, &story, &peer).await;
-                            drop(seat);
-                        }),
+                        Box::pin(
+                            async move { answer(request, respond, &story, &peer, &seat).await },
+                        ),
                     );
                 }
                 Some(Err(error)) => return tracing::debug!(%error, "an HTTP/2 connection ended"),
@@ -91,6 +101,18 @@ pub(super) async fn serve(stream: Stream, guard: Guard, story: Rc<Story>, peer: 
             }
         }
     }
+}
+
+/// Ends the connection of a client that floods us.
+async fn send_away(mut connection: Connection<Stream, Bytes>, guard: &Guard) {
+    tracing::warn!("a client that resets its requests at once was sent away");
+    connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
+    guard.arm(LINGER);
+    poll_fn(|cx| match connection.poll_closed(cx) {
+        Poll::Ready(_ended) => Poll::Ready(()),
+        Poll::Pending => guard.poll_expired(cx),
+    })
+    .await;
 }
 
 /// Speaks the preface within the time for a head.
@@ -134,19 +156,45 @@ enum Next {
     Leave,
 }
 
+/// The streams of one connection.
+#[derive(Default)]
+struct Streams {
+    open: Cell<usize>,
+    /// All that there were.
+    begun: Cell<usize>,
+    /// Those that their client reset at once.
+    premature: Cell<usize>,
+}
+
+impl Streams {
+    /// Whether the client opens streams only to reset them (rapid reset).
+    fn are_a_flood(&self) -> bool {
+        let premature = self.premature.get();
+        premature > MOST_PREMATURE && premature * 2 >= self.begun.get()
+    }
+}
+
 /// Counts an open stream.
-struct Seat(Rc<Cell<usize>>);
+struct Seat(Rc<Streams>);
 
 impl Seat {
-    fn take(open: &Rc<Cell<usize>>) -> Self {
-        open.set(open.get() + 1);
-        Self(Rc::clone(open))
+    fn take(streams: &Rc<Streams>) -> Self {
+        streams.open.set(streams.open.get() + 1);
+        streams.begun.set(streams.begun.get() + 1);
+        Self(Rc::clone(streams))
+    }
+
+    /// The client reset the stream before it was answered.
+    fn reset_unanswered(&self, age: Duration) {
+        if age < PREMATURE {
+            self.0.premature.set(self.0.premature.get() + 1);
+        }
     }
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        self.0.set(self.0.get().saturating_sub(1));
+        self.0.open.set(self.0.open.get().saturating_sub(1));
     }
 }
 
@@ -156,13 +204,14 @@ async fn answer(
     mut respond: SendResponse<Bytes>,
     story: &Rc<Story>,
     peer: &Peer,
+    seat: &Seat,
 ) {
-    let received = Rc::new(Cell::new(0));
+    let flow = story.flow();
+    let begun = story.worker().watchdog.coarse_now();
     let method = request.method().clone();
     if method == Method::CONNECT {
-        let refusal =
-            story.refuse(&Rejection::BadRequest("CONNECT is for HTTP/1.1 on the outbound port"));
-        return finish(refusal, &mut respond, &method, 0).await;
+        let why = Rejection::BadRequest("CONNECT is for HTTP/1.1 on the outbound port");
+        return finish(story.refuse(&why, &flow), &mut respond, &method, &flow).await;
     }
     let limit = story.worker().limits().body_bytes;
     let (mut parts, stream) = request.into_parts();
@@ -174,11 +223,10 @@ async fn answer(
     if let (Some(length), Some(limit)) = (length, limit)
         && length > limit
     {
-        return finish(story.refuse(&Rejection::BodyTooLarge { limit }), &mut respond, &method, 0)
-            .await;
+        let refusal = story.refuse(&Rejection::BodyTooLarge { limit }, &flow);
+        return finish(refusal, &mut respond, &method, &flow).await;
     }
-    let incoming =
-        Incoming { stream, received: Rc::clone(&received), limit, length, trailers: false };
+    let incoming = Incoming { stream, flow: Rc::clone(&flow), limit, length, trailers: false };
     let body = gather(incoming).await;
     let interim = Interim::default();
     let request = Request {
@@ -189,7 +237,7 @@ async fn answer(
         body,
     };
     let alarm = RefCell::default();
-    let call = Call { request, peer, interim: &interim, alarm: &alarm };
+    let call = Call { request, peer, interim: &interim, alarm: &alarm, flow: &flow };
     let mut walk = pin!(story.answer(call));
     let walked = poll_fn(|cx| {
         let walked = walk.as_mut().poll(cx);
@@ -206,13 +254,21 @@ async fn answer(
         }
     })
     .await;
-    if let Some(answer) = walked {
-        finish(answer, &mut respond, &method, received.get()).await;
+    match walked {
+        Some(answer) => finish(answer, &mut respond, &method, &flow).await,
+        None => {
+            seat.reset_unanswered(story.worker().watchdog.coarse_now().duration_since(begun));
+        }
     }
 }
 
 /// Sends an answer and settles its record.
-async fn finish(answer: Answer, respond: &mut SendResponse<Bytes>, method: &Method, received: u64) {
+async fn finish(
+    answer: Answer,
+    respond: &mut SendResponse<Bytes>,
+    method: &Method,
+    flow: &Rc<Flow>,
+) {
     let Answer::Response(response, record) = answer else {
         // Upgrades are asked for in HTTP/1.1 only, so no tunnel comes back here.
         return respond.send_reset(Reason::INTERNAL_ERROR);
@@ -228,10 +284,21 @@ async fn finish(answer: Answer, respond: &mut SendResponse<Bytes>, method: &Meth
         Ok(stream) => stream,
         Err(error) => return tracing::debug!(%error, "an answer could not be sent"),
     };
-    let sent = if ends { Some(0) } else { send_body(stream, body).await };
-    if let Some(sent) = sent {
-        record.settle(received, sent);
+    let sent = if ends { Ok(()) } else { send_body(stream, body, flow).await };
+    flow.moved();
+    match sent {
+        Ok(()) => record.settle(),
+        Err(Broken::Client) => {}
+        Err(Broken::Endpoint(code)) => record.broke(code),
     }
+}
+
+/// Who ended an answer before its end.
+enum Broken {
+    /// The client left, or took nothing for too long.
+    Client,
+    /// The endpoint broke off; our code for it.
+    Endpoint(&'static str),
 }
 
 /// The head of an answer, as HTTP/2 sends it.
@@ -243,57 +310,93 @@ fn head(status: StatusCode, fields: Fields) -> http::Response<()> {
     response
 }
 
-/// Sends a body; `None` when it or the client broke off.
-async fn send_body(mut stream: SendStream<Bytes>, mut body: Body) -> Option<u64> {
-    let mut sent = 0;
+/// Sends a body; a stream that cannot be finished is reset.
+async fn send_body(
+    mut stream: SendStream<Bytes>,
+    mut body: Body,
+    flow: &Rc<Flow>,
+) -> Result<(), Broken> {
+    let sent = send_frames(&mut stream, &mut body, flow).await;
+    if let Err(broken) = &sent {
+        // Either way the client must not take what it has for the whole.
+        stream.send_reset(match broken {
+            Broken::Client => Reason::CANCEL,
+            Broken::Endpoint(_) => Reason::INTERNAL_ERROR,
+        });
+    }
+    sent
+}
+
+async fn send_frames(
+    stream: &mut SendStream<Bytes>,
+    body: &mut Body,
+    flow: &Rc<Flow>,
+) -> Result<(), Broken> {
     loop {
-        let next = poll_fn(|cx| {
-            let mut body = Pin::new(&mut body);
-            match body.as_mut().poll_frame(cx) {
-                Poll::Ready(frame) => Poll::Ready(Some(frame)),
-                Poll::Pending => stream.poll_reset(cx).map(|_reason| None),
-            }
-        })
-        .await?;
-        match next {
+        match poll_fn(|cx| poll_answer(stream, body, flow, cx)).await? {
             Some(Ok(frame)) => match frame.into_data() {
                 Ok(data) => {
-                    sent += data.len() as u64;
                     let last = body.is_empty();
-                    send_data(&mut stream, data, last).await?;
+                    send_data(stream, data, last, flow).await?;
                     if last {
-                        return Some(sent);
+                        return Ok(());
                     }
                 }
                 Err(frame) => {
                     let trailers = frame.into_trailers().unwrap_or_default();
-                    return stream.send_trailers(trailers).ok().map(|()| sent);
+                    return stream.send_trailers(trailers).map_err(|_gone| Broken::Client);
                 }
             },
-            None => return stream.send_data(Bytes::new(), true).ok().map(|()| sent),
-            Some(Err(_broken)) => {
-                stream.send_reset(Reason::INTERNAL_ERROR);
-                return None;
+            None => {
+                return stream.send_data(Bytes::new(), true).map_err(|_gone| Broken::Client);
             }
+            Some(Err(_broken)) => return Err(Broken::Endpoint(reject::UPSTREAM_RESET)),
         }
     }
 }
 
+/// Waits for the next piece of the answer's body.
+fn poll_answer(
+    stream: &mut SendStream<Bytes>,
+    body: &mut Body,
+    flow: &Flow,
+    cx: &mut Context<'_>,
+) -> Poll<Result<NextFrame, Broken>> {
+    if let Poll::Ready(frame) = Pin::new(body).poll_frame(cx) {
+        return Poll::Ready(Ok(frame));
+    }
+    if stream.poll_reset(cx).is_ready() {
+        return Poll::Ready(Err(Broken::Client));
+    }
+    flow.poll_stalled(cx).map(|()| Err(Broken::Endpoint(reject::DEADLINE)))
+}
+
 /// Sends one piece as the window allows.
-async fn send_data(stream: &mut SendStream<Bytes>, mut data: Bytes, last: bool) -> Option<()> {
+async fn send_data(
+    stream: &mut SendStream<Bytes>,
+    mut data: Bytes,
+    last: bool,
+    flow: &Flow,
+) -> Result<(), Broken> {
     // What fits is sent at once: small answers never wait.
     while !data.is_empty() {
         stream.reserve_capacity(data.len());
         let room = if stream.capacity() >= data.len() {
             data.len()
         } else {
-            poll_fn(|cx| stream.poll_capacity(cx)).await?.ok()?
+            poll_fn(|cx| match stream.poll_capacity(cx) {
+                Poll::Ready(Some(Ok(room))) => Poll::Ready(Ok(room)),
+                Poll::Ready(Some(Err(_)) | None) => Poll::Ready(Err(Broken::Client)),
+                Poll::Pending => flow.poll_stalled(cx).map(|()| Err(Broken::Client)),
+            })
+            .await?
         };
         let piece = data.split_to(room.min(data.len()));
-        let ends = last && data.is_empty();
-        stream.send_data(piece, ends).ok()?;
+        let (bytes, ends) = (piece.len(), last && data.is_empty());
+        stream.send_data(piece, ends).map_err(|_gone| Broken::Client)?;
+        flow.send(bytes);
     }
-    Some(())
+    Ok(())
 }
 
 /// RFC 9113 §8.2.3: cookies that came in several lines are one header again for everybody else.
@@ -311,7 +414,7 @@ fn join_cookies(headers: &mut HeaderMap) {
 /// The body of a request.
 struct Incoming {
     stream: RecvStream,
-    received: Rc<Cell<u64>>,
+    flow: Rc<Flow>,
     limit: Option<u64>,
     length: Option<u64>,
     trailers: bool,
@@ -319,13 +422,38 @@ struct Incoming {
 
 impl Incoming {
     fn took(&mut self, data: &Bytes) -> Result<(), BodyError> {
-        let received = self.received.get() + data.len() as u64;
-        self.received.set(received);
+        self.flow.receive(data.len());
+        let received = self.flow.received();
         if let Some(limit) = self.limit.filter(|limit| received > *limit) {
             return Err(BodyError::TooLarge { limit });
         }
         let released = self.stream.flow_control().release_capacity(data.len());
         released.map_err(|_source| BodyError::Incomplete)
+    }
+
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        if !self.trailers {
+            match ready!(self.stream.poll_data(cx)) {
+                Some(Ok(data)) => {
+                    let taken = self.took(&data);
+                    return Poll::Ready(Some(taken.map(|()| Frame::data(data))));
+                }
+                Some(Err(_)) => return Poll::Ready(Some(Err(BodyError::Incomplete))),
+                None => self.trailers = true,
+            }
+        }
+        match ready!(self.stream.poll_trailers(cx)) {
+            Ok(Some(trailers)) => Poll::Ready(Some(Ok(Frame::trailers(trailers)))),
+            Ok(None) => Poll::Ready(None),
+            Err(_) => Poll::Ready(Some(Err(BodyError::Incomplete))),
+        }
+    }
+}
+
+impl Drop for Incoming {
+    /// Whoever gave it up does not wait for it any more.
+    fn drop(&mut self) {
+        self.flow.moved();
     }
 }
 
@@ -354,20 +482,15 @@ impl http_body::Body for Incoming {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = &mut *self;
-        if !this.trailers {
-            match ready!(this.stream.poll_data(cx)) {
-                Some(Ok(data)) => {
-                    let taken = this.took(&data);
-                    return Poll::Ready(Some(taken.map(|()| Frame::data(data))));
-                }
-                Some(Err(_)) => return Poll::Ready(Some(Err(BodyError::Incomplete))),
-                None => this.trailers = true,
+        match this.poll_next(cx) {
+            Poll::Ready(frame) => {
+                this.flow.moved();
+                Poll::Ready(frame)
             }
-        }
-        match ready!(this.stream.poll_trailers(cx)) {
-            Ok(Some(trailers)) => Poll::Ready(Some(Ok(Frame::trailers(trailers)))),
-            Ok(None) => Poll::Ready(None),
-            Err(_) => Poll::Ready(Some(Err(BodyError::Incomplete))),
+            Poll::Pending => this
+                .flow
+                .poll_stalled(cx)
+                .map(|()| Some(Err(BodyError::Stalled { limit: this.flow.limit() }))),
         }
     }
 
@@ -378,7 +501,7 @@ impl http_body::Body for Incoming {
     fn size_hint(&self) -> SizeHint {
         // h2 holds the peer to its content-length.
         self.length.map_or_else(SizeHint::default, |length| {
-            SizeHint::with_exact(length.saturating_sub(self.received.get()))
+            SizeHint::with_exact(length.saturating_sub(self.flow.received()))
         })
     }
 }

@@ -7,6 +7,7 @@ use http::Method;
 use crate::{
     proxy::{
         edge::Edge,
+        flow::Flow,
         inbound::Inbound,
         outbound::Outbound,
         reject::Rejection,
@@ -35,6 +36,12 @@ impl Story {
         }
     }
 
+    /// Watches over what moves of an exchange's bodies.
+    pub(super) fn flow(&self) -> Rc<Flow> {
+        let worker = self.worker();
+        Flow::new(&worker.watchdog, worker.limits().stall_timeout)
+    }
+
     /// The worker that tells it.
     pub(super) fn worker(&self) -> &Rc<Worker> {
         match self {
@@ -52,13 +59,13 @@ impl Story {
     }
 
     /// The answer to bytes that never became a request.
-    pub(super) fn refuse(&self, rejection: &Rejection) -> Answer {
+    pub(super) fn refuse(&self, rejection: &Rejection, flow: &Rc<Flow>) -> Answer {
         let worker = self.worker();
         let desk = match self {
             Self::Outbound(..) => &worker.outbound_desk,
             Self::Inbound(..) | Self::Edge(..) => &worker.inbound_desk,
         };
-        let record = desk.open(&Method::GET, &http::Uri::default());
+        let record = desk.open(&Method::GET, &http::Uri::default(), flow);
         refused(rejection, None, false, record)
     }
 

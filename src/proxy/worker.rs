@@ -12,6 +12,7 @@ use crate::{
     net::Stream,
     proxy::{
         Ends,
+        flow::Flow,
         headers::{self, Forwarded, Via},
         record::{Desk, Record},
         reject::Rejection,
@@ -150,6 +151,8 @@ pub(super) struct Call<'a> {
     pub interim: &'a Interim,
     /// Bounds the attempts in time.
     pub alarm: &'a RefCell<Alarm>,
+    /// What moves of the bodies.
+    pub flow: &'a Rc<Flow>,
 }
 
 /// The answer to a request that was refused.
@@ -173,6 +176,7 @@ pub(super) fn relayed(received: crate::upstream::Received, mut record: Record) -
         }
         crate::upstream::Received::Upgraded(response, stream) => {
             record.answered(response.status, "");
+            record.tunnelled();
             Answer::Tunnel(response, stream, record)
         }
     }

@@ -9,7 +9,7 @@ mod message;
 mod problem;
 mod trace;
 
-pub use body::{Body, BodyError, Prepended, StreamBody};
+pub use body::{Body, BodyError, NextFrame, Prepended, StreamBody};
 pub use fields::Fields;
 pub use interim::Interim;
 pub use message::{Request, Response};
