@@ -13,89 +13,12 @@
 
 mod support;
 
-use std::{fmt::Write as _, net::SocketAddr};
-
-use support::{Folder, Infrar, Line, Origin, Said, Visit, free_ports, get, header, talk, until};
+use support::{
+    Line, Origin, Said, Visit, free_ports, get, header,
+    sidecar::{Service, Sidecar},
+    talk, until,
+};
 use tokio::time::{Duration, Instant};
-
-/// A sidecar with its way out open.
-struct Sidecar {
-    infrar: Infrar,
-    out: SocketAddr,
-    admin: SocketAddr,
-    probes: SocketAddr,
-    #[expect(dead_code, reason = "held for its Drop")]
-    folder: Folder,
-}
-
-/// One service of the project: its name, its endpoints, and further keys.
-type Service<'a> = (&'a str, &'a [SocketAddr], &'a str);
-
-impl Sidecar {
-    async fn open(services: &[Service<'_>]) -> Self {
-        Self::with(services, "").await
-    }
-
-    /// With further keys of `proxy.yaml`.
-    async fn with(services: &[Service<'_>], keys: &str) -> Self {
-        Self::with_way_out(services, "", keys).await
-    }
-
-    /// With further keys of `outbound`, and of `proxy.yaml`.
-    async fn with_way_out(services: &[Service<'_>], outbound: &str, keys: &str) -> Self {
-        let folder = Folder::new();
-        let [out, admin, probes] = free_ports();
-        let mut project = "project: shop\nservices:\n".to_owned();
-        let mut grants = String::new();
-        for (name, endpoints, keys) in services {
-            write!(project, "  {name}:\n    scopes: [use]\n{keys}    endpoints:\n")
-                .expect("memory");
-            for at in *endpoints {
-                writeln!(
-                    project,
-                    "      - {{ url: 'http://{at}', provider: aws, region: us-east-1, auth_method: none }}"
-                )
-                .expect("memory");
-            }
-            writeln!(grants, "    {name}: [use]").expect("memory");
-        }
-        write!(project, "permissions:\n  web:\n{grants}").expect("memory");
-        folder.write("project.yaml", &project);
-        folder.write(
-            "proxy.yaml",
-            &format!(
-                "service: web\nplace: aws_us_east_1\nproject: project.yaml\noutbound: {{ listen: '{out}'{outbound} }}\n\
-                 admin: {{ listen: '{admin}', probes: '{probes}' }}\nlog: {{ format: json }}\n{keys}"
-            ),
-        );
-        let mut infrar = Infrar::start(&folder, "proxy", &["proxy", "--config", "proxy.yaml"]);
-        infrar.ready(admin).await;
-        Self { infrar, out, admin, probes, folder }
-    }
-
-    async fn says(&self, text: &str) -> Said {
-        talk(self.out, text).await
-    }
-
-    /// The value of the metric of that name whose labels have all of these.
-    async fn metric(&self, name: &str, labels: &[&str]) -> Option<f64> {
-        let said = get(self.admin, &self.admin.to_string(), "/metrics").await;
-        let line = said.body.lines().find(|line| {
-            line.starts_with(&format!("{name}{{")) && labels.iter().all(|it| line.contains(it))
-        })?;
-        line.rsplit(' ').next()?.parse().ok()
-    }
-
-    /// What the access log says of the request with this id.
-    async fn line(&self, id: &str) -> String {
-        let line = || {
-            let log = self.infrar.log();
-            log.lines().find(|line| line.contains(id)).map(str::to_owned)
-        };
-        until("the log has the line", async || line().is_some()).await;
-        line().unwrap_or_default()
-    }
-}
 
 /// A refusal is a problem document that says why, in the words of RFC 9457 and RFC 9209.
 fn assert_refused(said: &Said, status: u16, code: &str, error: &str) {

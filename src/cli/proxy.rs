@@ -241,8 +241,12 @@ impl RunningProxy {
 
     /// Ends when the application behind us refuses connections; without one, when nobody has called out for a while.
     async fn application_ended(&self) {
-        let inbound = self.helm.in_force.inbound.iter();
-        let apps: Vec<_> = inbound.filter_map(|it| Some(it.app.as_ref()?.origin.clone())).collect();
+        let file = &self.helm.in_force;
+        if file.outbound.is_none() {
+            return;
+        }
+        let apps: Vec<_> =
+            file.inbound.iter().filter_map(|it| Some(it.app.as_ref()?.origin.clone())).collect();
         let mut ticks = tokio::time::interval(Duration::from_millis(250));
         let mut quiet_since = Instant::now();
         loop {

@@ -196,10 +196,10 @@ fn limits(limits: &config::ProxyLimits) -> proxy::Limits {
         head: crate::http1::HeadLimits { bytes: limits.header_bytes, headers: limits.headers },
         header_timeout: limits.header_timeout,
         idle_timeout: limits.idle_timeout,
+        stall_timeout: limits.stall_timeout,
         streams: limits.streams,
         connections: limits.connections,
         body_bytes: limits.body_bytes,
-        ..proxy::Limits::default()
     }
 }
 

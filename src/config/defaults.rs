@@ -20,6 +20,8 @@ pub const HEADERS: usize = 100;
 pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// A connection without a request: what Envoy allows.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(3_600);
+/// While nothing of a body moves (Envoy's stream idle time-out).
+pub const STALL_TIMEOUT: Duration = Duration::from_secs(300);
 /// HTTP/2 streams of one connection: what Envoy allows.
 pub const STREAMS: u32 = 1_024;
 /// Connections of one listener.

@@ -460,6 +460,7 @@ fn limits(at: At<'_>) -> ProxyLimits {
         headers: at.key("headers").parse().unwrap_or(default.headers),
         header_timeout: at.key("header_timeout").with(time).unwrap_or(default.header_timeout),
         idle_timeout: at.key("idle_timeout").with(time).unwrap_or(default.idle_timeout),
+        stall_timeout: at.key("stall_timeout").with(time).unwrap_or(default.stall_timeout),
         streams: at.key("streams").parse().unwrap_or(default.streams),
         connections: at.key("connections").parse().unwrap_or(default.connections),
         body_bytes: size("body_bytes"),

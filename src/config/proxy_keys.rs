@@ -230,6 +230,11 @@ static LIMITS: Shape = Shape::Table(&[
         "A connection without a request. Default 1h.",
     ),
     Key::new(
+        "stall_timeout",
+        &Shape::Text(&POSITIVE_SPAN),
+        "While nothing of a request's or an answer's body moves. Default 5m.",
+    ),
+    Key::new(
         "streams",
         &Shape::Number { least: 1, most: 1_000_000 },
         "HTTP/2 streams of one connection. Default 1024.",

@@ -8,7 +8,9 @@ use http::Method;
 use ipnet::IpNet;
 use url::Url;
 
-use super::defaults::{CONNECTIONS, HEADER_BYTES, HEADER_TIMEOUT, HEADERS, IDLE_TIMEOUT, STREAMS};
+use super::defaults::{
+    CONNECTIONS, HEADER_BYTES, HEADER_TIMEOUT, HEADERS, IDLE_TIMEOUT, STALL_TIMEOUT, STREAMS,
+};
 use crate::model::{Origin, Place, ScopeSet, ServiceName, Zone};
 
 /// One proxy, as its file, environment and flags describe it.
@@ -246,6 +248,8 @@ pub struct ProxyLimits {
     pub header_timeout: Duration,
     /// A connection without a request.
     pub idle_timeout: Duration,
+    /// While nothing of a body moves.
+    pub stall_timeout: Duration,
     /// HTTP/2 streams of one connection.
     pub streams: u32,
     /// Connections of one listener.
@@ -261,6 +265,7 @@ impl Default for ProxyLimits {
             headers: HEADERS,
             header_timeout: HEADER_TIMEOUT,
             idle_timeout: IDLE_TIMEOUT,
+            stall_timeout: STALL_TIMEOUT,
             streams: STREAMS,
             connections: CONNECTIONS,
             body_bytes: None,

@@ -173,7 +173,7 @@ fn turn_away(door: &Rc<Door>, tcp: TcpStream, peer: SocketAddr, why: Rejection) 
     let seat = Arc::clone(&worker.telling).try_acquire_owned();
     let (None, Ok(seat)) = (&door.terms.now().tls, seat) else {
         // Dropped, and thereby settled.
-        let _unsaid = story.refuse(why, None);
+        let _unsaid = story.refuse(why, None, &story.flow());
         return;
     };
     let guard = story.worker().watchdog.register();

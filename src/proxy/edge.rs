@@ -46,7 +46,7 @@ impl Edge {
 
     /// Answers one request; a refusal is an answer too.
     pub(super) async fn answer(&self, mut call: Call<'_>) -> Answer {
-        let mut walk = Walk::begin(&self.worker.inbound_desk, &mut call.request);
+        let mut walk = Walk::begin(&self.worker.inbound_desk, &mut call.request, call.flow);
         let outcome = self.carry(call, &mut walk).await;
         walk.end(outcome)
     }

@@ -3,9 +3,18 @@
 //! What may be sent again (DESIGN §7.3): whatever the endpoint certainly has not seen, and idempotent requests whose
 //! body is still here. Retries after the first attempt spend a budget, so that a service in trouble is not buried
 //! under its callers' patience.
+//!
+//! A deadline is for the endpoint, and runs while the endpoint is awaited. As long as a body streams, its sender sets the
+//! pace; only a body that stalls ends the wait then, at the cost of whoever it waits for.
 
 use std::{
-    cell::RefCell, future::poll_fn, pin::pin, rc::Rc, sync::Arc, task::Poll, time::Duration,
+    cell::RefCell,
+    future::poll_fn,
+    pin::pin,
+    rc::Rc,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use http::{HeaderName, HeaderValue, Method, StatusCode, Uri, Version, header, uri::PathAndQuery};
@@ -21,7 +30,9 @@ use crate::{
         view::{Cluster, Target, Ward},
     },
     runtime::Alarm,
-    upstream::{ConnectError, Failure, Lease, Outgoing, Received, SendError, Want},
+    upstream::{
+        Awaited, ConnectError, Failure, Lease, Outgoing, Progress, Received, SendError, Want,
+    },
     wire::{Body, BodyError, Fields, Interim, Replay, Request},
 };
 
@@ -69,21 +80,64 @@ pub(super) struct Forward<'a> {
     replay: Option<Replay>,
     tried: Tried,
     attempts: u32,
+    /// Since when the endpoint of the last attempt was waited for; `None`: its answer came before the body's end.
+    awaited_since: Option<Instant>,
 }
 
 /// What one attempt came to.
 enum Attempt {
     Received(Received),
-    /// An answer that another endpoint might better.
+    /// An answer that another attempt might better, after `pause` if the service says when.
     Held {
         received: Received,
-        flight: Flight<Arc<Vitals>>,
+        vitals: Arc<Vitals>,
+        pause: Option<Duration>,
     },
     /// It failed; `again` says whether another may follow.
     Failed {
         rejection: Rejection,
         again: bool,
     },
+}
+
+/// How long an attempt waits, and for whom.
+struct Patience {
+    /// When the answer must be there; `None` as long as the body is on its way.
+    deadline: Option<Instant>,
+    /// From the end of the body on.
+    limit: Duration,
+    /// While the endpoint takes none of the body.
+    stall: Duration,
+    /// When the body had been sent.
+    uploaded: Option<Instant>,
+    /// What the endpoint had taken when it stopped, and how long it may take none.
+    stuck: Option<(u64, Instant)>,
+}
+
+impl Patience {
+    /// Ready when the endpoint has had its time.
+    fn poll(
+        &mut self,
+        progress: &Progress,
+        alarm: &RefCell<Alarm>,
+        cx: &mut Context<'_>,
+    ) -> Poll<()> {
+        let until = match (self.deadline, progress.get()) {
+            (Some(deadline), _) => deadline,
+            (None, (Awaited::Answer, _)) => {
+                let now = Instant::now();
+                self.uploaded = Some(now);
+                *self.deadline.insert(now + self.limit)
+            }
+            // The client's side knows how long it may stall.
+            (None, (Awaited::Body, _)) => return Poll::Pending,
+            (None, (Awaited::Room, taken)) => match self.stuck {
+                Some((before, until)) if before == taken => until,
+                Some(_) | None => self.stuck.insert((taken, Instant::now() + self.stall)).1,
+            },
+        };
+        alarm.borrow_mut().poll(until, cx)
+    }
 }
 
 impl<'a> Forward<'a> {
@@ -114,6 +168,7 @@ impl<'a> Forward<'a> {
             replay: None,
             tried: Tried::default(),
             attempts: 0,
+            awaited_since: None,
         }
     }
 
@@ -150,17 +205,19 @@ impl<'a> Forward<'a> {
             let (target, chosen) = forward.choose(begun)?;
             forward.record.attempt(&target.id, target.mode);
             let flight = Flight::begin(Arc::clone(&target.vitals));
-            let opened = target.tunnels().open_tunnel(cluster.timeouts.connect).await;
+            let limit = forward.deadline.min(begun + cluster.timeouts.connect);
+            let opened = target.tunnels().open_tunnel(limit).await;
             let now = Instant::now();
-            forward.record.waited(now.duration_since(begun));
+            forward.record.waited(begun, now);
+            forward.awaited_since = Some(begun);
             let outcome = if opened.is_ok() { Outcome::Success } else { Outcome::Failure };
-            forward.settle(&target, chosen, outcome, begun, now);
+            forward.settle(&target, chosen, outcome, now);
             match opened {
                 Ok(stream) => {
                     forward.record.carried_by(flight);
                     return Ok(stream);
                 }
-                Err(error) if !forward.may_go_on().await => {
+                Err(error) if !forward.may_go_on(None).await => {
                     return Err(refuse_connect(cluster, &error));
                 }
                 Err(_error) => {}
@@ -178,66 +235,87 @@ impl<'a> Forward<'a> {
             return Err(Rejection::NoHealthyEndpoint { service, why });
         }
         self.cluster.budget.deposit(self.ward.tick(self.record.started()));
-        loop {
-            let begun = if self.attempts == 0 { self.begun } else { Instant::now() };
-            self.attempts += 1;
-            match self.attempt(begun).await? {
-                Attempt::Received(received) => return Ok(received),
-                Attempt::Held { received, flight } => {
-                    if !Box::pin(self.may_go_on()).await {
-                        self.record.carried_by(flight);
-                        return Ok(received);
-                    }
-                }
-                Attempt::Failed { rejection, again } => {
-                    if !again || !Box::pin(self.may_go_on()).await {
-                        return Err(rejection);
-                    }
-                }
+        let begun = self.begun;
+        match self.attempt(begun).await? {
+            Attempt::Received(received) => Ok(received),
+            // Boxed, like everything that most requests never do.
+            first @ (Attempt::Held { .. } | Attempt::Failed { .. }) => {
+                Box::pin(self.go_on(first)).await
             }
         }
     }
 
-    /// Whether there is an attempt, a budget and time left; pauses before the next.
-    async fn may_go_on(&self) -> bool {
+    /// Tries again, as often as that is allowed. The service's own answer, if there was one, is better than any refusal of
+    /// ours.
+    async fn go_on(mut self, first: Attempt) -> Result<Received, Rejection> {
+        let mut outcome = Ok(first);
+        let mut held = None;
+        loop {
+            match outcome {
+                Ok(Attempt::Received(received)) => return Ok(received),
+                Ok(Attempt::Held { received, vitals, pause }) => {
+                    if !self.may_go_on(pause).await {
+                        return Ok(self.give(received, vitals));
+                    }
+                    held = Some((received, vitals));
+                }
+                Ok(Attempt::Failed { again: true, .. }) if self.may_go_on(None).await => {}
+                Ok(Attempt::Failed { rejection, .. }) | Err(rejection) => {
+                    let (received, vitals) = held.ok_or(rejection)?;
+                    return Ok(self.give(received, vitals));
+                }
+            }
+            outcome = self.attempt(Instant::now()).await;
+        }
+    }
+
+    /// Gives the client an answer that was held back.
+    fn give(&mut self, received: Received, vitals: Arc<Vitals>) -> Received {
+        self.record.carried_by(Flight::begin(vitals));
+        received
+    }
+
+    /// Whether there is an attempt, a budget and time left; pauses before the next, as long as the service asked for.
+    async fn may_go_on(&self, asked: Option<Duration>) -> bool {
         let now = Instant::now();
-        if self.attempts >= self.cluster.max_attempts
-            || !self.cluster.budget.withdraw(self.ward.tick(now))
-        {
+        if self.attempts >= self.cluster.max_attempts {
             return false;
         }
         let (base, max) = self.cluster.backoff;
         let steps = self.attempts.saturating_sub(1).min(16);
         let longest = base.saturating_mul(1 << steps).min(max);
-        let pause = longest.mul_f64(fastrand::f64());
-        if now + pause >= self.deadline {
+        let pause = asked.unwrap_or_else(|| longest.mul_f64(fastrand::f64()));
+        if now + pause >= self.deadline || !self.cluster.budget.withdraw(self.ward.tick(now)) {
             return false;
         }
         // The first retry goes elsewhere at once when there is an elsewhere.
-        if self.attempts > 1 || self.cluster.targets.len() == 1 {
+        if asked.is_some() || self.attempts > 1 || self.cluster.targets.len() == 1 {
             tokio::time::sleep(pause).await;
         }
         true
     }
 
     async fn attempt(&mut self, begun: Instant) -> Result<Attempt, Rejection> {
+        self.attempts += 1;
         let (target, chosen) = self.choose(begun)?;
         self.record.attempt(&target.id, target.mode);
         let flight = Flight::begin(Arc::clone(&target.vitals));
         let outcome = self.exchange(&target, begun).await;
         let now = Instant::now();
-        self.record.waited(now.duration_since(begun));
+        self.record.waited(begun, now);
         let verdict = self.judge(&outcome);
-        self.settle(&target, chosen, verdict, begun, now);
+        self.settle(&target, chosen, verdict, now);
         Ok(match outcome {
-            // Held back: returned after all when there is no further attempt.
-            Ok(received) if verdict == Outcome::Failure && self.may_repeat_answer(&received) => {
-                Attempt::Held { received, flight }
-            }
-            Ok(received) => {
-                self.record.carried_by(flight);
-                Attempt::Received(received)
-            }
+            Ok(received) => match self.betterable(&received) {
+                // Held back: returned after all when there is no better one.
+                Some(pause) => {
+                    Attempt::Held { received, vitals: Arc::clone(&target.vitals), pause }
+                }
+                None => {
+                    self.record.carried_by(flight);
+                    Attempt::Received(received)
+                }
+            },
             Err((rejection, again)) => Attempt::Failed { rejection, again },
         })
     }
@@ -278,12 +356,17 @@ impl<'a> Forward<'a> {
     ) -> Result<Received, (Rejection, bool)> {
         let attempt = self.cluster.timeouts.attempt.unwrap_or(FAR);
         let deadline = self.deadline.min(begun + attempt);
-        let want =
-            Want { h2: self.dispatch.grpc, h1: self.dispatch.upgrade, repeatable: self.repeatable };
+        let streams =
+            self.replay.is_some() || matches!(self.dispatch.request.body, Body::Stream(_));
+        let want = Want {
+            h2: self.dispatch.grpc,
+            h1: self.dispatch.upgrade,
+            // What streams may not be there a second time: such a connection is looked at more closely.
+            repeatable: self.repeatable && !streams,
+        };
         let mut now = begun;
         loop {
-            let left = deadline.saturating_duration_since(now);
-            let limit = self.cluster.timeouts.connect.min(left);
+            let limit = deadline.min(now + self.cluster.timeouts.connect);
             let found = target.pool.kept(want, now);
             let kept = found.is_some();
             let lease = match found {
@@ -304,31 +387,37 @@ impl<'a> Forward<'a> {
             if matches!(self.dispatch.request.body, Body::Stream(_)) {
                 self.keep(&lease);
             }
+            let witness = lease.witness();
             let interim = self.dispatch.interim;
             let alarm = self.dispatch.alarm;
+            let progress = Progress::new(streams);
+            let mut patience = self.patience(streams, deadline);
             let sent = {
-                let mut sending = pin!(lease.send(self.outgoing(target), interim));
+                let mut sending = pin!(lease.send(self.outgoing(target, &progress), interim));
                 poll_fn(|cx| {
                     if let Poll::Ready(sent) = sending.as_mut().poll(cx) {
                         return Poll::Ready(Some(sent));
                     }
-                    alarm.borrow_mut().poll(deadline, cx).map(|()| None)
+                    ready!(patience.poll(&progress, alarm, cx));
+                    Poll::Ready(None)
                 })
                 .await
             };
+            self.awaited_since = if streams { patience.uploaded } else { Some(begun) };
+            if let (true, Some(uploaded)) = (streams, patience.uploaded) {
+                self.deadline = uploaded + self.cluster.timeouts.request.unwrap_or(FAR);
+            }
             match sent {
                 Some(Ok(received)) => return Ok(received),
-                Some(Err(failure))
-                    if stale && self.is_whole() && self.repeatable && is_dead(&failure) =>
-                {
+                Some(Err(failure)) if stale && self.is_whole() && self.is_no_fault(&failure) => {
                     now = Instant::now();
                 }
                 Some(Err(failure)) => return Err(self.refuse(&failure)),
                 None => {
-                    let limit = deadline.duration_since(self.record.started());
-                    let service = self.cluster.service.clone();
-                    let again = self.repeatable && self.is_whole() && deadline < self.deadline;
-                    return Err((Rejection::Deadline { service, limit }, again));
+                    if let Some(witness) = witness {
+                        witness.in_vain();
+                    }
+                    return Err(self.overdue(&patience, deadline));
                 }
             }
         }
@@ -346,6 +435,41 @@ impl<'a> Forward<'a> {
         let service = self.cluster.service.clone();
         let why = "it came to its end while the call was on its way";
         Err(Rejection::TokenUnavailable { service, why })
+    }
+
+    /// How long an attempt that ends at `deadline` waits; one whose body streams does not count the time for that.
+    fn patience(&self, streams: bool, deadline: Instant) -> Patience {
+        let timeouts = &self.cluster.timeouts;
+        let limit = timeouts.request.unwrap_or(FAR).min(timeouts.attempt.unwrap_or(FAR));
+        let stall = self.record.flow().limit();
+        let deadline = (!streams).then_some(deadline);
+        Patience { deadline, limit, stall, uploaded: None, stuck: None }
+    }
+
+    /// The refusal of an attempt whose endpoint had its time, and whether another may follow.
+    fn overdue(&self, patience: &Patience, deadline: Instant) -> (Rejection, bool) {
+        let service = self.cluster.service.clone();
+        let limit = match (patience.deadline, patience.uploaded) {
+            (None, _) => patience.stall,
+            (Some(_), Some(_)) => patience.limit,
+            (Some(deadline), None) => deadline.duration_since(self.record.started()),
+        };
+        let again = self.repeatable && self.is_whole() && deadline < self.deadline;
+        (Rejection::Deadline { service, limit }, again)
+    }
+
+    /// Whether a kept connection was found to be at its end: that says nothing about the endpoint, and the request can
+    /// be sent on another.
+    fn is_no_fault(&self, failure: &Failure) -> bool {
+        match failure.error {
+            SendError::Gone => true,
+            SendError::Closed | SendError::Io(_) => self.repeatable && !failure.answered,
+            SendError::Refused
+            | SendError::Reset
+            | SendError::BadResponse(_)
+            | SendError::RequestBody(_)
+            | SendError::BadRequest => false,
+        }
     }
 
     /// Whether the body can still be sent from its beginning.
@@ -369,7 +493,7 @@ impl<'a> Forward<'a> {
     }
 
     /// The request as this target gets it.
-    fn outgoing<'b>(&'b mut self, target: &'b Target) -> Outgoing<'b> {
+    fn outgoing<'b>(&'b mut self, target: &'b Target, progress: &'b Progress) -> Outgoing<'b> {
         let fields = &mut self.dispatch.request.fields;
         match &target.host {
             Some(host) => fields.set(header::HOST, host.clone()),
@@ -406,6 +530,7 @@ impl<'a> Forward<'a> {
             fields: &self.dispatch.request.fields,
             body,
             upgrade: self.dispatch.upgrade,
+            progress,
         }
     }
 
@@ -418,7 +543,11 @@ impl<'a> Forward<'a> {
             "an exchange with an endpoint failed"
         );
         let rejection = match &failure.error {
-            SendError::Refused | SendError::Closed | SendError::Reset | SendError::Io(_) => {
+            SendError::Refused
+            | SendError::Gone
+            | SendError::Closed
+            | SendError::Reset
+            | SendError::Io(_) => {
                 let spent = self.repeatable && !whole && !failure.answered;
                 Rejection::UpstreamReset { service, spent }
             }
@@ -429,8 +558,11 @@ impl<'a> Forward<'a> {
             SendError::RequestBody(BodyError::Framing) => {
                 Rejection::BadRequest("the body's framing is invalid")
             }
-            SendError::RequestBody(BodyError::Incomplete | BodyError::Stalled) => {
+            SendError::RequestBody(BodyError::Incomplete) => {
                 Rejection::BadRequest("the body broke off before its end")
+            }
+            SendError::RequestBody(BodyError::Stalled { limit }) => {
+                Rejection::RequestTimeout(*limit)
             }
             SendError::BadRequest => {
                 Rejection::BadRequest("the request cannot be expressed in HTTP/2")
@@ -441,15 +573,19 @@ impl<'a> Forward<'a> {
         (rejection, again)
     }
 
-    /// Whether another endpoint might do better with a request that this one answered badly.
-    fn may_repeat_answer(&self, received: &Received) -> bool {
-        let Received::Response(response) = received else { return false };
-        let status = response.status;
-        let gateway = matches!(
-            status,
-            StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT
-        );
-        gateway && self.repeatable && self.is_whole() && self.attempts < self.cluster.max_attempts
+    /// Whether another attempt might do better with a request that was answered badly, and after which pause if the
+    /// service asks for one (DESIGN §7.3).
+    fn betterable(&self, received: &Received) -> Option<Option<Duration>> {
+        let Received::Response(response) = received else { return None };
+        let pause = match response.status {
+            StatusCode::BAD_GATEWAY
+            | StatusCode::SERVICE_UNAVAILABLE
+            | StatusCode::GATEWAY_TIMEOUT => None,
+            StatusCode::TOO_MANY_REQUESTS => Some(retry_after(&response.fields)?),
+            _ => return None,
+        };
+        let again = self.repeatable && self.is_whole() && self.attempts < self.cluster.max_attempts;
+        again.then_some(pause)
     }
 
     /// What an outcome says about the endpoint (DESIGN §7.3).
@@ -474,18 +610,16 @@ impl<'a> Forward<'a> {
         }
     }
 
-    fn settle(
-        &self,
-        target: &Target,
-        chosen: Chosen,
-        outcome: Outcome,
-        begun: Instant,
-        now: Instant,
-    ) {
+    fn settle(&self, target: &Target, chosen: Chosen, outcome: Outcome, now: Instant) {
         let tick = self.ward.tick(now);
         let vitals = &target.vitals;
         match outcome {
-            Outcome::Success => vitals.latency.observe(now.duration_since(begun), tick),
+            Outcome::Success => {
+                // An answer that came while the body was on its way says little about the endpoint's pace.
+                if let Some(since) = self.awaited_since {
+                    vitals.latency.observe(now.duration_since(since), tick);
+                }
+            }
             Outcome::Failure => vitals.latency.penalize(PENALTY, tick),
             Outcome::Unknown => {}
         }
@@ -496,9 +630,10 @@ impl<'a> Forward<'a> {
 static ROOT: std::sync::LazyLock<PathAndQuery> =
     std::sync::LazyLock::new(|| PathAndQuery::from_static("/"));
 
-/// Whether a kept connection was found to be closed before it said a word.
-fn is_dead(failure: &Failure) -> bool {
-    !failure.answered && matches!(failure.error, SendError::Closed | SendError::Io(_))
+/// When a service says that it will do better (RFC 9110 §10.2.3); it may also name a date, which nobody does here.
+fn retry_after(fields: &Fields) -> Option<Duration> {
+    let seconds = fields.get(&header::RETRY_AFTER)?.to_str().ok()?;
+    seconds.trim().parse().ok().map(Duration::from_secs)
 }
 
 fn refuse_connect(cluster: &Cluster, error: &ConnectError) -> Rejection {

@@ -250,7 +250,7 @@ impl Inbound {
 
     /// Answers one request from outside; a refusal is an answer too.
     pub(super) async fn answer(&self, mut call: Call<'_>) -> Answer {
-        let mut walk = Walk::begin(&self.worker.inbound_desk, &mut call.request);
+        let mut walk = Walk::begin(&self.worker.inbound_desk, &mut call.request, call.flow);
         let outcome = self.carry(call, &mut walk).await;
         walk.end(outcome)
     }

@@ -7,6 +7,7 @@
 mod accept;
 mod admin;
 mod edge;
+mod flow;
 mod forward;
 mod headers;
 mod inbound;

@@ -46,7 +46,7 @@ impl Outbound {
 
     /// Answers one request of the local application; a refusal is an answer too.
     pub(super) async fn answer(&self, mut call: Call<'_>) -> Answer {
-        let mut walk = Walk::begin(&self.worker.outbound_desk, &mut call.request);
+        let mut walk = Walk::begin(&self.worker.outbound_desk, &mut call.request, call.flow);
         let outcome = if call.request.method == Method::CONNECT {
             Box::pin(self.tunnel(&call, &mut walk)).await
         } else {

@@ -1,7 +1,8 @@
 //! What one exchange has shown so far; settled exactly once.
 //!
 //! A record is opened when a request's head is there and settled when the last byte of the answer is with the kernel.
-//! If neither happens — the client goes away, the connection breaks — dropping the record settles it.
+//! If neither happens — the client goes away, the connection breaks — dropping the record settles it. What has moved by
+//! then is counted as it moves, so that a transfer that breaks off is told with its true numbers.
 
 use std::{
     cell::{Cell, OnceCell, RefCell},
@@ -19,6 +20,7 @@ use tokio::time::Instant;
 use crate::{
     balance::{Flight, Vitals},
     model::{EndpointId, NetworkMode, ServiceName},
+    proxy::flow::Flow,
     runtime::Clock,
     telemetry::{AccessLog, Counter, Direction, Entry, Histogram, Registry, names},
     wire::TraceContext,
@@ -158,19 +160,19 @@ impl Desk {
         self.access.replace(access);
     }
 
-    /// Opens the record of a request.
+    /// Opens the record of a request whose bodies move in `flow`.
     #[must_use]
-    pub(super) fn open(&self, method: &Method, uri: &Uri) -> Record {
-        self.record(|| Some((method.clone(), uri.clone())))
+    pub(super) fn open(&self, method: &Method, uri: &Uri, flow: &Rc<Flow>) -> Record {
+        self.record(|| Some((method.clone(), uri.clone())), flow)
     }
 
     /// Opens the record of bytes that never became a request.
     #[must_use]
-    pub(super) fn open_unread(&self) -> Record {
-        self.record(|| None)
+    pub(super) fn open_unread(&self, flow: &Rc<Flow>) -> Record {
+        self.record(|| None, flow)
     }
 
-    fn record(&self, asked: impl FnOnce() -> Option<(Method, Uri)>) -> Record {
+    fn record(&self, asked: impl FnOnce() -> Option<(Method, Uri)>, flow: &Rc<Flow>) -> Record {
         let notes = self.access.borrow().as_ref().map(|log| {
             Box::new(Notes {
                 log: log.clone(),
@@ -188,6 +190,8 @@ impl Desk {
             error: "",
             status: 0,
             upstream: Duration::ZERO,
+            own: Own::Everything,
+            flow: Rc::clone(flow),
             flight: None,
             notes,
             settled: Cell::new(false),
@@ -232,6 +236,16 @@ struct Notes {
     attempts: u32,
 }
 
+/// What of an exchange's time was the proxy's own.
+enum Own {
+    /// All of it: no endpoint was asked.
+    Everything,
+    /// So much until the head of the answer; what comes then keeps the pace of both sides.
+    Until(Duration),
+    /// A tunnel has no answer.
+    Nothing,
+}
+
 /// What one exchange has shown so far.
 pub(super) struct Record {
     started: Instant,
@@ -240,6 +254,9 @@ pub(super) struct Record {
     status: u16,
     /// Time spent waiting for the endpoint.
     upstream: Duration,
+    own: Own,
+    /// What has moved of the bodies.
+    flow: Rc<Flow>,
     /// Counts as in flight at the endpoint until the record is gone.
     flight: Option<Flight<Arc<Vitals>>>,
     notes: Option<Box<Notes>>,
@@ -279,9 +296,21 @@ impl Record {
         }
     }
 
-    /// The endpoint was waited for so long.
-    pub(super) fn waited(&mut self, span: Duration) {
-        self.upstream += span;
+    /// What moves of the bodies.
+    #[must_use]
+    pub(super) fn flow(&self) -> &Rc<Flow> {
+        &self.flow
+    }
+
+    /// The endpoint was waited for from `begun` until `now`.
+    pub(super) fn waited(&mut self, begun: Instant, now: Instant) {
+        self.upstream += now.duration_since(begun);
+        self.own = Own::Until(now.duration_since(self.started).saturating_sub(self.upstream));
+    }
+
+    /// From here on both sides speak to each other directly.
+    pub(super) fn tunnelled(&mut self) {
+        self.own = Own::Nothing;
     }
 
     /// The endpoint carries this request until the record is settled.
@@ -295,25 +324,37 @@ impl Record {
         self.error = error;
     }
 
-    /// The exchange is over: so many bytes of bodies went each way.
-    pub(super) fn settle(self, bytes_in: u64, bytes_out: u64) {
-        self.close(bytes_in, bytes_out);
+    /// The exchange is over.
+    pub(super) fn settle(self) {
+        self.close();
     }
 
-    fn close(&self, bytes_in: u64, bytes_out: u64) {
+    /// The endpoint broke off midway: its head is with the client, and cannot say so any more.
+    pub(super) fn broke(mut self, code: &'static str) {
+        if self.error.is_empty() {
+            self.error = code;
+        }
+        self.close();
+    }
+
+    fn close(&self) {
         if self.settled.replace(true) {
             return;
         }
         let duration = self.started.elapsed();
         self.series.count(self.status, self.error);
         self.series.duration.record(duration);
-        self.series.overhead.record(duration.saturating_sub(self.upstream));
+        match self.own {
+            Own::Everything => self.series.overhead.record(duration),
+            Own::Until(span) => self.series.overhead.record(span),
+            Own::Nothing => {}
+        }
         if let Some(notes) = &self.notes {
-            self.log(notes, duration, bytes_in, bytes_out);
+            self.log(notes, duration);
         }
     }
 
-    fn log(&self, notes: &Notes, duration: Duration, bytes_in: u64, bytes_out: u64) {
+    fn log(&self, notes: &Notes, duration: Duration) {
         let text = |value: &Option<HeaderValue>| {
             value.as_ref().and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned()
         };
@@ -329,8 +370,8 @@ impl Record {
             status: self.status,
             code: self.error,
             attempts: notes.attempts,
-            bytes_in,
-            bytes_out,
+            bytes_in: self.flow.received(),
+            bytes_out: self.flow.sent(),
             duration,
             upstream_duration: self.upstream,
             trace_id: notes.trace.as_ref().map_or("", TraceContext::trace_id),
@@ -355,7 +396,7 @@ impl Drop for Record {
             if self.error.is_empty() {
                 self.error = "client-gone";
             }
-            self.close(0, 0);
+            self.close();
         }
     }
 }

@@ -176,6 +176,11 @@ fn named(missing: &ScopeSet) -> String {
     if missing.is_empty() { "any scope".to_owned() } else { format!("the scope {missing}") }
 }
 
+/// The code of an endpoint that broke off.
+pub(super) const UPSTREAM_RESET: &str = "upstream-reset";
+/// The code of an endpoint that took too long.
+pub(super) const DEADLINE: &str = "deadline";
+
 /// How a rejection is said in each language.
 struct Verdict {
     status: StatusCode,
@@ -258,7 +263,7 @@ impl Rejection {
                 verdict(S::BAD_GATEWAY, "tls-failed", "tls_protocol_error", "14")
             }
             Self::UpstreamReset { .. } => {
-                verdict(S::BAD_GATEWAY, "upstream-reset", "connection_terminated", "14")
+                verdict(S::BAD_GATEWAY, UPSTREAM_RESET, "connection_terminated", "14")
             }
             Self::BadResponse { .. } => {
                 verdict(S::BAD_GATEWAY, "bad-response", "http_protocol_error", "14")
@@ -282,7 +287,7 @@ impl Rejection {
                 verdict(S::SERVICE_UNAVAILABLE, "not-ready", "proxy_internal_error", "14")
             }
             Self::Deadline { .. } => {
-                verdict(S::GATEWAY_TIMEOUT, "deadline", "http_response_timeout", "4")
+                verdict(S::GATEWAY_TIMEOUT, DEADLINE, "http_response_timeout", "4")
             }
             Self::Loop => verdict(S::LOOP_DETECTED, "loop", "proxy_loop_detected", "9"),
         }

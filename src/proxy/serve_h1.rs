@@ -15,6 +15,8 @@ use std::{
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use http::{Method, StatusCode, Version, header};
 use http_body::{Body as _, Frame, SizeHint};
+#[cfg(target_os = "linux")]
+use socket2::SockRef;
 use tokio::io::AsyncWrite;
 use tokio_util::io::poll_read_buf;
 
@@ -25,15 +27,16 @@ use crate::{
     },
     net::{LANDING_BYTES, Stream},
     proxy::{
+        flow::Flow,
         headers,
         record::Record,
-        reject::Rejection,
+        reject::{self, Rejection},
         story::Story,
         tunnel,
         worker::{Answer, Call, Peer},
     },
     runtime::{Alarm, Guard, Phase, Turn},
-    wire::{self, Body, BodyError, Fields, Interim, Request, Response},
+    wire::{self, Body, BodyError, Fields, Interim, NextFrame, Request, Response},
 };
 
 /// What a read asks for at first.
@@ -60,11 +63,11 @@ struct Wire {
     decoder: RefCell<BodyDecoder>,
     /// The client waits for `100 Continue`.
     expects: Cell<bool>,
-    received: Cell<u64>,
     broken: Cell<bool>,
     next_read: Cell<usize>,
     limit: Option<u64>,
-    stall: std::time::Duration,
+    /// What moves of the exchange of the moment.
+    flow: Rc<Flow>,
 }
 
 impl Wire {
@@ -85,6 +88,15 @@ impl Wire {
             self.next_read.set((self.next_read.get() * 2).min(LARGEST_READ));
         }
         Poll::Ready(Ok(count))
+    }
+
+    /// Has the kernel acknowledge what came: a client that sends head and body in two writes and leaves Nagle's algorithm
+    /// on (urllib3 does, towards a proxy) holds the second back until then, and the kernel would wait 40 ms.
+    fn acknowledge(&self) {
+        #[cfg(target_os = "linux")]
+        if let Err(error) = SockRef::from(self.stream.borrow().tcp()).set_tcp_quickack(true) {
+            tracing::trace!(%error, "the kernel acknowledges when it likes");
+        }
     }
 
     /// Tells the client that its body is welcome.
@@ -131,28 +143,29 @@ impl http_body::Body for Incoming {
             let piece = wire.decoder.borrow_mut().next(&mut wire.read.borrow_mut());
             match piece {
                 Ok(Piece::Data(data)) => {
-                    wire.guard.disarm();
-                    let received = wire.received.get() + data.len() as u64;
-                    wire.received.set(received);
+                    wire.flow.receive(data.len());
+                    let received = wire.flow.received();
                     if let Some(limit) = wire.limit.filter(|limit| received > *limit) {
                         return self.fail(BodyError::TooLarge { limit });
                     }
                     return Poll::Ready(Some(Ok(Frame::data(data))));
                 }
                 Ok(Piece::Trailers(trailers)) => {
+                    wire.flow.moved();
                     return Poll::Ready(wire::trailers(trailers).map(Ok));
                 }
-                Ok(Piece::End) => return Poll::Ready(None),
+                Ok(Piece::End) => {
+                    wire.flow.moved();
+                    return Poll::Ready(None);
+                }
                 Ok(Piece::More) => {}
                 Err(_framing) => return self.fail(BodyError::Framing),
             }
             match wire.poll_fill(cx) {
                 Poll::Ready(Ok(0) | Err(_)) => return self.fail(BodyError::Incomplete),
-                Poll::Ready(Ok(_)) => {}
-                Poll::Pending => {
-                    wire.guard.arm(wire.stall);
-                    return Poll::Pending;
-                }
+                Poll::Ready(Ok(_)) => wire.flow.moved(),
+                Poll::Pending if wire.flow.poll_stalled(cx).is_pending() => return Poll::Pending,
+                Poll::Pending => return self.fail(BodyError::Stalled { limit: wire.flow.limit() }),
             }
         }
     }
@@ -166,6 +179,13 @@ impl http_body::Body for Incoming {
             BodyDecoder::Length(left) => SizeHint::with_exact(*left),
             BodyDecoder::Chunked(_) | BodyDecoder::UntilClose => SizeHint::default(),
         }
+    }
+}
+
+impl Drop for Incoming {
+    /// Whoever gave it up does not wait for it any more.
+    fn drop(&mut self) {
+        self.0.flow.moved();
     }
 }
 
@@ -205,6 +225,21 @@ enum Afterwards {
     Close,
 }
 
+/// Who ended an answer before its end.
+enum Broken {
+    /// The client left, or took nothing for too long.
+    Client,
+    /// The endpoint broke off; our code for it.
+    Endpoint(&'static str),
+}
+
+impl From<io::Error> for Broken {
+    /// Nothing but writing to the client fails in this way.
+    fn from(_gone: io::Error) -> Self {
+        Self::Client
+    }
+}
+
 /// What is known of a request once its answer is written.
 struct Asked {
     method: Method,
@@ -237,11 +272,10 @@ impl Connection {
             guard,
             decoder: RefCell::new(BodyDecoder::Length(0)),
             expects: Cell::new(false),
-            received: Cell::new(0),
             broken: Cell::new(false),
             next_read: Cell::new(FIRST_READ),
             limit: limits.body_bytes,
-            stall: limits.stall_timeout,
+            flow: story.flow(),
         });
         Self { wire, story, peer, alarm: RefCell::default(), write: BytesMut::new() }
     }
@@ -320,7 +354,9 @@ impl Connection {
             Request { method: head.method, uri, version, fields, body: Body::Empty }
         });
         let asked = Asked { method, version, keep_alive: false };
-        if let Answer::Response(response, record) = self.story.refuse(rejection, request) {
+        self.wire.flow.restart();
+        let refused = self.story.refuse(rejection, request, &self.wire.flow);
+        if let Answer::Response(response, record) = refused {
             self.finish(response, record, &asked).await;
         }
         Pause::Over
@@ -388,7 +424,7 @@ impl Connection {
     fn request(&self, head: ParsedRequest, framing: Framing) -> (Box<Request>, Asked) {
         let limits = self.story.worker().limits();
         let wire = &self.wire;
-        wire.received.set(0);
+        wire.flow.restart();
         wire.broken.set(false);
         wire.next_read.set(FIRST_READ);
         let waits = head.version == Version::HTTP_11
@@ -402,12 +438,15 @@ impl Connection {
             // All of it is here already: no stream is needed, and it can be sent again.
             Framing::Length(length) if length <= read.len() as u64 => {
                 wire.expects.set(false);
-                wire.received.set(length);
+                wire.flow.receive(usize::try_from(length).unwrap_or(usize::MAX));
                 Body::Full(read.split_to(usize::try_from(length).unwrap_or(0)).freeze())
             }
             Framing::Length(_) | Framing::Chunked => {
                 *wire.decoder.borrow_mut() = BodyDecoder::new(framing, limits.head);
                 wire.next_read.set(first_read(framing));
+                if !waits {
+                    wire.acknowledge();
+                }
                 Body::stream(Incoming(Rc::clone(wire)))
             }
         };
@@ -425,13 +464,19 @@ impl Connection {
         (request, asked)
     }
 
-    /// Lets the story answer; `None` when the client went away or stalled meanwhile.
+    /// Lets the story answer; `None` when the client went away meanwhile.
     async fn answer(&mut self, request: Box<Request>) -> Option<Answer> {
         let story = Rc::clone(&self.story);
         // RFC 9110 §15.2: HTTP/1.0 knows no interim responses.
         let hears = request.version != Version::HTTP_10;
         let interim = Interim::default();
-        let call = Call { request, peer: &self.peer, interim: &interim, alarm: &self.alarm };
+        let call = Call {
+            request,
+            peer: &self.peer,
+            interim: &interim,
+            alarm: &self.alarm,
+            flow: &self.wire.flow,
+        };
         let mut walk = pin!(story.answer(call));
         let (wire, write) = (&self.wire, &mut self.write);
         poll_fn(|cx| {
@@ -452,10 +497,7 @@ impl Connection {
             if let Poll::Ready(answer) = walked {
                 return Poll::Ready(Some(answer));
             }
-            if wire.guard.poll_expired(cx).is_ready() || client_gone(wire, cx) {
-                return Poll::Ready(None);
-            }
-            Poll::Pending
+            if client_gone(wire, cx) { Poll::Ready(None) } else { Poll::Pending }
         })
         .await
     }
@@ -470,9 +512,15 @@ impl Connection {
             && !(unread && (self.wire.expects.get() || body_is_short(&body)));
         let framing = self.encode_head(status, fields, &body, asked, &mut keep_alive);
         let written = self.write_body(body, framing).await;
-        self.wire.guard.disarm();
-        let Ok(written) = written else { return Afterwards::Close };
-        record.settle(self.wire.received.get(), written);
+        self.wire.flow.moved();
+        match written {
+            Ok(()) => record.settle(),
+            Err(Broken::Client) => return Afterwards::Close,
+            Err(Broken::Endpoint(code)) => {
+                record.broke(code);
+                return Afterwards::Close;
+            }
+        }
         let complete = self.wire.decoder.borrow().is_done() && !self.wire.broken.get();
         if keep_alive && complete {
             return Afterwards::KeepAlive;
@@ -526,17 +574,15 @@ impl Connection {
         framing
     }
 
-    /// Writes what is in the buffer, then the body; how many bytes of body that were.
-    async fn write_body(&mut self, mut body: Body, framing: Framing) -> io::Result<u64> {
+    /// Writes what is in the buffer, then the body.
+    async fn write_body(&mut self, mut body: Body, framing: Framing) -> Result<(), Broken> {
         if framing == Framing::None {
             // The answer to HEAD may still have a body on its way to us; it ends here.
-            self.flush(Bytes::new()).await?;
-            return Ok(0);
+            return Ok(self.flush(Bytes::new()).await?);
         }
         if let Body::Full(bytes) = body {
-            return self.write_whole(bytes).await;
+            return Ok(self.write_whole(bytes).await?);
         }
-        let mut written = 0;
         let mut body = Pin::new(&mut body);
         loop {
             let frame = match poll_fn(|cx| Poll::Ready(body.as_mut().poll_frame(cx))).await {
@@ -544,54 +590,61 @@ impl Connection {
                 Poll::Pending => {
                     // Nothing to add for now: the client gets what there is.
                     self.flush(Bytes::new()).await?;
-                    poll_fn(|cx| match body.as_mut().poll_frame(cx) {
-                        Poll::Ready(frame) => Poll::Ready(Ok(frame)),
-                        Poll::Pending if client_gone(&self.wire, cx) => {
-                            Poll::Ready(Err(io::Error::from(io::ErrorKind::ConnectionAborted)))
-                        }
-                        Poll::Pending => Poll::Pending,
-                    })
-                    .await?
+                    poll_fn(|cx| self.poll_answer(body.as_mut(), cx)).await?
                 }
             };
             match frame {
                 Some(Ok(frame)) => match frame.into_data() {
                     Ok(data) => {
-                        written += data.len() as u64;
+                        let bytes = data.len();
                         if framing == Framing::Chunked {
                             http1::encode_chunk(&data, &mut self.write);
                             self.flush(Bytes::new()).await?;
                         } else {
                             self.flush(data).await?;
                         }
+                        self.wire.flow.send(bytes);
                     }
                     Err(frame) => {
                         if framing == Framing::Chunked {
                             http1::encode_last_chunk(frame.trailers_ref(), &mut self.write);
-                            self.flush(Bytes::new()).await?;
-                            return Ok(written);
+                            return Ok(self.flush(Bytes::new()).await?);
                         }
                     }
                 },
                 None => break,
                 // The end must look like no end: without the last chunk the client knows that something is missing.
-                Some(Err(_broken)) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Some(Err(_broken)) => return Err(Broken::Endpoint(reject::UPSTREAM_RESET)),
             }
         }
         match framing {
             Framing::Chunked => http1::encode_last_chunk(None, &mut self.write),
-            Framing::Length(length) if length != written => {
-                return Err(io::ErrorKind::UnexpectedEof.into());
+            Framing::Length(length) if length != self.wire.flow.sent() => {
+                return Err(Broken::Endpoint(reject::UPSTREAM_RESET));
             }
             Framing::Length(_) | Framing::None | Framing::UntilClose => {}
         }
-        self.flush(Bytes::new()).await?;
-        Ok(written)
+        Ok(self.flush(Bytes::new()).await?)
+    }
+
+    /// Waits for the next piece of the answer's body.
+    fn poll_answer(
+        &self,
+        body: Pin<&mut Body>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<NextFrame, Broken>> {
+        if let Poll::Ready(frame) = body.poll_frame(cx) {
+            return Poll::Ready(Ok(frame));
+        }
+        if client_gone(&self.wire, cx) {
+            return Poll::Ready(Err(Broken::Client));
+        }
+        self.wire.flow.poll_stalled(cx).map(|()| Err(Broken::Endpoint(reject::DEADLINE)))
     }
 
     /// Writes what is in the buffer and a body that is all here, a small one in the same packet.
-    async fn write_whole(&mut self, bytes: Bytes) -> io::Result<u64> {
-        let length = bytes.len() as u64;
+    async fn write_whole(&mut self, bytes: Bytes) -> io::Result<()> {
+        let length = bytes.len();
         if bytes.len() <= SMALL_BODY {
             self.write.put_slice(&bytes);
             let mut turn = Turn::default();
@@ -600,7 +653,8 @@ impl Connection {
         } else {
             self.flush(bytes).await?;
         }
-        Ok(length)
+        self.wire.flow.send(length);
+        Ok(())
     }
 
     /// Writes the buffer and then `frame`, and flushes; gives up when the client takes nothing for too long.
@@ -615,12 +669,9 @@ impl Connection {
                     let now = write.len() + frame.len();
                     if now < left {
                         left = now;
-                        wire.guard.arm(wire.stall);
+                        wire.flow.moved();
                     }
-                    match wire.guard.poll_expired(cx) {
-                        Poll::Ready(()) => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
-                        Poll::Pending => Poll::Pending,
-                    }
+                    wire.flow.poll_stalled(cx).map(|()| Err(io::ErrorKind::TimedOut.into()))
                 }
             }
         })
@@ -642,8 +693,8 @@ impl Connection {
         let Ok(wire) = Rc::try_unwrap(self.wire) else { return };
         let early = wire.read.into_inner().freeze();
         let near = wire.stream.into_inner().with_prefix(early);
-        drop(wire.guard);
-        Box::pin(tunnel::join(near, far, record, &shutdown)).await;
+        let idle = self.story.worker().limits().idle_timeout;
+        Box::pin(tunnel::join(near, far, record, (&wire.guard, idle), &shutdown)).await;
     }
 
     /// Says that no more will come, then listens a little: a close with unread bytes would send a reset, which can

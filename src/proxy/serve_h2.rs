@@ -19,20 +19,21 @@ use h2::{
 };
 use http::{HeaderMap, Method, StatusCode, Version, header, request::Parts};
 use http_body::{Body as _, Frame, SizeHint};
-use tokio::time::{Duration, Instant, timeout};
+use tokio::time::{Duration, Instant};
 
 use crate::{
     http1::HeadLimits,
     net::Stream,
     proxy::{
+        flow::Flow,
         headers,
-        reject::Rejection,
+        reject::{self, Rejection},
         settings::Limits,
         story::Story,
         worker::{Answer, Call, Peer},
     },
-    runtime::{self, Alarm, Guard, Phase},
-    wire::{self, Body, BodyError, Fields, Interim, Prepended, Request, Response},
+    runtime::{self, Guard, Phase},
+    wire::{self, Body, BodyError, Fields, Interim, NextFrame, Prepended, Request, Response},
 };
 
 /// Window of one stream. 1 MiB carries 100 Mbit/s over a round trip of 80 ms.
@@ -211,42 +212,40 @@ async fn answer(
     if poll_fn(|cx| Poll::Ready(respond.poll_reset(cx))).await.is_ready() {
         return seat.given_up(story.worker().watchdog.coarse_now());
     }
+    let flow = story.flow();
     let method = request.method().clone();
     let limits = story.worker().limits();
     let (mut parts, stream) = request.into_parts();
     let length = match check(&parts, &limits) {
         Ok(length) => length,
         Err(rejection) => {
-            let refusal = story.refuse(rejection, Some(with_body(parts, Body::Empty)));
-            return finish(refusal, &mut respond, &method, 0, limits.stall_timeout).await;
+            let refusal = story.refuse(rejection, Some(with_body(parts, Body::Empty)), &flow);
+            return finish(refusal, &mut respond, &method, &flow).await;
         }
     };
     join_cookies(&mut parts.headers);
-    let arrival = Rc::<Arrival>::default();
+    let welcome = Rc::<Cell<Welcome>>::default();
     if headers::list(parts.headers.get_all(header::EXPECT).iter(), "100-continue") {
-        arrival.welcome.set(Welcome::Awaited);
+        welcome.set(Welcome::Awaited);
     }
     let incoming = Incoming {
         stream,
-        arrival: Rc::clone(&arrival),
+        flow: Rc::clone(&flow),
+        welcome: Rc::clone(&welcome),
         limit: limits.body_bytes,
         length,
         trailers: false,
-        patience: limits.stall_timeout,
-        given_up_at: None,
-        alarm: Alarm::default(),
     };
     let body = gather(incoming).await;
     let interim = Interim::default();
-    let request = with_body(parts, body);
+    let request = Box::new(with_body(parts, body));
     let alarm = RefCell::default();
-    let request = Box::new(request);
-    let call = Call { request, peer, interim: &interim, alarm: &alarm };
+    let call = Call { request, peer, interim: &interim, alarm: &alarm, flow: &flow };
     let mut walk = pin!(story.answer(call));
     let walked = poll_fn(|cx| {
         let walked = walk.as_mut().poll(cx);
-        if arrival.welcome.get() == Welcome::Due {
-            arrival.welcome.set(Welcome::Said);
+        if welcome.get() == Welcome::Due {
+            welcome.set(Welcome::Said);
             say_early(&mut respond, StatusCode::CONTINUE, Fields::new());
         }
         for (status, mut fields) in interim.take() {
@@ -261,10 +260,7 @@ async fn answer(
     })
     .await;
     match walked {
-        Some(answer) => {
-            let received = arrival.received.get();
-            finish(answer, &mut respond, &method, received, limits.stall_timeout).await;
-        }
+        Some(answer) => finish(answer, &mut respond, &method, &flow).await,
         None => seat.given_up(story.worker().watchdog.coarse_now()),
     }
 }
@@ -313,14 +309,6 @@ fn with_body(parts: Parts, body: Body) -> Request {
     Request { method, uri, version: Version::HTTP_2, fields: headers.into(), body }
 }
 
-/// What a request's body and the task that answers it tell each other.
-#[derive(Default)]
-struct Arrival {
-    /// Bytes that have come.
-    received: Cell<u64>,
-    welcome: Cell<Welcome>,
-}
-
 /// Whether a client has been told that its body is welcome (`expect: 100-continue`).
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 enum Welcome {
@@ -344,8 +332,7 @@ async fn finish(
     answer: Answer,
     respond: &mut SendResponse<Bytes>,
     method: &Method,
-    received: u64,
-    stall: Duration,
+    flow: &Rc<Flow>,
 ) {
     let Answer::Response(response, record) = answer else {
         // Upgrades are asked for in HTTP/1.1 only, so no tunnel comes back here.
@@ -362,10 +349,21 @@ async fn finish(
         Ok(stream) => stream,
         Err(error) => return tracing::debug!(%error, "an answer could not be sent"),
     };
-    let sent = if ends { Some(0) } else { send_body(stream, body, stall).await };
-    if let Some(sent) = sent {
-        record.settle(received, sent);
+    let sent = if ends { Ok(()) } else { send_body(stream, body, flow).await };
+    flow.moved();
+    match sent {
+        Ok(()) => record.settle(),
+        Err(Broken::Client) => {}
+        Err(Broken::Endpoint(code)) => record.broke(code),
     }
+}
+
+/// Who ended an answer before its end.
+enum Broken {
+    /// The client left, or took nothing for too long.
+    Client,
+    /// The endpoint broke off; our code for it.
+    Endpoint(&'static str),
 }
 
 /// The head of an answer, as HTTP/2 sends it.
@@ -377,40 +375,65 @@ fn head(status: StatusCode, fields: Fields) -> http::Response<()> {
     response
 }
 
-/// Sends a body; `None` when it or the client broke off, or when the client took nothing of it for `stall`.
-async fn send_body(mut stream: SendStream<Bytes>, mut body: Body, stall: Duration) -> Option<u64> {
-    let mut sent = 0;
+/// Sends a body; a stream that cannot be finished is reset.
+async fn send_body(
+    mut stream: SendStream<Bytes>,
+    mut body: Body,
+    flow: &Rc<Flow>,
+) -> Result<(), Broken> {
+    let sent = send_frames(&mut stream, &mut body, flow).await;
+    if let Err(broken) = &sent {
+        // Either way the client must not take what it has for the whole.
+        stream.send_reset(match broken {
+            Broken::Client => Reason::CANCEL,
+            Broken::Endpoint(_) => Reason::INTERNAL_ERROR,
+        });
+    }
+    sent
+}
+
+async fn send_frames(
+    stream: &mut SendStream<Bytes>,
+    body: &mut Body,
+    flow: &Rc<Flow>,
+) -> Result<(), Broken> {
     loop {
-        let next = poll_fn(|cx| {
-            let mut body = Pin::new(&mut body);
-            match body.as_mut().poll_frame(cx) {
-                Poll::Ready(frame) => Poll::Ready(Some(frame)),
-                Poll::Pending => stream.poll_reset(cx).map(|_reason| None),
-            }
-        })
-        .await?;
-        match next {
+        match poll_fn(|cx| poll_answer(stream, body, flow, cx)).await? {
             Some(Ok(frame)) => match frame.into_data() {
                 Ok(data) => {
-                    sent += data.len() as u64;
                     let last = body.is_empty();
-                    send_data(&mut stream, data, last, stall).await?;
+                    send_data(stream, data, last, flow).await?;
                     if last {
-                        return Some(sent);
+                        return Ok(());
                     }
                 }
                 Err(frame) => {
                     let trailers = frame.into_trailers().unwrap_or_default();
-                    return stream.send_trailers(trailers).ok().map(|()| sent);
+                    return stream.send_trailers(trailers).map_err(|_gone| Broken::Client);
                 }
             },
-            None => return stream.send_data(Bytes::new(), true).ok().map(|()| sent),
-            Some(Err(_broken)) => {
-                stream.send_reset(Reason::INTERNAL_ERROR);
-                return None;
+            None => {
+                return stream.send_data(Bytes::new(), true).map_err(|_gone| Broken::Client);
             }
+            Some(Err(_broken)) => return Err(Broken::Endpoint(reject::UPSTREAM_RESET)),
         }
     }
+}
+
+/// Waits for the next piece of the answer's body.
+fn poll_answer(
+    stream: &mut SendStream<Bytes>,
+    body: &mut Body,
+    flow: &Flow,
+    cx: &mut Context<'_>,
+) -> Poll<Result<NextFrame, Broken>> {
+    if let Poll::Ready(frame) = Pin::new(body).poll_frame(cx) {
+        return Poll::Ready(Ok(frame));
+    }
+    if stream.poll_reset(cx).is_ready() {
+        return Poll::Ready(Err(Broken::Client));
+    }
+    flow.poll_stalled(cx).map(|()| Err(Broken::Endpoint(reject::DEADLINE)))
 }
 
 /// Sends one piece as the window allows.
@@ -418,27 +441,27 @@ async fn send_data(
     stream: &mut SendStream<Bytes>,
     mut data: Bytes,
     last: bool,
-    stall: Duration,
-) -> Option<()> {
+    flow: &Flow,
+) -> Result<(), Broken> {
     // What fits is sent at once: small answers never wait.
     while !data.is_empty() {
         stream.reserve_capacity(data.len());
         let room = if stream.capacity() >= data.len() {
             data.len()
         } else {
-            match timeout(stall, poll_fn(|cx| stream.poll_capacity(cx))).await {
-                Ok(room) => room?.ok()?,
-                Err(_elapsed) => {
-                    stream.send_reset(Reason::CANCEL);
-                    return None;
-                }
-            }
+            poll_fn(|cx| match stream.poll_capacity(cx) {
+                Poll::Ready(Some(Ok(room))) => Poll::Ready(Ok(room)),
+                Poll::Ready(Some(Err(_)) | None) => Poll::Ready(Err(Broken::Client)),
+                Poll::Pending => flow.poll_stalled(cx).map(|()| Err(Broken::Client)),
+            })
+            .await?
         };
         let piece = data.split_to(room.min(data.len()));
-        let ends = last && data.is_empty();
-        stream.send_data(piece, ends).ok()?;
+        let (bytes, ends) = (piece.len(), last && data.is_empty());
+        stream.send_data(piece, ends).map_err(|_gone| Broken::Client)?;
+        flow.send(bytes);
     }
-    Some(())
+    Ok(())
 }
 
 /// RFC 9113 §8.2.3: cookies that came in several lines are one header again for everybody else.
@@ -456,21 +479,17 @@ fn join_cookies(headers: &mut HeaderMap) {
 /// The body of a request.
 struct Incoming {
     stream: RecvStream,
-    arrival: Rc<Arrival>,
+    flow: Rc<Flow>,
+    welcome: Rc<Cell<Welcome>>,
     limit: Option<u64>,
     length: Option<u64>,
     trailers: bool,
-    /// How long a body whose length was said may stall. One without may be a stream that is silent for hours.
-    patience: Duration,
-    /// When the present stall has lasted too long.
-    given_up_at: Option<Instant>,
-    alarm: Alarm,
 }
 
 impl Incoming {
     fn took(&mut self, data: &Bytes) -> Result<(), BodyError> {
-        let received = self.arrival.received.get() + data.len() as u64;
-        self.arrival.received.set(received);
+        self.flow.receive(data.len());
+        let received = self.flow.received();
         if let Some(limit) = self.limit.filter(|limit| received > *limit) {
             return Err(BodyError::TooLarge { limit });
         }
@@ -478,12 +497,33 @@ impl Incoming {
         released.map_err(|_source| BodyError::Incomplete)
     }
 
-    fn poll_stalled(&mut self, cx: &mut Context<'_>) -> Poll<BodyError> {
-        if self.length.is_none() {
-            return Poll::Pending;
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        if !self.trailers {
+            let polled = self.stream.poll_data(cx);
+            if self.welcome.get() == Welcome::Awaited {
+                self.welcome.set(if polled.is_pending() { Welcome::Due } else { Welcome::Said });
+            }
+            match ready!(polled) {
+                Some(Ok(data)) => {
+                    let taken = self.took(&data);
+                    return Poll::Ready(Some(taken.map(|()| Frame::data(data))));
+                }
+                Some(Err(_)) => return Poll::Ready(Some(Err(BodyError::Incomplete))),
+                None => self.trailers = true,
+            }
         }
-        let deadline = *self.given_up_at.get_or_insert_with(|| Instant::now() + self.patience);
-        self.alarm.poll(deadline, cx).map(|()| BodyError::Stalled)
+        match ready!(self.stream.poll_trailers(cx)) {
+            Ok(Some(trailers)) => Poll::Ready(wire::trailers(trailers).map(Ok)),
+            Ok(None) => Poll::Ready(None),
+            Err(_) => Poll::Ready(Some(Err(BodyError::Incomplete))),
+        }
+    }
+}
+
+impl Drop for Incoming {
+    /// Whoever gave it up does not wait for it any more.
+    fn drop(&mut self) {
+        self.flow.moved();
     }
 }
 
@@ -512,32 +552,15 @@ impl http_body::Body for Incoming {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = &mut *self;
-        if !this.trailers {
-            let polled = this.stream.poll_data(cx);
-            if this.arrival.welcome.get() == Welcome::Awaited {
-                this.arrival.welcome.set(if polled.is_pending() {
-                    Welcome::Due
-                } else {
-                    Welcome::Said
-                });
+        match this.poll_next(cx) {
+            Poll::Ready(frame) => {
+                this.flow.moved();
+                Poll::Ready(frame)
             }
-            let Poll::Ready(next) = polled else {
-                return this.poll_stalled(cx).map(|error| Some(Err(error)));
-            };
-            this.given_up_at = None;
-            match next {
-                Some(Ok(data)) => {
-                    let taken = this.took(&data);
-                    return Poll::Ready(Some(taken.map(|()| Frame::data(data))));
-                }
-                Some(Err(_)) => return Poll::Ready(Some(Err(BodyError::Incomplete))),
-                None => this.trailers = true,
-            }
-        }
-        match ready!(this.stream.poll_trailers(cx)) {
-            Ok(Some(trailers)) => Poll::Ready(wire::trailers(trailers).map(Ok)),
-            Ok(None) => Poll::Ready(None),
-            Err(_) => Poll::Ready(Some(Err(BodyError::Incomplete))),
+            Poll::Pending => this
+                .flow
+                .poll_stalled(cx)
+                .map(|()| Some(Err(BodyError::Stalled { limit: this.flow.limit() }))),
         }
     }
 
@@ -548,16 +571,17 @@ impl http_body::Body for Incoming {
     fn size_hint(&self) -> SizeHint {
         // h2 holds the peer to its content-length.
         self.length.map_or_else(SizeHint::default, |length| {
-            SizeHint::with_exact(length.saturating_sub(self.arrival.received.get()))
+            SizeHint::with_exact(length.saturating_sub(self.flow.received()))
         })
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::duplex;
+    use tokio::{io::duplex, time::timeout};
 
     use super::*;
+    use crate::runtime::{TICK, Watchdog};
 
     const STALL: Duration = Duration::from_secs(300);
 
@@ -589,8 +613,10 @@ mod tests {
         let mut held = answer.await.unwrap().into_body();
         let begun = Instant::now();
         // More than the window that every stream begins with.
-        let sent = send_body(stream, Body::Full(vec![0; 200_000].into()), STALL).await;
-        assert_eq!((sent, begun.elapsed()), (None, STALL));
+        let flow = Flow::new(&Watchdog::new(), STALL);
+        let sent = send_body(stream, Body::Full(vec![0; 200_000].into()), &flow).await;
+        assert!(matches!(sent, Err(Broken::Client)));
+        assert!((STALL..STALL + 4 * TICK).contains(&begun.elapsed()), "{:?}", begun.elapsed());
         let end = loop {
             match held.data().await.unwrap() {
                 Ok(_data) => {}
@@ -601,32 +627,26 @@ mod tests {
     }
 
     #[tokio::test(flavor = "local", start_paused = true)]
-    async fn a_body_that_stalls_is_given_up_where_its_length_was_said() {
+    async fn a_body_that_stalls_is_given_up_whether_its_length_was_said_or_not() {
+        let watchdog = Watchdog::new();
         let post = || http::Request::post("http://data/");
         for (request, length) in [(post().header("content-length", 10), Some(10)), (post(), None)] {
             let (_answer, mut body, request, _respond) = open(request).await;
             body.send_data(Bytes::from_static(b"hello"), false).unwrap();
             let mut incoming = Incoming {
                 stream: request.into_body(),
-                arrival: Rc::default(),
+                flow: Flow::new(&watchdog, STALL),
+                welcome: Rc::default(),
                 limit: None,
                 length,
                 trailers: false,
-                patience: STALL,
-                given_up_at: None,
-                alarm: Alarm::default(),
             };
             let mut next = async || poll_fn(|cx| Pin::new(&mut incoming).poll_frame(cx)).await;
             assert_eq!(next().await.unwrap().unwrap().into_data().unwrap(), "hello");
             let begun = Instant::now();
             let stalled = timeout(10 * STALL, next()).await.ok();
-            match length {
-                Some(_) => {
-                    assert!(matches!(stalled, Some(Some(Err(BodyError::Stalled)))));
-                    assert_eq!(begun.elapsed(), STALL);
-                }
-                None => assert!(stalled.is_none()),
-            }
+            assert!(matches!(stalled, Some(Some(Err(BodyError::Stalled { .. })))));
+            assert!((STALL..STALL + 4 * TICK).contains(&begun.elapsed()), "{:?}", begun.elapsed());
         }
     }
 }

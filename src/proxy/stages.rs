@@ -9,6 +9,7 @@ use crate::{
     identity::{Claims, Grant},
     proxy::{
         Parts, Site,
+        flow::Flow,
         headers::{self, Forwarded, Via},
         inbound::{self, Admitted},
         outbound::{self, Outbound},
@@ -43,7 +44,8 @@ impl Routes {
         let site = Site { id: WorkerId::new(0), own: OwnAddresses::default(), vias };
         let worker = Rc::new(super::worker(parts, site));
         worker.refresh();
-        let record = worker.outbound_desk.open(&http::Method::GET, &http::Uri::default());
+        let flow = Flow::new(&worker.watchdog, worker.limits().stall_timeout);
+        let record = worker.outbound_desk.open(&http::Method::GET, &http::Uri::default(), &flow);
         let outbound = Outbound::new(worker, settings, None);
         Some(Self { outbound, record: RefCell::new(record) })
     }

@@ -5,6 +5,7 @@ use std::rc::Rc;
 use crate::{
     proxy::{
         edge::Edge,
+        flow::Flow,
         inbound::Inbound,
         live::Live,
         outbound::Outbound,
@@ -72,6 +73,12 @@ impl Story {
         self.tale.put(tale);
     }
 
+    /// Watches over what moves of an exchange's bodies.
+    pub(super) fn flow(&self) -> Rc<Flow> {
+        let worker = self.worker();
+        Flow::new(&worker.watchdog, worker.limits().stall_timeout)
+    }
+
     /// The worker that tells it.
     pub(super) fn worker(&self) -> &Rc<Worker> {
         &self.worker
@@ -91,14 +98,19 @@ impl Story {
     }
 
     /// The answer to what is refused before the story begins; `None`: to bytes that never became a request.
-    pub(super) fn refuse(&self, rejection: Rejection, request: Option<Request>) -> Answer {
+    pub(super) fn refuse(
+        &self,
+        rejection: Rejection,
+        request: Option<Request>,
+        flow: &Rc<Flow>,
+    ) -> Answer {
         let desk = match self.direction {
             Direction::Outbound => &self.worker.outbound_desk,
             Direction::Inbound => &self.worker.inbound_desk,
         };
         let walk = match request {
-            Some(mut request) => Walk::begin(desk, &mut request),
-            None => Walk::unread(desk),
+            Some(mut request) => Walk::begin(desk, &mut request, flow),
+            None => Walk::unread(desk, flow),
         };
         walk.end(Err(rejection))
     }

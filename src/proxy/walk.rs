@@ -1,9 +1,12 @@
 //! How every walk begins and ends; what lies between is told by `outbound`, `inbound` and `edge`.
 
+use std::rc::Rc;
+
 use http::{HeaderValue, header};
 
 use crate::{
     proxy::{
+        flow::Flow,
         forward::Dispatch,
         headers::{self, Via},
         record::{Desk, Record},
@@ -77,16 +80,16 @@ impl Opened {
 
 impl Walk {
     /// Opens the record of a request and undresses it. Its id and trace are known before anything can refuse it.
-    pub(super) fn begin(desk: &Desk, request: &mut Request) -> Self {
-        let mut record = desk.open(&request.method, &request.uri);
+    pub(super) fn begin(desk: &Desk, request: &mut Request, flow: &Rc<Flow>) -> Self {
+        let mut record = desk.open(&request.method, &request.uri, flow);
         let Opened { id, trace, grpc, upgrade } = open(request);
         record.identified(&id, trace);
         Self { record, id, grpc, upgrade }
     }
 
     /// The walk of bytes that never became a request.
-    pub(super) fn unread(desk: &Desk) -> Self {
-        let mut record = desk.open_unread();
+    pub(super) fn unread(desk: &Desk, flow: &Rc<Flow>) -> Self {
+        let mut record = desk.open_unread(flow);
         let id = request_id();
         record.identified(&id, TraceContext::begin());
         Self { record, id, grpc: false, upgrade: None }
@@ -122,6 +125,7 @@ impl Walk {
             }
             Ok(Received::Upgraded(response, stream)) => {
                 self.record.answered(response.status, "");
+                self.record.tunnelled();
                 Answer::Tunnel(response, stream, self.record)
             }
             Err(rejection) => {

@@ -20,6 +20,7 @@ use crate::{
     net::Stream,
     proxy::{
         Ends,
+        flow::Flow,
         headers::{Forwarded, Via},
         live::Live,
         record::{Desk, Record},
@@ -223,6 +224,8 @@ pub(super) struct Call<'a> {
     pub interim: &'a Interim,
     /// Bounds the attempts in time.
     pub alarm: &'a RefCell<Alarm>,
+    /// What moves of the bodies.
+    pub flow: &'a Rc<Flow>,
 }
 
 /// The origin of an absolute or authority-form target; plain HTTP unless it says otherwise.

@@ -131,8 +131,8 @@ impl Connector {
     ///
     /// # Errors
     /// [`ConnectError`].
-    pub async fn open_tunnel(&self, limit: Duration) -> Result<Stream, ConnectError> {
-        let (tcp, _trip) = self.dial(limit).await?;
+    pub async fn open_tunnel(&self, deadline: Instant) -> Result<Stream, ConnectError> {
+        let (tcp, _trip) = self.dial(deadline).await?;
         Ok(Stream::plain(Tallied::new(tcp, self.tunnel_tally.clone())))
     }
 
@@ -142,9 +142,9 @@ impl Connector {
     /// [`ConnectError`]; [`ConnectError::WantsH2`] when the peer would rather speak HTTP/2.
     pub(super) async fn open_h1(
         &self,
-        limit: Duration,
+        deadline: Instant,
     ) -> Result<(Stream, Duration), ConnectError> {
-        self.open(Alpn::H1, limit).await
+        self.open(Alpn::H1, deadline).await
     }
 
     /// A connection that speaks HTTP/2, and how long a round trip takes.
@@ -153,18 +153,21 @@ impl Connector {
     /// [`ConnectError`]; [`ConnectError::Protocol`] when ALPN chose something else.
     pub(super) async fn open_h2(
         &self,
-        limit: Duration,
+        deadline: Instant,
     ) -> Result<(Stream, Duration), ConnectError> {
-        let (stream, trip) = self.open(Alpn::H2, limit).await?;
+        let (stream, trip) = self.open(Alpn::H2, deadline).await?;
         if stream.is_tls() && stream.alpn() != Some(b"h2") {
             return Err(ConnectError::Protocol);
         }
         Ok((stream, trip))
     }
 
-    async fn open(&self, alpn: Alpn, limit: Duration) -> Result<(Stream, Duration), ConnectError> {
-        let deadline = Instant::now() + limit;
-        let (tcp, trip) = self.dial(limit).await?;
+    async fn open(
+        &self,
+        alpn: Alpn,
+        deadline: Instant,
+    ) -> Result<(Stream, Duration), ConnectError> {
+        let (tcp, trip) = self.dial(deadline).await?;
         let tcp = Tallied::new(tcp, self.tally.clone());
         let Some((name, tls)) = &self.tls else { return Ok((Stream::plain(tcp), trip)) };
         let shake = TlsConnector::from(tls.config(alpn)).connect(name.clone(), tcp);
@@ -175,8 +178,7 @@ impl Connector {
         }
     }
 
-    async fn dial(&self, limit: Duration) -> Result<(TcpStream, Duration), ConnectError> {
-        let deadline = Instant::now() + limit;
+    async fn dial(&self, deadline: Instant) -> Result<(TcpStream, Duration), ConnectError> {
         let resolving = self.resolver.resolve(self.address.host(), self.address.port());
         let addresses = timeout_at(deadline, resolving)
             .await

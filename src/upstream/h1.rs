@@ -5,6 +5,7 @@
 //! goes on while the answer's body is read.
 
 use std::{
+    future::poll_fn,
     io::{self, IoSlice},
     pin::Pin,
     task::{Context, Poll, ready},
@@ -27,7 +28,7 @@ use crate::{
     },
     net::{LANDING_BYTES, Stream},
     runtime::Turn,
-    upstream::{Failure, Home, Outgoing, Received, SendError},
+    upstream::{Awaited, Failure, Home, Outgoing, Progress, Received, SendError},
     wire::{self, Body, BodyError, Fields, Interim, Response},
 };
 
@@ -46,7 +47,7 @@ const CONTINUE_PATIENCE: Duration = Duration::from_secs(1);
 pub struct H1 {
     pub(super) stream: Stream,
     pub(super) read: BytesMut,
-    write: BytesMut,
+    pub(super) write: BytesMut,
     pub(super) opened: Instant,
     pub(super) idle_since: Instant,
     /// How long the peer says it keeps an idle connection (`keep-alive: timeout=5`).
@@ -83,6 +84,10 @@ enum Upload {
 struct Exchange {
     connection: Box<H1>,
     upload: Upload,
+    /// Whom the upload waits for.
+    awaited: Awaited,
+    /// Bytes that the peer has taken.
+    taken: u64,
     turn: Turn,
     next_read: usize,
     answered: bool,
@@ -100,8 +105,10 @@ impl Exchange {
                 let (body, chunked) = (std::mem::take(body), *chunked);
                 self.upload = Upload::Sending { body, chunked, frame: Bytes::new(), ended: false };
             } else {
-                ready!(write_out(&mut self.connection, &mut Bytes::new(), cx))
+                self.awaited = Awaited::Room;
+                ready!(write_out(&mut self.connection, &mut Bytes::new(), &mut self.taken, cx))
                     .map_err(SendError::Io)?;
+                self.awaited = Awaited::Body;
                 return Poll::Pending;
             }
         }
@@ -109,7 +116,10 @@ impl Exchange {
             let Upload::Sending { body, chunked, frame, ended } = &mut self.upload else {
                 return Poll::Ready(Ok(()));
             };
-            ready!(write_out(&mut self.connection, frame, cx)).map_err(SendError::Io)?;
+            self.awaited = Awaited::Room;
+            ready!(write_out(&mut self.connection, frame, &mut self.taken, cx))
+                .map_err(SendError::Io)?;
+            self.awaited = Awaited::Body;
             if *ended {
                 self.upload = Upload::Done;
                 return Poll::Ready(Ok(()));
@@ -142,6 +152,7 @@ impl Exchange {
         &mut self,
         cx: &mut Context<'_>,
         limits: HeadLimits,
+        progress: &Progress,
     ) -> Poll<Result<ParsedResponse, SendError>> {
         ready!(self.turn.poll_give(cx));
         if !matches!(self.upload, Upload::Done | Upload::Failed) {
@@ -152,6 +163,12 @@ impl Exchange {
                 // The peer may have answered before it stopped reading; look for that answer.
                 Poll::Ready(Err(_write)) => self.upload = Upload::Failed,
                 Poll::Ready(Ok(())) | Poll::Pending => {}
+            }
+            match self.upload {
+                Upload::Done | Upload::Failed => progress.set(Awaited::Answer, self.taken),
+                Upload::Held { .. } | Upload::Sending { .. } => {
+                    progress.set(self.awaited, self.taken);
+                }
             }
         }
         loop {
@@ -191,6 +208,17 @@ impl Exchange {
         Poll::Ready(Ok(read))
     }
 
+    /// Sends what is left of the body: the new protocol begins behind the request's end (RFC 9110 §7.8).
+    async fn finish_upload(&mut self, progress: &Progress) -> Result<(), SendError> {
+        self.proceed();
+        poll_fn(|cx| {
+            let done = self.poll_upload(cx);
+            progress.set(self.awaited, self.taken);
+            done
+        })
+        .await
+    }
+
     /// Lets the body go that waits for `100 Continue`.
     fn proceed(&mut self) {
         if let Upload::Held { body, chunked, .. } = &mut self.upload {
@@ -200,8 +228,13 @@ impl Exchange {
     }
 }
 
-/// Writes the connection's buffer, then `frame`, then what TLS holds back.
-fn write_out(connection: &mut H1, frame: &mut Bytes, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+/// Writes the connection's buffer, then `frame`, then what TLS holds back; adds what was written to `taken`.
+fn write_out(
+    connection: &mut H1,
+    frame: &mut Bytes,
+    taken: &mut u64,
+    cx: &mut Context<'_>,
+) -> Poll<io::Result<()>> {
     let mut stream = Pin::new(&mut connection.stream);
     while connection.write.has_remaining() || frame.has_remaining() {
         let slices = [IoSlice::new(&connection.write), IoSlice::new(frame)];
@@ -213,6 +246,7 @@ fn write_out(connection: &mut H1, frame: &mut Bytes, cx: &mut Context<'_>) -> Po
         if written == 0 {
             return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
         }
+        *taken += written as u64;
         let of_head = written.min(connection.write.len());
         connection.write.advance(of_head);
         frame.advance(written - of_head);
@@ -234,14 +268,18 @@ pub(super) async fn send(
     interim: &Interim,
 ) -> Result<Received, Failure> {
     let limits = home.pool().head_limits();
+    let progress = outgoing.progress;
     let mut exchange = begin(connection, &mut outgoing);
     loop {
-        let head = match std::future::poll_fn(|cx| exchange.poll_head(cx, limits)).await {
+        let head = match poll_fn(|cx| exchange.poll_head(cx, limits, progress)).await {
             Ok(head) => head,
             Err(error) => return Err(Failure { error, answered: exchange.answered }),
         };
         match head.status {
             StatusCode::SWITCHING_PROTOCOLS if outgoing.upgrade => {
+                if let Err(error) = Box::pin(exchange.finish_upload(progress)).await {
+                    return Err(Failure { error, answered: true });
+                }
                 return Ok(upgraded(exchange, head));
             }
             StatusCode::SWITCHING_PROTOCOLS => {
@@ -287,7 +325,15 @@ fn begin(mut connection: Box<H1>, outgoing: &mut Outgoing<'_>) -> Exchange {
         };
         Upload::Sending { body, chunked, frame, ended }
     };
-    Exchange { connection, upload, turn: Turn::default(), next_read: FIRST_READ, answered: false }
+    Exchange {
+        connection,
+        upload,
+        awaited: Awaited::Room,
+        taken: 0,
+        turn: Turn::default(),
+        next_read: FIRST_READ,
+        answered: false,
+    }
 }
 
 fn upgraded(exchange: Exchange, head: ParsedResponse) -> Received {

@@ -9,6 +9,8 @@ mod h1;
 mod h2;
 mod pool;
 
+use std::cell::Cell;
+
 use http::{
     Method,
     uri::{Authority, PathAndQuery, Scheme},
@@ -17,7 +19,7 @@ use http::{
 pub use self::{
     connect::{ConnectError, Connector, OwnAddresses},
     h1::H1,
-    h2::H2,
+    h2::{H2, Witness},
     pool::{Home, Lease, Pool, PoolSettings, Want},
 };
 use crate::{
@@ -42,6 +44,42 @@ pub struct Outgoing<'a> {
     pub body: Body,
     /// Whether `101 Switching Protocols` is a welcome answer.
     pub upgrade: bool,
+    /// Where it is told how far the body has come.
+    pub progress: &'a Progress,
+}
+
+/// Whom an exchange waits for before the head of its answer is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Awaited {
+    /// The peer, for its answer: the body, if there is any, has been sent.
+    Answer,
+    /// Whoever sends the request's body, for more of it.
+    Body,
+    /// The peer, to take more of the body.
+    Room,
+}
+
+/// How far the body of a request has come, for whoever bounds its exchange in time.
+#[derive(Debug)]
+pub struct Progress(Cell<(Awaited, u64)>);
+
+impl Progress {
+    /// Nothing has been sent yet of a request whose body `streams`, or is all here.
+    #[must_use]
+    pub fn new(streams: bool) -> Self {
+        let awaited = if streams { Awaited::Body } else { Awaited::Answer };
+        Self(Cell::new((awaited, 0)))
+    }
+
+    /// Whom the exchange waits for, and how many bytes of the body the peer has taken so far.
+    #[must_use]
+    pub fn get(&self) -> (Awaited, u64) {
+        self.0.get()
+    }
+
+    fn set(&self, awaited: Awaited, taken: u64) {
+        self.0.set((awaited, taken));
+    }
 }
 
 /// What came back.
@@ -55,9 +93,12 @@ pub enum Received {
 /// Why an exchange failed.
 #[derive(Debug, thiserror::Error)]
 pub enum SendError {
-    /// The peer said it has not touched the request (`REFUSED_STREAM`, or GOAWAY below it; RFC 9113 §8.7).
+    /// The peer said it has not touched the request (`REFUSED_STREAM`; RFC 9113 §8.7).
     #[error("the peer refused the stream")]
     Refused,
+    /// The peer ends the connection and has not touched the request (GOAWAY below it; RFC 9113 §6.8).
+    #[error("the peer had said goodbye")]
+    Gone,
     /// The connection ended before a byte of the answer came.
     #[error("the connection closed before an answer")]
     Closed,
@@ -92,7 +133,7 @@ impl Failure {
     #[must_use]
     pub fn is_unseen(&self) -> bool {
         match self.error {
-            SendError::Refused => true,
+            SendError::Refused | SendError::Gone => true,
             SendError::Closed
             | SendError::Reset
             | SendError::Io(_)
@@ -118,7 +159,9 @@ impl Lease {
             Self::H1 { connection, home, .. } => {
                 h1::send(connection, home, outgoing, interim).await
             }
-            Self::H2 { connection } => h2::send(connection, outgoing, interim).await,
+            Self::H2 { connection, send, .. } => {
+                h2::send(connection, send, outgoing, interim).await
+            }
         }
     }
 }

@@ -12,13 +12,15 @@ use std::{
     time::Duration,
 };
 
+use bytes::{Bytes, BytesMut};
+use h2::client::SendRequest;
 use socket2::SockRef;
 use tokio::{sync::Notify, time::Instant};
 
 use crate::{
     http1::HeadLimits,
     model::Protocol,
-    upstream::{ConnectError, Connector, H1, H2},
+    upstream::{ConnectError, Connector, H1, H2, Witness},
 };
 
 /// How long connections are kept.
@@ -55,6 +57,11 @@ const LONG_TRIP: Duration = Duration::from_millis(5);
 /// So many HTTP/1.1 connections in use make HTTP/2 the better way over a long trip.
 const MANY: usize = 32;
 
+/// What a peer was seen not to speak is tried again after this time: it may have been replaced.
+const REMEMBERED: Duration = Duration::from_secs(600);
+/// A waiting connection keeps a buffer for heads of this size at most.
+const KEPT_BUFFER: usize = 64 * 1024;
+
 /// What a request asks of a connection.
 #[derive(Clone, Copy, Debug)]
 pub struct Want {
@@ -62,7 +69,7 @@ pub struct Want {
     pub h2: bool,
     /// HTTP/1.1 is needed (an upgrade).
     pub h1: bool,
-    /// The request may be repeated, should the connection turn out to be dead.
+    /// The request can be repeated, should the connection turn out to be dead.
     pub repeatable: bool,
 }
 
@@ -81,6 +88,10 @@ pub enum Lease {
     H2 {
         /// The connection.
         connection: Rc<H2>,
+        /// The way to open the stream.
+        send: SendRequest<Bytes>,
+        /// Whether it has carried nothing before.
+        fresh: bool,
     },
 }
 
@@ -88,7 +99,18 @@ impl Lease {
     /// Whether a request that dies on it without an answer may have met a peer that had hung up already.
     #[must_use]
     pub fn may_be_stale(&self) -> bool {
-        matches!(self, Self::H1 { fresh: false, .. })
+        match self {
+            Self::H1 { fresh, .. } | Self::H2 { fresh, .. } => !fresh,
+        }
+    }
+
+    /// Sees whether anything comes on a connection that others use too.
+    #[must_use]
+    pub fn witness(&self) -> Option<Witness> {
+        match self {
+            Self::H1 { .. } => None,
+            Self::H2 { connection, .. } => Some(connection.witness()),
+        }
     }
 }
 
@@ -107,10 +129,10 @@ pub struct Pool {
     busy: Cell<usize>,
     opening: Cell<bool>,
     opened: Notify,
-    /// The peer was seen to refuse HTTP/1.1 in ALPN.
-    h2_only: Cell<bool>,
-    /// The peer was seen not to speak HTTP/2.
-    h1_only: Cell<bool>,
+    /// When the peer was seen to refuse HTTP/1.1 in ALPN.
+    h2_only: Cell<Option<Instant>>,
+    /// When the peer was seen not to speak HTTP/2.
+    h1_only: Cell<Option<Instant>>,
     round_trip: Cell<Duration>,
     /// The last time that anybody told: a second old at most, because pruning tells it.
     now: Cell<Instant>,
@@ -129,8 +151,8 @@ impl Pool {
             busy: Cell::new(0),
             opening: Cell::new(false),
             opened: Notify::new(),
-            h2_only: Cell::new(false),
-            h1_only: Cell::new(false),
+            h2_only: Cell::new(None),
+            h1_only: Cell::new(None),
             round_trip: Cell::new(Duration::ZERO),
             now: Cell::new(Instant::now()),
         })
@@ -164,9 +186,14 @@ impl Pool {
             Protocol::Auto => {
                 let crowded = self.busy.get() >= MANY && self.round_trip.get() >= LONG_TRIP;
                 let better = (crowded || self.settings.prefer_h2) && self.connector.is_tls();
-                want.h2 || self.h2_only.get() || (better && !self.h1_only.get())
+                want.h2 || self.was_seen(&self.h2_only) || (better && !self.was_seen(&self.h1_only))
             }
         }
+    }
+
+    /// Whether something was seen of the peer not too long ago.
+    fn was_seen(&self, when: &Cell<Option<Instant>>) -> bool {
+        when.get().is_some_and(|at| self.now.get().duration_since(at) < REMEMBERED)
     }
 
     /// A connection that is there already at `now`, without waiting for anything.
@@ -174,31 +201,34 @@ impl Pool {
     pub fn kept(self: &Rc<Self>, want: Want, now: Instant) -> Option<Lease> {
         self.now.set(now);
         if self.wants_h2(want) {
-            return self.roomy().map(|connection| Lease::H2 { connection });
+            return self.roomy();
         }
         let connection = self.warm(now, want.repeatable)?;
         Some(Lease::H1 { connection, home: Home::begin(self), fresh: false })
     }
 
     /// A shared connection that takes another stream.
-    fn roomy(&self) -> Option<Rc<H2>> {
-        self.shared.borrow().iter().find(|connection| connection.has_room()).cloned()
+    fn roomy(&self) -> Option<Lease> {
+        self.shared.borrow().iter().find_map(|connection| {
+            let send = connection.ready()?;
+            Some(Lease::H2 { connection: Rc::clone(connection), send, fresh: false })
+        })
     }
 
-    /// A connection for one request, a kept one if there is any.
+    /// A connection for one request, a kept one if there is any; whatever that takes ends at `deadline`.
     ///
     /// # Errors
     /// [`ConnectError`] when a new one was needed and could not be had; nothing has been sent then.
     pub async fn lease(
         self: &Rc<Self>,
         want: Want,
-        limit: Duration,
+        deadline: Instant,
     ) -> Result<Lease, ConnectError> {
         if self.wants_h2(want) {
-            match self.lease_h2(limit).await {
+            match self.lease_h2(deadline).await {
                 // It was a wish, not a need.
                 Err(ConnectError::Protocol) if !want.h2 && self.protocol == Protocol::Auto => {
-                    self.h1_only.set(true);
+                    self.h1_only.set(Some(Instant::now()));
                 }
                 leased => return leased,
             }
@@ -207,15 +237,15 @@ impl Pool {
         if let Some(connection) = self.warm(now, want.repeatable) {
             return Ok(Lease::H1 { connection, home: Home::begin(self), fresh: false });
         }
-        match self.connector.open_h1(limit).await {
+        match self.connector.open_h1(deadline).await {
             Ok((stream, trip)) => {
                 self.round_trip.set(trip);
                 let connection = Box::new(H1::new(stream, Instant::now()));
                 Ok(Lease::H1 { connection, home: Home::begin(self), fresh: true })
             }
             Err(ConnectError::WantsH2) if !want.h1 => {
-                self.h2_only.set(true);
-                self.lease_h2(limit).await
+                self.h2_only.set(Some(Instant::now()));
+                self.lease_h2(deadline).await
             }
             Err(error) => Err(error),
         }
@@ -241,13 +271,10 @@ impl Pool {
             && now.duration_since(connection.opened) < self.settings.age
     }
 
-    async fn lease_h2(self: &Rc<Self>, limit: Duration) -> Result<Lease, ConnectError> {
-        let deadline = Instant::now() + limit;
+    async fn lease_h2(self: &Rc<Self>, deadline: Instant) -> Result<Lease, ConnectError> {
         loop {
-            let room =
-                self.shared.borrow().iter().find(|connection| connection.has_room()).cloned();
-            if let Some(connection) = room {
-                return Ok(Lease::H2 { connection });
+            if let Some(lease) = self.roomy() {
+                return Ok(lease);
             }
             if self.opening.get() {
                 // Someone else is opening one; a request that arrives meanwhile shares it.
@@ -258,7 +285,7 @@ impl Pool {
                 continue;
             }
             let opening = Opening::begin(self);
-            let (stream, trip) = self.connector.open_h2(limit).await?;
+            let (stream, trip) = self.connector.open_h2(deadline).await?;
             self.round_trip.set(trip);
             let header_bytes = u32::try_from(self.settings.head.bytes).unwrap_or(u32::MAX);
             let connection = tokio::time::timeout_at(deadline, H2::handshake(stream, header_bytes))
@@ -266,7 +293,8 @@ impl Pool {
                 .map_err(|_elapsed| ConnectError::Timeout)??;
             self.shared.borrow_mut().push(Rc::clone(&connection));
             drop(opening);
-            return Ok(Lease::H2 { connection });
+            let send = connection.ready().ok_or(ConnectError::Protocol)?;
+            return Ok(Lease::H2 { connection, send, fresh: true });
         }
     }
 
@@ -277,7 +305,10 @@ impl Pool {
             // Rather too early than too late: the peer hangs up by its own clock.
             connection.idle_since = self.now.get();
             // What is left of the buffer shares its memory with the answer's last bytes; a waiting connection holds none.
-            connection.read = bytes::BytesMut::new();
+            connection.read = BytesMut::new();
+            if connection.write.try_reclaim(KEPT_BUFFER + 1) {
+                connection.write = BytesMut::new();
+            }
             idle.push(connection);
         }
     }

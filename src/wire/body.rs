@@ -7,6 +7,7 @@ use std::{
     fmt,
     pin::Pin,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -28,9 +29,15 @@ pub enum BodyError {
         limit: u64,
     },
     /// Nothing came for too long.
-    #[error("the body stalled")]
-    Stalled,
+    #[error("nothing of the body came for {limit:?}")]
+    Stalled {
+        /// For how long.
+        limit: Duration,
+    },
 }
+
+/// What comes next of a body; `None` is its end.
+pub type NextFrame = Option<Result<Frame<Bytes>, BodyError>>;
 
 /// A body that arrives in frames. Lives on one worker, so it need not be `Send`.
 pub type StreamBody = Pin<Box<dyn http_body::Body<Data = Bytes, Error = BodyError>>>;

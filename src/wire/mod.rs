@@ -11,7 +11,7 @@ mod replay;
 mod trace;
 mod trailers;
 
-pub use body::{Body, BodyError, Prepended, StreamBody};
+pub use body::{Body, BodyError, NextFrame, Prepended, StreamBody};
 pub use fields::Fields;
 pub use interim::Interim;
 pub use message::{Request, Response};

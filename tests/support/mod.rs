@@ -8,6 +8,8 @@
 #![allow(dead_code, reason = "each story file uses a part of the stage")]
 
 pub(crate) mod frames;
+pub(crate) mod http2;
+pub(crate) mod sidecar;
 
 use std::{
     fs,
