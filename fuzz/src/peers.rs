@@ -11,8 +11,8 @@ use hyper::{body::Incoming, service::service_fn};
 use hyper_util::rt::TokioIo;
 use infrar::http1::{
     BodyDecoder, Framing, HeadError, HeadLimits, Piece, encode_chunk, encode_headers,
-    encode_last_chunk, encode_request_line, encode_status_line, parse_request, parse_response,
-    request_framing, response_framing,
+    encode_last_chunk, encode_request_line, encode_status_line, keeps_alive, parse_request,
+    parse_response, request_framing, response_framing,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, duplex},
@@ -96,16 +96,7 @@ fn next_request(
     let Some(head) = parse_request(buffer, HeadLimits::default())? else { return Ok(None) };
     let framing = request_framing(head.version, &head.fields)?;
     let Some((body, trailers)) = read_body(framing, buffer)? else { return Ok(None) };
-    let lists = |word: &[u8]| {
-        head.fields.all(&header::CONNECTION).any(|value| {
-            value
-                .as_bytes()
-                .split(|b| *b == b',')
-                .any(|it| it.trim_ascii().eq_ignore_ascii_case(word))
-        })
-    };
-    let last = head.method == Method::CONNECT
-        || if head.version == Version::HTTP_10 { !lists(b"keep-alive") } else { lists(b"close") };
+    let last = head.method == Method::CONNECT || !keeps_alive(head.version, &head.fields);
     let line = format!("{} {} {:?}", head.method, head.uri, head.version);
     encode_request_line(&head.method, &head.uri.to_string(), printed);
     as_version(head.version, printed.len() - 3, printed);

@@ -39,6 +39,22 @@ fn transfer_encoding(fields: &Fields) -> Option<Result<(), HeadError>> {
     Some(if chunked { Ok(()) } else { Err(HeadError::Coding) })
 }
 
+/// Whether the connection lasts beyond this message (§9.3): `close` ends it whatever else is said, and HTTP/1.0 must
+/// say that it stays.
+#[must_use]
+pub fn keeps_alive(version: Version, fields: &Fields) -> bool {
+    let mut stays = version != Version::HTTP_10;
+    for value in fields.all(&header::CONNECTION) {
+        for word in value.as_bytes().split(|byte| *byte == b',').map(<[u8]>::trim_ascii) {
+            if word.eq_ignore_ascii_case(b"close") {
+                return false;
+            }
+            stays |= word.eq_ignore_ascii_case(b"keep-alive");
+        }
+    }
+    stays
+}
+
 /// The framing of a request's body.
 ///
 /// # Errors
@@ -118,6 +134,21 @@ mod tests {
             request_framing(Version::HTTP_10, &headers(&[("transfer-encoding", "chunked")]))
                 .is_err()
         );
+    }
+
+    #[test]
+    fn close_ends_a_connection_whatever_else_is_said() {
+        let (old, new) = (Version::HTTP_10, Version::HTTP_11);
+        for (version, lines, stays) in [
+            (new, &[][..], true),
+            (old, &[], false),
+            (old, &[("connection", "Keep-Alive, x")], true),
+            (new, &[("connection", "x, Close")], false),
+            (old, &[("connection", "close"), ("connection", "keep-alive")], false),
+            (old, &[("connection", "keep-alive, close")], false),
+        ] {
+            assert_eq!(keeps_alive(version, &headers(lines)), stays, "{version:?} {lines:?}");
+        }
     }
 
     #[test]

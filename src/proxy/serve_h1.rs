@@ -431,7 +431,7 @@ impl Connection {
             && framing != Framing::None
             && headers::lists(&head.fields, &header::EXPECT, "100-continue");
         wire.expects.set(waits);
-        let keep_alive = keeps_alive(head.version, &head.fields);
+        let keep_alive = http1::keeps_alive(head.version, &head.fields);
         let mut read = wire.read.borrow_mut();
         let body = match framing {
             Framing::None | Framing::UntilClose => Body::Empty,
@@ -786,14 +786,6 @@ fn client_gone(wire: &Wire, cx: &mut Context<'_>) -> bool {
         }
     }
     false
-}
-
-/// RFC 9112 §9.3.
-fn keeps_alive(version: Version, fields: &Fields) -> bool {
-    if version == Version::HTTP_10 {
-        return headers::lists(fields, &header::CONNECTION, "keep-alive");
-    }
-    !headers::lists(fields, &header::CONNECTION, "close")
 }
 
 fn refuse(error: HeadError) -> Rejection {

@@ -13,7 +13,7 @@ use std::{
 };
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use http::{HeaderName, Method, StatusCode, Version, header};
+use http::{HeaderName, Method, StatusCode, header};
 use http_body::{Body as _, Frame, SizeHint};
 use tokio::{
     io::AsyncWrite,
@@ -29,7 +29,7 @@ use crate::{
     net::{LANDING_BYTES, Stream},
     runtime::Turn,
     upstream::{Awaited, Failure, Home, Outgoing, Progress, Received, SendError},
-    wire::{self, Body, BodyError, Fields, Interim, Response},
+    wire::{self, Body, BodyError, Interim, Response},
 };
 
 static KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
@@ -351,7 +351,8 @@ fn finish(
 ) -> Result<Received, Failure> {
     let framing = http1::response_framing(method, head.version, head.status, &head.fields)
         .map_err(|error| Failure { error: SendError::BadResponse(error), answered: true })?;
-    let mut reusable = framing != Framing::UntilClose && keeps_alive(head.version, &head.fields);
+    let mut reusable =
+        framing != Framing::UntilClose && http1::keeps_alive(head.version, &head.fields);
     if let Some(value) = head.fields.get(&KEEP_ALIVE) {
         exchange.connection.peer_idle = peer_idle(value.as_bytes());
     }
@@ -378,19 +379,6 @@ fn finish(
         }
     };
     Ok(Received::Response(Response { status: head.status, fields: head.fields, body }))
-}
-
-/// RFC 9112 §9.3.
-fn keeps_alive(version: Version, fields: &Fields) -> bool {
-    let says = |word: &[u8]| {
-        fields.all(&header::CONNECTION).any(|value| {
-            value
-                .as_bytes()
-                .split(|b| *b == b',')
-                .any(|w| w.trim_ascii().eq_ignore_ascii_case(word))
-        })
-    };
-    if version == Version::HTTP_10 { says(b"keep-alive") } else { !says(b"close") }
 }
 
 /// Reads `timeout=N` out of a `keep-alive` header.
