@@ -367,22 +367,11 @@ impl<'a> Forward<'a> {
         let mut now = begun;
         loop {
             let limit = deadline.min(now + self.cluster.timeouts.connect);
-            let found = target.pool.kept(want, now);
-            let kept = found.is_some();
-            let lease = match found {
-                Some(lease) => lease,
+            let lease = match target.pool.kept(want, now) {
+                Some(lease) if self.attempts == 1 => lease,
                 // Boxed, like everything that most requests never do: the room for it would be in every future.
-                None => Box::pin(target.pool.lease(want, limit)).await.map_err(|error| {
-                    tracing::debug!(
-                        service = %self.cluster.service, endpoint = %target.id,
-                        error = &error as &dyn std::error::Error, "no connection to an endpoint"
-                    );
-                    (refuse_connect(self.cluster, &error), true)
-                })?,
+                kept => Box::pin(self.lease(target, want, kept, limit)).await?,
             };
-            if !kept || self.attempts > 1 {
-                Box::pin(self.renew()).await.map_err(|rejection| (rejection, false))?;
-            }
             let stale = lease.may_be_stale();
             if matches!(self.dispatch.request.body, Body::Stream(_)) {
                 self.keep(&lease);
@@ -421,6 +410,28 @@ impl<'a> Forward<'a> {
                 }
             }
         }
+    }
+
+    /// A connection, where none is kept or time has passed since the token was taken: with one that is still good.
+    async fn lease(
+        &mut self,
+        target: &Target,
+        want: Want,
+        kept: Option<Lease>,
+        limit: Instant,
+    ) -> Result<Lease, (Rejection, bool)> {
+        let lease = match kept {
+            Some(lease) => lease,
+            None => target.pool.lease(want, limit).await.map_err(|error| {
+                tracing::debug!(
+                    service = %self.cluster.service, endpoint = %target.id,
+                    error = &error as &dyn std::error::Error, "no connection to an endpoint"
+                );
+                (refuse_connect(self.cluster, &error), true)
+            })?,
+        };
+        self.renew().await.map_err(|rejection| (rejection, false))?;
+        Ok(lease)
     }
 
     /// Attempts and connecting take time, in which a token may have come to its end: an expired one is never sent.
