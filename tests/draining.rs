@@ -97,8 +97,8 @@ async fn slowly(mut visit: Visit, name: &'static str, mut released: watch::Recei
 
 #[tokio::test]
 async fn it_serves_through_the_grace_finishes_what_it_has_and_calls_out_until_the_app_has_gone() {
-    let grace = Duration::from_millis(2500);
-    let mut sidecar = Sidecar::open("grace: 2500ms, deadline: 60s").await;
+    let grace = Duration::from_secs(5);
+    let mut sidecar = Sidecar::open("grace: 5s, deadline: 60s").await;
     let (inbound, out) = (sidecar.inbound, sidecar.out);
 
     // In flight: a call over each version, a kept connection each way, a call out.

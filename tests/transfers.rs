@@ -18,11 +18,13 @@ use std::sync::{
 };
 
 use support::{
-    Line, Origin, Visit, get, header,
-    http2::{
-        DATA, END_HEADERS, END_STREAM, ENHANCE_YOUR_CALM, Frames, GOAWAY, HEADERS, OK,
-        REFUSED_STREAM, RST_STREAM,
+    Line, Origin, Visit,
+    frames::{
+        DATA, END_HEADERS, END_STREAM, ENHANCE_YOUR_CALM, GOAWAY, HEADERS, REFUSED_STREAM,
+        RST_STREAM,
     },
+    get, header,
+    http2::{Frames, OK},
     sidecar::Sidecar,
     until,
 };

@@ -1,4 +1,4 @@
-//! HTTP/2 frame by frame (RFC 9113 §4), for stories about peers that a library would not play.
+//! Both sides of HTTP/2 frame by frame, for stories about servers and clients that a library would not play.
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -6,47 +6,15 @@ use tokio::{
     time::timeout,
 };
 
-use super::PATIENCE;
+use super::{
+    PATIENCE,
+    frames::{ACK, DATA, END_HEADERS, END_STREAM, Frame, HEADERS, PING, SETTINGS},
+};
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-pub(crate) const DATA: u8 = 0;
-pub(crate) const HEADERS: u8 = 1;
-pub(crate) const RST_STREAM: u8 = 3;
-pub(crate) const SETTINGS: u8 = 4;
-pub(crate) const PING: u8 = 6;
-pub(crate) const GOAWAY: u8 = 7;
-
-/// The flag ACK of SETTINGS and PING.
-pub(crate) const ACK: u8 = 1;
-/// The flag of the last frame of a stream.
-pub(crate) const END_STREAM: u8 = 1;
-/// The flag of HEADERS that are complete.
-pub(crate) const END_HEADERS: u8 = 4;
-
-pub(crate) const REFUSED_STREAM: u32 = 7;
-pub(crate) const ENHANCE_YOUR_CALM: u32 = 11;
-
 /// `:status: 200`, in HPACK.
 pub(crate) const OK: &[u8] = &[0x88];
-
-/// One frame.
-#[derive(Clone, Debug)]
-pub(crate) struct Frame {
-    pub(crate) kind: u8,
-    pub(crate) flags: u8,
-    pub(crate) stream: u32,
-    pub(crate) payload: Vec<u8>,
-}
-
-impl Frame {
-    /// The error code of RST_STREAM, or that of GOAWAY.
-    pub(crate) fn code(&self) -> u32 {
-        let at = if self.kind == GOAWAY { 4 } else { 0 };
-        let code = self.payload.get(at..at + 4).expect("a code");
-        u32::from_be_bytes(code.try_into().expect("four bytes"))
-    }
-}
 
 /// A connection on which frames are spoken; SETTINGS are acknowledged as they come.
 pub(crate) struct Frames(TcpStream);
