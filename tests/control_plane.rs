@@ -2,6 +2,7 @@
 //! can check, a catalog that is fetched once, changes that arrive by themselves, and keys that outlive a restart.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "the helpers of a test may fail it")]
 
+use std::sync::Arc;
 use std::{
     collections::BTreeMap,
     net::{Ipv4Addr, SocketAddr},
@@ -76,8 +77,8 @@ fn project(host: &str) -> Project {
             connections: Vec::new(),
         },
         services: BTreeMap::from([
-            ("data-intelligence".parse().unwrap(), service(host)),
-            ("reports".parse().unwrap(), service("reports.example")),
+            ("data-intelligence".parse().unwrap(), Arc::new(service(host))),
+            ("reports".parse().unwrap(), Arc::new(service("reports.example"))),
         ]),
         permissions: BTreeMap::from([("web-application".parse().unwrap(), callee)]),
         issuers: Vec::new(),
@@ -473,7 +474,7 @@ async fn a_wrong_project_is_refused_and_the_old_one_stays() {
     let folder = tempfile::tempdir().unwrap();
     let running = start(folder.path()).await;
     let mut wrong = project("moved.example");
-    wrong.services.insert("infrar-control".parse().unwrap(), service("fake.example"));
+    wrong.services.insert("infrar-control".parse().unwrap(), Arc::new(service("fake.example")));
     let refused = running.replace(wrong, &identities()).unwrap_err();
     assert!(refused.is_configuration(), "{refused}");
     let client = client(&running);

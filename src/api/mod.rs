@@ -2,11 +2,15 @@
 
 mod client;
 mod events;
+mod patch;
 mod types;
 
 pub use client::{Client, ClientError, ClientSettings, Watch};
 pub use events::{Event, EventError, Events};
+pub use patch::{Change, Patch, PatchError, Resync, Settings, differences};
 pub use types::{
-    CATALOG_READ, CONTROL_AUDIENCE, Catalog, Change, Credential, KEYS_WRITE, OauthRefusal,
-    ServiceAnswer, ServiceList, ServiceSummary, TokenAnswer, TokenReply, USAGE_WRITE,
+    Adjustment, CATALOG_READ, CONTROL_AUDIENCE, Catalog, Credential, ENDPOINTS_OWN, EndpointAnswer,
+    Heartbeat, IdentityDocument, KEYS_WRITE, OauthRefusal, PROJECT_WRITE, ProjectDocument,
+    ProxyList, ProxyReport, ProxyRow, REGISTRY_WRITE, Registration, ServiceAnswer, ServiceList,
+    ServiceSummary, Source, TokenAnswer, TokenReply, USAGE_WRITE,
 };

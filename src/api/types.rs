@@ -5,7 +5,12 @@ use std::{collections::BTreeMap, time::Duration};
 use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 
-use crate::model::{Place, Project, ScopeSet, Service, ServiceName};
+use uuid::Uuid;
+
+use crate::model::{
+    AuthMethod, Endpoint, EndpointState, Origin, Place, Project, ScopeSet, Service, ServiceName,
+    Zone,
+};
 
 /// The audience of tokens for the control plane's own API.
 pub const CONTROL_AUDIENCE: &str = "infrar-control";
@@ -15,6 +20,16 @@ pub const CATALOG_READ: &str = "infrar:catalog:read";
 
 /// The scope at [`CONTROL_AUDIENCE`] that reports usage; every identity has it.
 pub const USAGE_WRITE: &str = "infrar:usage:write";
+
+/// The scope at [`CONTROL_AUDIENCE`] that registers endpoints of the service with the caller's own name, looks after them
+/// and removes them; every identity has it.
+pub const ENDPOINTS_OWN: &str = "infrar:endpoints:own";
+
+/// The scope at [`CONTROL_AUDIENCE`] that changes endpoints of any service; only `permissions` grants it.
+pub const REGISTRY_WRITE: &str = "infrar:registry:write";
+
+/// The scope at [`CONTROL_AUDIENCE`] that replaces the project; only `permissions` grants it.
+pub const PROJECT_WRITE: &str = "infrar:project:write";
 
 /// The scope at [`CONTROL_AUDIENCE`] that rotates the signing keys; only `permissions` grants it.
 pub const KEYS_WRITE: &str = "infrar:keys:write";
@@ -28,13 +43,6 @@ pub struct Catalog {
     pub issuer: String,
     /// The project itself.
     pub project: Project,
-}
-
-/// `GET /v1/watch`: the data of one `change` event; its `id` is the revision too.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Change {
-    /// The revision that is now current; the catalog is fetched separately, with its ETag.
-    pub revision: u64,
 }
 
 /// `GET /v1/services`: every service in brief, by name.
@@ -73,6 +81,159 @@ pub struct ServiceAnswer {
     pub service: Service,
     /// Who may call it, and with which scopes.
     pub callers: BTreeMap<ServiceName, ScopeSet>,
+}
+
+/// `PUT /v1/services/{name}/endpoints/{id}`: registers an endpoint, or renews and changes what is registered. It is gone when
+/// its lease ends, unless it is renewed before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Registration {
+    /// The address in mode `public`, and the host, SNI and certificate name in every mode.
+    pub url: Origin,
+    /// The address in mode `vpn`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub internal_url: Option<Origin>,
+    /// The address in mode `private_peering`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub private_url: Option<Origin>,
+    /// Provider and region.
+    pub place: Place,
+    /// Availability zone, where it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zone: Option<Zone>,
+    /// How a caller proves itself.
+    #[serde(default)]
+    pub auth_method: AuthMethod,
+    /// Share among unequal weights.
+    #[serde(default = "usual_weight")]
+    pub weight: u32,
+    /// Whether it takes part in the choice.
+    #[serde(default)]
+    pub state: EndpointState,
+    /// How long it stays without a heartbeat, in seconds: 5 to 3600.
+    #[serde(default = "usual_ttl")]
+    pub ttl_seconds: u64,
+}
+
+fn usual_weight() -> u32 {
+    100
+}
+
+fn usual_ttl() -> u64 {
+    30
+}
+
+/// `PATCH /v1/services/{name}/endpoints/{id}`: changes what is said; what is left out stays.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Adjustment {
+    /// Whether it takes part in the choice.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state: Option<EndpointState>,
+    /// Share among unequal weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weight: Option<u32>,
+}
+
+/// Where an endpoint comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    /// The project; it stays until the project says otherwise.
+    Project,
+    /// Somebody registered it.
+    Lease,
+}
+
+/// The answer to everything that is done with one endpoint. Its ETag is the revision of its last change.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EndpointAnswer {
+    /// The revision that was read, or that the change led to.
+    pub revision: u64,
+    /// The service.
+    pub service: ServiceName,
+    /// Where it comes from.
+    pub source: Source,
+    /// What is left of its lease, in seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires_in: Option<u64>,
+    /// The endpoint.
+    pub endpoint: Endpoint,
+}
+
+/// `POST /v1/services/{name}/endpoints/{id}/heartbeat`: the lease begins anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Heartbeat {
+    /// The revision in force.
+    pub revision: u64,
+    /// How long the lease now is, in seconds; ask again after a third of it.
+    pub expires_in: u64,
+}
+
+/// `PUT /v1/proxies/{instance}`: a proxy tells which revision it serves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProxyReport {
+    /// The revision that its newest requests walk by.
+    pub revision: u64,
+    /// Where it runs, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub place: Option<Place>,
+    /// `sidecar`, `edge` or `dev`.
+    pub role: String,
+    /// Its release.
+    pub version: String,
+}
+
+/// `GET /v1/proxies`: who serves which revision.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProxyList {
+    /// The revision in force.
+    pub revision: u64,
+    /// Every proxy that was heard of in the last two minutes.
+    pub proxies: Vec<ProxyRow>,
+}
+
+/// One row of [`ProxyList`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProxyRow {
+    /// Made by the proxy at its start.
+    pub instance: Uuid,
+    /// Who it speaks for.
+    pub service: ServiceName,
+    /// How long ago it was heard of, in seconds.
+    pub seen_seconds_ago: u64,
+    /// What it said.
+    #[serde(flatten)]
+    pub report: ProxyReport,
+}
+
+/// `GET` and `PUT /v1/project`: the project as it was written, without what was registered beside it and without secrets.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProjectDocument {
+    /// What every proxy may know.
+    pub project: Project,
+    /// Who may ask for tokens.
+    pub identities: BTreeMap<ServiceName, IdentityDocument>,
+}
+
+/// How one identity proves itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged, deny_unknown_fields)]
+pub enum IdentityDocument {
+    /// By a shared secret, of which only the digest travels and is kept.
+    Secret {
+        /// SHA-256 of the secret, in hexadecimal.
+        client_secret_sha256: String,
+    },
+    /// By an OIDC token of its platform.
+    Workload {
+        /// The token's `iss`.
+        issuer: String,
+        /// The token's `sub`.
+        subject: String,
+    },
 }
 
 /// What an identity proves itself with at the token endpoint.

@@ -6,6 +6,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::PathBuf,
+    sync::Arc,
 };
 
 use super::{
@@ -105,7 +106,7 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    fn services(&mut self, at: At<'_>) -> BTreeMap<ServiceName, Service> {
+    fn services(&mut self, at: At<'_>) -> BTreeMap<ServiceName, Arc<Service>> {
         let mut services = BTreeMap::new();
         let mut hosts = BTreeMap::new();
         for entry in at.entries() {
@@ -117,7 +118,7 @@ impl Reader<'_> {
             self.note_unused(&entry.value);
             services.insert(
                 name,
-                Service {
+                Arc::new(Service {
                     endpoints: endpoints.into_iter().map(|(endpoint, _)| endpoint).collect(),
                     scopes: scopes(here.key("scopes")),
                     protocol: here.key("protocol").word().unwrap_or_default(),
@@ -131,7 +132,7 @@ impl Reader<'_> {
                         connections: here.key("limits").key("connections").parse(),
                         requests: here.key("limits").key("requests").parse(),
                     },
-                },
+                }),
             );
         }
         services
@@ -270,7 +271,11 @@ impl Reader<'_> {
         retries
     }
 
-    fn networking(&mut self, at: At<'_>, services: &BTreeMap<ServiceName, Service>) -> Networking {
+    fn networking(
+        &mut self,
+        at: At<'_>,
+        services: &BTreeMap<ServiceName, Arc<Service>>,
+    ) -> Networking {
         let places: BTreeSet<&Place> =
             services.values().flat_map(|s| &s.endpoints).map(|endpoint| &endpoint.place).collect();
         let mut pairs = BTreeSet::new();
@@ -319,7 +324,7 @@ impl Reader<'_> {
         &mut self,
         node: &Node,
         row: &Connection,
-        services: &BTreeMap<ServiceName, Service>,
+        services: &BTreeMap<ServiceName, Arc<Service>>,
     ) {
         let key = match row.mode {
             NetworkMode::Public => return,
@@ -340,7 +345,7 @@ impl Reader<'_> {
     fn permissions(
         &mut self,
         at: At<'_>,
-        services: &BTreeMap<ServiceName, Service>,
+        services: &BTreeMap<ServiceName, Arc<Service>>,
     ) -> BTreeMap<ServiceName, BTreeMap<ServiceName, ScopeSet>> {
         let mut permissions = BTreeMap::new();
         for entry in at.entries() {
@@ -361,7 +366,7 @@ impl Reader<'_> {
         permissions
     }
 
-    fn unknown_callee(&mut self, grant: &Entry, services: &BTreeMap<ServiceName, Service>) {
+    fn unknown_callee(&mut self, grant: &Entry, services: &BTreeMap<ServiceName, Arc<Service>>) {
         let near = nearest(&grant.key, services.keys().map(ServiceName::as_str));
         let advice = near.map_or_else(
             || "write a service of this project".to_owned(),

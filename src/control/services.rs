@@ -73,7 +73,9 @@ pub(super) fn watch(
     let events = changes
         .map(|revision| {
             let event = Event::default().event("change").id(revision.to_string());
-            Ok::<_, Infallible>(event.json_data(Change { revision }).unwrap_or_default())
+            Ok::<_, Infallible>(
+                event.json_data(Change { revision, patches: Vec::new() }).unwrap_or_default(),
+            )
         })
         .take_until(async move {
             tokio::select! {
@@ -117,7 +119,7 @@ pub(super) fn show(version: &Version, name: &str) -> Result<Response, Rejection>
     let answer = ServiceAnswer {
         revision: version.revision,
         name: name.clone(),
-        service: service.clone(),
+        service: (**service).clone(),
         callers: callers.collect(),
     };
     Ok(json(StatusCode::OK, "application/json", &answer))

@@ -1,7 +1,7 @@
 //! A project: all services that share one registry, one issuer and one ledger, as `project.yaml` describes
 //! them and as the catalog carries them to every proxy.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use serde::{Deserialize, Serialize};
 use url::Url;
@@ -15,8 +15,9 @@ pub struct Project {
     pub name: ServiceName,
     /// How places reach each other.
     pub networking: Networking,
-    /// Every service by name.
-    pub services: BTreeMap<ServiceName, Service>,
+    /// Every service by name; shared, so that the next version of a large project costs what has changed in it.
+    #[serde(with = "shared")]
+    pub services: BTreeMap<ServiceName, Arc<Service>>,
     /// Caller → callee → scopes. What is not listed is refused.
     pub permissions: BTreeMap<ServiceName, BTreeMap<ServiceName, ScopeSet>>,
     /// Further issuers whose tokens callees accept.
@@ -30,6 +31,25 @@ impl Project {
     #[must_use]
     pub fn granted(&self, caller: &ServiceName, callee: &ServiceName) -> Option<&ScopeSet> {
         self.permissions.get(caller)?.get(callee)
+    }
+}
+
+/// Services on the wire: without a trace of who shares them.
+mod shared {
+    use super::{Arc, BTreeMap, Deserialize, Service, ServiceName};
+
+    pub(super) fn serialize<S: serde::Serializer>(
+        services: &BTreeMap<ServiceName, Arc<Service>>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(services.iter().map(|(name, service)| (name, &**service)))
+    }
+
+    pub(super) fn deserialize<'de, D: serde::Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<BTreeMap<ServiceName, Arc<Service>>, D::Error> {
+        let services = BTreeMap::<ServiceName, Service>::deserialize(deserializer)?;
+        Ok(services.into_iter().map(|(name, service)| (name, Arc::new(service))).collect())
     }
 }
 
@@ -86,7 +106,7 @@ pub enum Fallback {
 }
 
 /// One logical name and everything that is said about it.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Service {
     /// Its deployments.
     pub endpoints: Vec<Endpoint>,

@@ -342,7 +342,8 @@ impl Surveyor {
                 (name.clone(), Rc::new(cluster))
             })
             .collect();
-        let hosts = hosts(&catalog.project.services);
+        let services = catalog.project.services.iter();
+        let hosts = hosts(services.map(|(name, service)| (name, &**service)));
         // Pools that no endpoint uses any more end with the requests that still hold them.
         *self.pools.borrow_mut() = kept;
         Rc::new(View { hosts, clusters, catalog, strictness })
