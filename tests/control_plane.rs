@@ -2,12 +2,12 @@
 //! can check, a catalog that is fetched once, changes that arrive by themselves, and keys that outlive a restart.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "the helpers of a test may fail it")]
 
-use std::sync::Arc;
 use std::{
     collections::BTreeMap,
     net::{Ipv4Addr, SocketAddr},
     os::unix::fs::PermissionsExt,
     path::Path,
+    sync::Arc,
     time::Duration,
 };
 
@@ -17,7 +17,7 @@ use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full};
 use hyper_util::{client::legacy, rt::TokioExecutor};
 use infrar::{
-    api::{CONTROL_AUDIENCE, Client, ClientError, ClientSettings, Credential},
+    api::{CONTROL_AUDIENCE, Client, ClientError, ClientSettings, Credential, Resync, Told},
     control::{Control, ControlError, Identities, Identity, Replaced, Running, Settings, TlsFiles},
     model::{
         AuthMethod, Circuit, Endpoint, EndpointState, Enforcement, HealthCheck, Limits,
@@ -102,7 +102,7 @@ fn anywhere() -> SocketAddr {
 
 async fn start(folder: &Path) -> Running {
     let settings = Settings::new(anywhere(), folder.join("data"));
-    Control::start(settings, project("data.example"), identities()).await.unwrap()
+    Control::start(settings, Some((project("data.example"), identities()))).await.unwrap()
 }
 
 fn client(running: &Running) -> Client {
@@ -245,7 +245,8 @@ async fn a_project_that_learns_grants_what_exists_and_says_what_it_would_refuse(
     let now = jiff::Timestamp::now();
     let hour = jiff::SignedDuration::from_hours(1);
     let settings = Settings::new(anywhere(), folder.path().join("data"));
-    let running = Control::start(settings, learning(now + hour), identities()).await.unwrap();
+    let running =
+        Control::start(settings, Some((learning(now + hour), identities()))).await.unwrap();
     let client = client(&running);
     let scope = async |audience: &str, wanted: Option<&str>| {
         let wanted = wanted.map(scopes);
@@ -262,7 +263,7 @@ async fn a_project_that_learns_grants_what_exists_and_says_what_it_would_refuse(
         assert_eq!(status, StatusCode::BAD_REQUEST, "{audience}");
     }
     // Its time is over.
-    running.replace(learning(now - hour), &identities()).unwrap();
+    running.replace(learning(now - hour), &identities()).await.unwrap();
     assert_eq!(refused_with(scope("reports", None).await).1, "invalid_target");
     assert_eq!(
         refused_with(scope("data-intelligence", Some("write:data")).await).1,
@@ -342,7 +343,7 @@ async fn the_catalog_is_sent_once_per_revision() {
     assert!(etag.starts_with('"'), "strong: {etag}");
 
     assert_eq!(client.catalog(&bearer, Some(&etag)).await.unwrap(), None);
-    running.replace(project("moved.example"), &identities()).unwrap();
+    running.replace(project("moved.example"), &identities()).await.unwrap();
     let (catalog, newer) = client.catalog(&bearer, Some(&etag)).await.unwrap().unwrap();
     assert_eq!(catalog.project, project("moved.example"));
     assert_ne!(newer, etag);
@@ -388,15 +389,19 @@ async fn a_watcher_hears_of_the_current_revision_and_of_every_change() {
     let bearer = bearer(&client).await;
     let mut watch = client.watch(&bearer, 0).await.unwrap();
     let limit = Duration::from_secs(10);
-    let change = timeout(limit, watch.next()).await.unwrap().unwrap().unwrap();
-    assert_eq!(change.revision, 1);
+    // Of what came before this start nothing can be told any more.
+    let first = timeout(limit, watch.next()).await.unwrap().unwrap().unwrap();
+    assert_eq!(first, Told::Resync(Resync { revision: 1 }));
 
+    let (before, _) = client.catalog(&bearer, None).await.unwrap().unwrap();
     assert_eq!(
-        running.replace(project("moved.example"), &identities()).unwrap(),
-        Replaced::Changed { revision: 2 }
+        running.replace(project("moved.example"), &identities()).await.unwrap(),
+        Replaced { revision: 2, changed: true }
     );
-    let change = timeout(limit, watch.next()).await.unwrap().unwrap().unwrap();
-    assert_eq!(change.revision, 2);
+    let told = timeout(limit, watch.next()).await.unwrap().unwrap().unwrap();
+    let Told::Change(change) = told else { panic!("{told:?}") };
+    let (after, _) = client.catalog(&bearer, None).await.unwrap().unwrap();
+    assert_eq!(change.apply(&before).unwrap(), after);
 
     // A watcher that is up to date hears nothing until there is something; the end closes its stream.
     let mut watch = client.watch(&bearer, 2).await.unwrap();
@@ -434,7 +439,7 @@ async fn keys_and_revision_survive_a_restart() {
     let folder = tempfile::tempdir().unwrap();
     let running = start(folder.path()).await;
     let token = client(&running).token(&web(), "data-intelligence", None).await.unwrap();
-    running.replace(project("moved.example"), &identities()).unwrap();
+    running.replace(project("moved.example"), &identities()).await.unwrap();
     running.shutdown().await;
 
     let mut private = 0;
@@ -446,7 +451,8 @@ async fn keys_and_revision_survive_a_restart() {
     assert_eq!(private, 1);
 
     let settings = Settings::new(anywhere(), folder.path().join("data"));
-    let moved = Control::start(settings, project("moved.example"), identities()).await.unwrap();
+    let moved =
+        Control::start(settings, Some((project("moved.example"), identities()))).await.unwrap();
     // On another port the issuer is another, so the catalog is too; back it never goes.
     assert!(moved.revision() >= 2);
     let kid = decode_header(token.access_token.expose_secret()).unwrap().kid.unwrap();
@@ -462,7 +468,7 @@ async fn unchanged_content_keeps_its_revision_through_a_restart() {
         let mut settings = Settings::new(anywhere(), folder.path().join("data"));
         settings.public_url = Some("https://control.example:7070/".parse().unwrap());
         let host = if revision == 1 { "data.example" } else { "moved.example" };
-        let running = Control::start(settings, project(host), identities()).await.unwrap();
+        let running = Control::start(settings, Some((project(host), identities()))).await.unwrap();
         assert_eq!(running.revision(), revision);
         assert_eq!(running.issuer(), "https://control.example:7070");
         running.shutdown().await;
@@ -475,7 +481,7 @@ async fn a_wrong_project_is_refused_and_the_old_one_stays() {
     let running = start(folder.path()).await;
     let mut wrong = project("moved.example");
     wrong.services.insert("infrar-control".parse().unwrap(), Arc::new(service("fake.example")));
-    let refused = running.replace(wrong, &identities()).unwrap_err();
+    let refused = running.replace(wrong, &identities()).await.unwrap_err();
     assert!(refused.is_configuration(), "{refused}");
     let client = client(&running);
     let (catalog, _) = client.catalog(&bearer(&client).await, None).await.unwrap().unwrap();
@@ -499,7 +505,8 @@ async fn a_rotated_key_is_published_before_it_signs() {
 
     let mut settings = Settings::new(anywhere(), folder.path().join("other"));
     settings.key_lead = Duration::ZERO;
-    let quick = Control::start(settings, project("data.example"), identities()).await.unwrap();
+    let quick =
+        Control::start(settings, Some((project("data.example"), identities()))).await.unwrap();
     let before = self::client(&quick).token(&web(), "data-intelligence", None).await.unwrap();
     let kid = quick.rotate_keys().unwrap();
     let after = self::client(&quick).token(&web(), "data-intelligence", None).await.unwrap();
@@ -516,7 +523,7 @@ async fn rotation_over_the_api_takes_a_scope_that_permissions_grant() {
     let keys = BTreeMap::from([(CONTROL_AUDIENCE.parse().unwrap(), scopes("infrar:keys:write"))]);
     granting.permissions.insert("operator".parse().unwrap(), keys);
     let settings = Settings::new(anywhere(), folder.path().join("data"));
-    let running = Control::start(settings, granting, identities()).await.unwrap();
+    let running = Control::start(settings, Some((granting, identities()))).await.unwrap();
     let client = client(&running);
     let operator =
         Credential { client_id: "operator".parse().unwrap(), secret: "operator".to_owned().into() };
@@ -565,7 +572,8 @@ async fn many_silent_connections_of_one_address_leave_places_for_others() {
     let folder = tempfile::tempdir().unwrap();
     let mut settings = Settings::new(anywhere(), folder.path().join("data"));
     settings.connections = 8;
-    let running = Control::start(settings, project("data.example"), identities()).await.unwrap();
+    let running =
+        Control::start(settings, Some((project("data.example"), identities()))).await.unwrap();
     let connect = async || TcpStream::connect(running.local_addr()).await.unwrap();
     let mut silent = Vec::new();
     for _ in 0..4 {
@@ -589,7 +597,7 @@ async fn plaintext_is_spoken_on_loopback_only() {
     let folder = tempfile::tempdir().unwrap();
     for listen in ["0.0.0.0:0", "[::]:0", "192.0.2.1:7070"] {
         let settings = Settings::new(listen.parse().unwrap(), folder.path().join("data"));
-        let refused = Control::start(settings, project("data.example"), identities()).await;
+        let refused = Control::start(settings, Some((project("data.example"), identities()))).await;
         let refused = refused.unwrap_err();
         assert!(matches!(refused, ControlError::Plaintext { .. }), "{refused}");
         assert!(refused.is_configuration() && refused.to_string().contains("--cert-file"));
@@ -602,7 +610,8 @@ async fn a_port_in_use_is_a_fault_that_names_the_flag() {
     let folder = tempfile::tempdir().unwrap();
     let running = start(folder.path()).await;
     let settings = Settings::new(running.local_addr(), folder.path().join("other"));
-    let fault = Control::start(settings, project("data.example"), identities()).await.unwrap_err();
+    let fault =
+        Control::start(settings, Some((project("data.example"), identities()))).await.unwrap_err();
     assert!(fault.is_configuration() && fault.to_string().contains("--listen"), "{fault}");
 }
 
@@ -616,7 +625,8 @@ async fn with_a_certificate_the_same_is_spoken_over_tls() {
     std::fs::write(&key_file, made.signing_key.serialize_pem()).unwrap();
     let mut settings = Settings::new(anywhere(), folder.path().join("data"));
     settings.tls = Some(TlsFiles { cert_file: cert_file.clone(), key_file });
-    let running = Control::start(settings, project("data.example"), identities()).await.unwrap();
+    let running =
+        Control::start(settings, Some((project("data.example"), identities()))).await.unwrap();
     assert!(running.issuer().starts_with("https://127.0.0.1:"));
 
     let url: url::Url =

@@ -15,7 +15,7 @@ use std::{
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use http::{
-    HeaderValue, Method, Request, Response, StatusCode,
+    HeaderName, HeaderValue, Method, Request, Response, StatusCode,
     header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, ETAG, IF_NONE_MATCH, USER_AGENT},
 };
 use http_body_util::{BodyExt, Full, Limited};
@@ -33,19 +33,19 @@ use url::{Url, form_urlencoded};
 
 use crate::{
     api::{
-        Catalog, Change, Credential, EventError, Events, OauthRefusal, ServiceAnswer, ServiceList,
-        TokenAnswer, TokenReply,
+        Catalog, Credential, EventError, Events, OauthRefusal, ServiceAnswer, ServiceList,
+        TokenAnswer, TokenReply, Told,
     },
     model::{ScopeSet, ServiceName},
     net::{Alpn, ClientTls},
 };
 
 /// The largest token answer or refusal that is read.
-const SMALL_LIMIT: usize = 64 * 1024;
+pub(super) const SMALL_LIMIT: usize = 64 * 1024;
 /// The largest JWK set that is read.
 const JWKS_LIMIT: usize = 1024 * 1024;
 /// The largest catalog that is read.
-const CATALOG_LIMIT: usize = 64 * 1024 * 1024;
+pub(super) const CATALOG_LIMIT: usize = 64 * 1024 * 1024;
 /// A watch that stays silent longer is given up; the control plane says something every 15 s.
 const WATCH_SILENCE: Duration = Duration::from_secs(45);
 
@@ -107,7 +107,7 @@ impl ClientError {
         }
     }
 
-    fn settings(what: impl Into<String>, source: Option<Boxed>) -> Self {
+    pub(super) fn settings(what: impl Into<String>, source: Option<Boxed>) -> Self {
         Self::Settings { what: what.into(), source }
     }
 }
@@ -147,18 +147,20 @@ struct Shared {
 }
 
 /// A question, not yet addressed to a replica. Holds secrets: no `Debug`.
-struct Question<'a> {
-    method: Method,
-    path: &'a str,
-    query: Option<String>,
-    authorization: Option<HeaderValue>,
-    accept: &'static str,
-    if_none_match: Option<&'a str>,
-    form: Option<String>,
+pub(super) struct Question<'a> {
+    pub(super) method: Method,
+    pub(super) path: &'a str,
+    pub(super) query: Option<String>,
+    pub(super) authorization: Option<HeaderValue>,
+    pub(super) accept: &'static str,
+    /// `if-match` or `if-none-match`, and its tag.
+    pub(super) precondition: Option<(HeaderName, String)>,
+    /// Its media type, and what it says.
+    pub(super) body: Option<(&'static str, String)>,
 }
 
 impl<'a> Question<'a> {
-    fn get(path: &'a str, bearer: Option<&SecretString>) -> Result<Self, ClientError> {
+    pub(super) fn get(path: &'a str, bearer: Option<&SecretString>) -> Result<Self, ClientError> {
         let authorization = bearer
             .map(|bearer| secret_header(&format!("Bearer {}", bearer.expose_secret())))
             .transpose()?;
@@ -168,8 +170,8 @@ impl<'a> Question<'a> {
             query: None,
             authorization,
             accept: "application/json",
-            if_none_match: None,
-            form: None,
+            precondition: None,
+            body: None,
         })
     }
 }
@@ -231,8 +233,8 @@ impl Client {
             query: None,
             authorization: Some(basic(credential)?),
             accept: "application/json",
-            if_none_match: None,
-            form: Some(token_form(audience, scopes)),
+            precondition: None,
+            body: Some(("application/x-www-form-urlencoded", token_form(audience, scopes))),
         };
         let (answer, host) = self.ask(&question).await?;
         let reply: TokenReply = self.read(answer, &host, SMALL_LIMIT).await?;
@@ -267,8 +269,10 @@ impl Client {
         bearer: &SecretString,
         etag: Option<&str>,
     ) -> Result<Option<(Catalog, String)>, ClientError> {
-        let question =
-            Question { if_none_match: etag, ..Question::get("/v1/catalog", Some(bearer))? };
+        let question = Question {
+            precondition: etag.map(|etag| (IF_NONE_MATCH, etag.to_owned())),
+            ..Question::get("/v1/catalog", Some(bearer))?
+        };
         let (answer, host) = self.ask(&question).await?;
         if answer.status() == StatusCode::NOT_MODIFIED {
             return Ok(None);
@@ -353,7 +357,7 @@ impl Client {
     }
 
     /// Asks one replica after the other until one answers with anything but its own failure.
-    async fn ask(
+    pub(super) async fn ask(
         &self,
         question: &Question<'_>,
     ) -> Result<(Response<Incoming>, String), ClientError> {
@@ -402,13 +406,14 @@ impl Client {
         if let Some(value) = &question.authorization {
             request = request.header(AUTHORIZATION, value);
         }
-        if let Some(etag) = question.if_none_match {
-            request = request.header(IF_NONE_MATCH, etag);
+        if let Some((header, tag)) = &question.precondition {
+            request = request.header(header, tag);
         }
-        if question.form.is_some() {
-            request = request.header(CONTENT_TYPE, "application/x-www-form-urlencoded");
+        if let Some((kind, _)) = &question.body {
+            request = request.header(CONTENT_TYPE, *kind);
         }
-        let body = Full::from(question.form.clone().unwrap_or_default());
+        let body = question.body.as_ref().map(|(_, text)| text.clone());
+        let body = Full::from(body.unwrap_or_default());
         let request = request.body(body).map_err(|source| {
             ClientError::settings(format!("{url} cannot be asked"), Some(source.into()))
         })?;
@@ -433,7 +438,7 @@ impl Client {
         Err(refusal(status, &body))
     }
 
-    async fn read<T: DeserializeOwned>(
+    pub(super) async fn read<T: DeserializeOwned>(
         &self,
         answer: Response<Incoming>,
         host: &str,
@@ -480,13 +485,15 @@ impl Watch {
     /// # Errors
     /// [`ClientError::Unreachable`] when the connection breaks or is silent for 45 s,
     /// [`ClientError::Malformed`] for what is no event stream of ours.
-    pub async fn next(&mut self) -> Result<Option<Change>, ClientError> {
+    pub async fn next(&mut self) -> Result<Option<Told>, ClientError> {
         loop {
             while let Some(event) = self.events.pop() {
-                if event.name == "change" {
-                    let change = serde_json::from_str(&event.data);
-                    return change.map(Some).map_err(|source| self.malformed(source.into()));
-                }
+                let told = match event.name.as_str() {
+                    "change" => serde_json::from_str(&event.data).map(Told::Change),
+                    "resync" => serde_json::from_str(&event.data).map(Told::Resync),
+                    _ => continue,
+                };
+                return told.map(Some).map_err(|source| self.malformed(source.into()));
             }
             let frame = timeout_at(self.heard + WATCH_SILENCE, self.body.frame())
                 .await

@@ -2,12 +2,13 @@
 
 mod client;
 mod events;
+mod operations;
 mod patch;
 mod types;
 
 pub use client::{Client, ClientError, ClientSettings, Watch};
 pub use events::{Event, EventError, Events};
-pub use patch::{Change, Patch, PatchError, Resync, Settings, differences};
+pub use patch::{Change, Patch, PatchError, Resync, Settings, Told, differences};
 pub use types::{
     Adjustment, CATALOG_READ, CONTROL_AUDIENCE, Catalog, Credential, ENDPOINTS_OWN, EndpointAnswer,
     Heartbeat, IdentityDocument, KEYS_WRITE, OauthRefusal, PROJECT_WRITE, ProjectDocument,

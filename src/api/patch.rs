@@ -45,6 +45,15 @@ pub struct Resync {
     pub revision: u64,
 }
 
+/// What a watch tells.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Told {
+    /// The next change.
+    Change(Change),
+    /// Fetch the catalog.
+    Resync(Resync),
+}
+
 /// One thing that is different.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]

@@ -4,21 +4,24 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use anyhow::Context;
 use jiff::SignedDuration;
+use secrecy::{ExposeSecret, SecretString};
 use url::Url;
 
 use super::watch::WatchedFile;
 use crate::{
     config,
-    control::{self, Control, Running, TlsFiles},
+    control::{self, Control, Identities, Running, TlsFiles},
+    model::Project,
     runtime::{Signal, Signals},
+    store::Location,
 };
 
 /// The control plane: registry, token issuer and their API.
 #[derive(Debug, clap::Args)]
 pub(crate) struct ControlArgs {
-    /// The project.
-    #[arg(long, env = "INFRAR_PROJECT", default_value = "project.yaml", value_name = "FILE")]
-    project: PathBuf,
+    /// The project [default: project.yaml, if that is there; else what the store has].
+    #[arg(long, env = "INFRAR_PROJECT", value_name = "FILE")]
+    project: Option<PathBuf>,
     /// Where it listens; without a certificate on loopback only.
     #[arg(long, env = "INFRAR_LISTEN", default_value = "127.0.0.1:7070")]
     listen: SocketAddr,
@@ -31,7 +34,11 @@ pub(crate) struct ControlArgs {
     /// The certificate's key, PEM.
     #[arg(long, env = "INFRAR_KEY_FILE", requires = "cert_file", value_name = "FILE")]
     key_file: Option<PathBuf>,
-    /// Where keys and the revision are kept.
+    /// Where the registry is kept: sqlite:FILE, or postgres://USER@HOST/DATABASE for several replicas
+    /// [default: registry.db in --data-dir].
+    #[arg(long, env = "INFRAR_STORE", value_name = "URL")]
+    store: Option<Location>,
+    /// Where keys and, without --store, the registry are kept.
     #[arg(long, env = "INFRAR_DATA_DIR", default_value = "./.infrar/control", value_name = "DIR")]
     data_dir: PathBuf,
     /// How long a new key is published before it signs. For tests: below the ten minutes for which verifiers keep a key
@@ -48,15 +55,9 @@ impl ControlArgs {
     /// Whatever keeps it from beginning.
     pub(crate) async fn run(self) -> anyhow::Result<()> {
         // Watched before it is read, so that no edit falls between.
-        let watched = WatchedFile::new(&self.project);
-        let file = config::load_project(&self.project)?;
-        for note in &file.notes {
-            tracing::info!("{note}");
-        }
+        let mut watched = self.file().map(|file| Watched::new(file)).transpose()?;
+        let project = watched.as_mut().map(Watched::load).transpose()?;
         let mut signals = Signals::listen().context("signals cannot be listened to")?;
-        let mut watched =
-            watched.with_context(|| format!("{} cannot be watched", self.project.display()))?;
-        watched.refers_to(file.referred_files());
         let mut settings = control::Settings::new(self.listen, self.data_dir.clone());
         settings.public_url.clone_from(&self.public_url);
         if let Some(lead) = self.key_lead {
@@ -67,14 +68,20 @@ impl ControlArgs {
             .clone()
             .zip(self.key_file.clone())
             .map(|(cert_file, key_file)| TlsFiles { cert_file, key_file });
-        let running = Control::start(settings, file.project, file.identities).await?;
+        if let Some(store) = &self.store {
+            settings.store = store.clone();
+        }
+        let mut running = Control::start(settings, project).await?;
+        if let Some((name, secret)) = running.first_admin() {
+            introduce(name, &secret);
+        }
         loop {
             tokio::select! {
                 signal = signals.next() => match signal {
                     Signal::Stop | Signal::StopAtOnce => break,
-                    Signal::Reload => self.reload(&running, &mut watched),
+                    Signal::Reload => reload(&running, watched.as_mut()).await,
                 },
-                () = watched.changed() => self.reload(&running, &mut watched),
+                () = changed(&mut watched) => reload(&running, watched.as_mut()).await,
             }
         }
         tracing::info!("told to end");
@@ -85,23 +92,76 @@ impl ControlArgs {
         Ok(())
     }
 
-    /// Takes the project over, or says why not and keeps the old one.
-    fn reload(&self, running: &Running, watched: &mut WatchedFile) {
-        let file = match config::load_project(&self.project) {
-            Ok(file) => file,
-            Err(faults) => {
-                return tracing::error!(
-                    "the project was not taken over, the old one stays:\n{faults}"
-                );
-            }
-        };
-        watched.refers_to(file.referred_files());
-        match running.replace(file.project, &file.identities) {
-            Ok(_) => tracing::info!(revision = running.revision(), "the project is in force"),
-            Err(error) => tracing::error!(
-                error = &error as &dyn std::error::Error,
-                "the project was not taken over, the old one stays"
-            ),
-        }
+    /// The file that the project is taken from.
+    fn file(&self) -> Option<PathBuf> {
+        let usual = PathBuf::from(USUAL);
+        self.project.clone().or_else(|| usual.exists().then_some(usual))
     }
+}
+
+/// Where the project is when nobody says.
+const USUAL: &str = "project.yaml";
+
+/// The project's file, and whatever it refers to.
+struct Watched {
+    path: PathBuf,
+    watched: WatchedFile,
+}
+
+impl Watched {
+    fn new(path: PathBuf) -> anyhow::Result<Self> {
+        let watched = WatchedFile::new(&path)
+            .with_context(|| format!("{} cannot be watched", path.display()))?;
+        Ok(Self { path, watched })
+    }
+
+    fn load(&mut self) -> Result<(Project, Identities), config::Faults> {
+        let file = config::load_project(&self.path)?;
+        for note in &file.notes {
+            tracing::info!("{note}");
+        }
+        self.watched.refers_to(file.referred_files());
+        Ok((file.project, file.identities))
+    }
+}
+
+/// Ends when the file has changed; never without one.
+async fn changed(watched: &mut Option<Watched>) {
+    match watched {
+        Some(watched) => watched.watched.changed().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Takes the project over, or says why not and keeps the old one.
+async fn reload(running: &Running, watched: Option<&mut Watched>) {
+    let Some(watched) = watched else {
+        return tracing::info!(
+            "the project is in the store; change it with `infrar project import`"
+        );
+    };
+    let (project, identities) = match watched.load() {
+        Ok(loaded) => loaded,
+        Err(faults) => {
+            return tracing::error!("the project was not taken over, the old one stays:\n{faults}");
+        }
+    };
+    match running.replace(project, &identities).await {
+        Ok(replaced) => tracing::info!(revision = replaced.revision, "the project is in force"),
+        Err(error) => tracing::error!(
+            error = &error as &dyn std::error::Error,
+            "the project was not taken over, the old one stays"
+        ),
+    }
+}
+
+/// Tells the first admin credential: once, to whoever stands before it, and to no log.
+#[expect(clippy::print_stderr, reason = "a command speaks to people")]
+fn introduce(name: &str, secret: &SecretString) {
+    eprintln!(
+        "\nThe first admin credential, told this once:\n\n  client_id      {name}\n  client_secret  {}\n\n\
+         Keep the secret in a file, then:\n  \
+         export INFRAR_TOKEN=$(infrar token get --client-id {name} --client-secret-file FILE)\n",
+        secret.expose_secret()
+    );
 }

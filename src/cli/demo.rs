@@ -146,7 +146,7 @@ impl Backstage {
         let loaded = config::load_project(&project_file)?;
         let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         let settings = control::Settings::new(listen, folder.0.join("control"));
-        let control = Control::start(settings, loaded.project, loaded.identities).await?;
+        let control = Control::start(settings, Some((loaded.project, loaded.identities))).await?;
 
         let scene = Scene { control: control.local_addr(), ..scene };
         let [to_web, ..] = &self.ports;

@@ -95,9 +95,9 @@ impl Up {
             tokio::select! {
                 signal = signals.next() => match signal {
                     Signal::Stop | Signal::StopAtOnce => break,
-                    Signal::Reload => print(&stand.reload(&self.project, &mut file)),
+                    Signal::Reload => print(&stand.reload(&self.project, &mut file).await),
                 },
-                () = file.changed() => print(&stand.reload(&self.project, &mut file)),
+                () = file.changed() => print(&stand.reload(&self.project, &mut file).await),
             }
         }
         print("\nEnding.\n");
@@ -145,7 +145,7 @@ impl Up {
         let ProjectFile { project, mut identities, .. } = loaded;
         let permissions = project.permissions.get(&me).cloned().unwrap_or_default();
         identities.insert(me.clone(), stand_in.clone());
-        let control = Control::start(settings, project, identities).await?;
+        let control = Control::start(settings, Some((project, identities))).await?;
         let flags = self.proxy_settings(&folder, &me, control.local_addr());
         let settings = config::load_proxy(None, std::iter::empty(), &flags)?;
         let proxy = proxy::start(&settings)?;
@@ -225,7 +225,7 @@ struct Stand {
 
 impl Stand {
     /// Puts the edited project in force, or says what is wrong with it.
-    fn reload(&self, file: &Path, watched: &mut WatchedFile) -> String {
+    async fn reload(&self, file: &Path, watched: &mut WatchedFile) -> String {
         let loaded = match config::load_project(file) {
             Ok(loaded) => loaded,
             Err(faults) => return format!("{faults}\nThe project stays as it was.\n"),
@@ -233,7 +233,7 @@ impl Stand {
         watched.refers_to(loaded.referred_files());
         let ProjectFile { project, mut identities, .. } = loaded;
         identities.insert(self.me.clone(), self.stand_in.clone());
-        match self.control.replace(project, &identities) {
+        match self.control.replace(project, &identities).await {
             Ok(_revision) => {
                 format!("{} is in force, revision {}.\n", file.display(), self.control.revision())
             }

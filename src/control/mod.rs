@@ -7,17 +7,24 @@
 //! It does not read `project.yaml` and watches no file: whoever runs it passes a checked project and, later,
 //! the next one.
 
+mod book;
+mod endpoints;
 mod guard;
 mod identities;
+mod journal;
+mod leases;
+mod operations;
+mod project;
+mod proxies;
 mod registry;
 mod reject;
 mod router;
 mod serve;
 mod services;
-mod store;
 mod throttle;
 mod tokens;
 
+pub use book::BookError;
 pub use identities::{Identities, Identity};
-pub use registry::{RegistryError, Replaced};
-pub use serve::{Control, ControlError, Running, Settings, TlsFiles};
+pub use registry::RegistryError;
+pub use serve::{Control, ControlError, Replaced, Running, Settings, TlsFiles};

@@ -1,86 +1,127 @@
-//! The current version of the project, and the way from one to the next.
+//! The version in force, and the one way from it to the next.
+//!
+//! Whoever wants a change says how it follows from a draft of the next version; one task asks all who wait at once, and
+//! commits what they want as one revision. A commit that another replica was faster than is decided anew on what that one
+//! has written. So decisions are pure, none is lost, and readers take no lock.
 
 use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex, PoisonError},
+    collections::{BTreeMap, HashMap},
+    mem,
+    sync::{Arc, OnceLock},
 };
 
 use aws_lc_rs::digest::{SHA256, digest};
 use bytes::Bytes;
-use secrecy::ExposeSecret;
-use tokio::sync::watch;
-
-use crate::{
-    api::Catalog,
-    control::{
-        Identities, Identity,
-        store::{Kept, Store, StoreError},
-    },
-    model::{Project, ServiceName},
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::{Duration, sleep},
 };
 
-/// Why a version did not come into force; the one before it then stays.
+use crate::{
+    api::{Catalog, Change, IdentityDocument, Patch, differences},
+    control::{
+        book::{self, Book, BookError},
+        journal::Journal,
+        reject::Rejection,
+    },
+    model::{Project, ServiceName},
+    store::{CommitError, Since, State, Store, StoreError, Write},
+};
+
+/// Changes that wait to be decided; more are refused.
+const QUEUE: usize = 4096;
+/// Changes that become one revision.
+const BATCH: usize = 256;
+/// How often a batch is decided anew because another replica was faster.
+const TURNS: usize = 16;
+/// When it is tried again to take over what others have committed.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// Why the registry could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum RegistryError {
-    /// A service took a name that belongs to infrar itself.
-    #[error("no service may be called {name}: names beginning with infrar are reserved")]
-    Reserved {
-        /// The name.
-        name: ServiceName,
-    },
-    /// The project has another name than before, and proxies that know it follow no other.
-    #[error(
-        "the project was {before} and is called {now}, which no proxy that knows {before} would follow; write project: {before}, \
-         or begin {now} anew: remove the --data-dir and the proxies' state folders (control.state_dir), and start them"
-    )]
-    Renamed {
-        /// Its name until now.
-        before: ServiceName,
-        /// The name it has in the file.
-        now: ServiceName,
-    },
-    /// Its revision could not be kept.
-    #[error("the new version was not taken over")]
+    /// The store.
+    #[error("the registry cannot be read")]
     Store(#[from] StoreError),
-    /// It could not be written as JSON.
-    #[error("the project cannot be written as JSON")]
-    Catalog(#[source] serde_json::Error),
-}
-
-/// What a replacement did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Replaced {
-    /// Proxies see nothing new; secrets may have changed all the same.
-    Unchanged {
-        /// The revision that stays.
-        revision: u64,
-    },
-    /// Proxies are told.
-    Changed {
-        /// The new revision.
-        revision: u64,
-    },
+    /// What it keeps.
+    #[error(transparent)]
+    Book(#[from] BookError),
 }
 
 /// One immutable version of everything that is served.
 pub(super) struct Version {
     pub(super) revision: u64,
-    pub(super) project: Project,
-    /// The body of `GET /v1/catalog`, written once.
-    pub(super) catalog: Bytes,
-    /// Its strong ETag, quotes included.
-    pub(super) etag: String,
-    /// SHA-256 of the content.
-    content: String,
+    pub(super) book: Book,
+    issuer: Arc<str>,
+    store: Arc<str>,
+    /// The body of `GET /v1/catalog`, written when it is first asked for.
+    catalog: OnceLock<Bytes>,
     /// SHA-256 of every secret; identities without a usable secret are not in it.
     secrets: BTreeMap<ServiceName, [u8; 32]>,
 }
 
 impl Version {
+    fn new(book: Book, issuer: &Arc<str>, store: &Arc<str>) -> Self {
+        Self {
+            revision: book.revision,
+            secrets: secrets(&book),
+            book,
+            issuer: Arc::clone(issuer),
+            store: Arc::clone(store),
+            catalog: OnceLock::new(),
+        }
+    }
+
+    /// The project in force.
+    ///
+    /// # Errors
+    /// [`Rejection::NoProject`] before the first one.
+    pub(super) fn project(&self) -> Result<&Project, Rejection> {
+        self.book.project().ok_or(Rejection::NoProject)
+    }
+
     /// The digest that a caller's secret must have.
     pub(super) fn secret(&self, name: &ServiceName) -> Option<&[u8; 32]> {
-        self.secrets.get(name)
+        self.secrets.get(name).or_else(|| self.book.admin(name))
     }
+
+    /// Whether this name may ask for tokens at all.
+    pub(super) fn knows(&self, name: &ServiceName) -> bool {
+        self.book.admin(name).is_some() || self.book.identities().any(|(known, _)| known == name)
+    }
+
+    /// The body of `GET /v1/catalog`.
+    ///
+    /// # Errors
+    /// [`Rejection::NoProject`].
+    pub(super) fn catalog(&self) -> Result<Bytes, Rejection> {
+        if let Some(body) = self.catalog.get() {
+            return Ok(body.clone());
+        }
+        let project = self.project()?.clone();
+        let catalog =
+            Catalog { revision: self.revision, issuer: (*self.issuer).to_owned(), project };
+        let body = serde_json::to_vec(&catalog).map_err(|error| {
+            tracing::error!(error = &error as &dyn std::error::Error, "no catalog was written");
+            Rejection::Internal
+        })?;
+        Ok(self.catalog.get_or_init(|| body.into()).clone())
+    }
+
+    /// Its strong ETag, quotes included: the same at every replica, another at another store.
+    pub(super) fn etag(&self) -> String {
+        format!("\"{}-{}\"", self.revision, self.store)
+    }
+}
+
+fn secrets(book: &Book) -> BTreeMap<ServiceName, [u8; 32]> {
+    let usable = |identity: &IdentityDocument| match identity {
+        IdentityDocument::Secret { client_secret_sha256 } => book::digest(client_secret_sha256),
+        IdentityDocument::Workload { .. } => None,
+    };
+    book.identities()
+        .filter_map(|(name, identity)| Some((name.clone(), usable(identity)?)))
+        .collect()
 }
 
 /// SHA-256, as an array.
@@ -90,29 +131,110 @@ pub(super) fn sha256(bytes: &[u8]) -> [u8; 32] {
     out
 }
 
-/// Holds the current version. Readers take no lock that a replacement holds for longer than the swap.
+/// In hexadecimal.
+pub(super) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The next version as far as it has been decided.
+pub(super) struct Draft {
+    book: Book,
+    writes: Vec<Write>,
+    /// Which service each host belongs to; made when first asked for.
+    hosts: Option<HashMap<String, ServiceName>>,
+}
+
+impl Draft {
+    fn new(book: Book) -> Self {
+        Self { book, writes: Vec::new(), hosts: None }
+    }
+
+    /// What it is so far.
+    pub(super) fn book(&self) -> &Book {
+        &self.book
+    }
+
+    /// The service that a host belongs to.
+    pub(super) fn owner_of(&mut self, host: &str) -> Option<&ServiceName> {
+        let book = &self.book;
+        self.hosts.get_or_insert_with(|| book.hosts()).get(host)
+    }
+
+    /// Adds writes; what is decided after this sees them.
+    ///
+    /// # Errors
+    /// [`Rejection::Internal`] for a write that nobody could read again; it is not added.
+    pub(super) fn add(&mut self, writes: Vec<Write>) -> Result<(), Rejection> {
+        let next = self.book.after(self.book.revision, &writes).map_err(|error| {
+            tracing::error!(error = &error as &dyn std::error::Error, "a change made no sense");
+            Rejection::Internal
+        })?;
+        self.book = next;
+        self.hosts = None;
+        self.writes.extend(writes);
+        Ok(())
+    }
+
+    /// As [`add`](Self::add), where only a host is new: what is known of hosts stays.
+    pub(super) fn add_at(
+        &mut self,
+        host: String,
+        service: &ServiceName,
+        writes: Vec<Write>,
+    ) -> Result<(), Rejection> {
+        let mut hosts = self.hosts.take();
+        self.add(writes)?;
+        if let Some(hosts) = &mut hosts {
+            hosts.insert(host, service.clone());
+        }
+        self.hosts = hosts;
+        Ok(())
+    }
+}
+
+type Decide = Box<dyn FnMut(&mut Draft) -> Result<(), Rejection> + Send>;
+
+/// A change that waits to be decided.
+struct Order {
+    decide: Decide,
+    done: oneshot::Sender<Result<u64, Rejection>>,
+}
+
+/// Holds the version in force.
 pub(super) struct Registry {
-    issuer: String,
-    store: Store,
+    issuer: Arc<str>,
     current: watch::Sender<Arc<Version>>,
-    replacing: Mutex<()>,
+    journal: Journal,
+    orders: mpsc::Sender<Order>,
+}
+
+/// The task that decides and commits; run it.
+pub(super) struct Committer {
+    registry: Arc<Registry>,
+    store: Store,
+    store_id: Arc<str>,
+    orders: mpsc::Receiver<Order>,
 }
 
 impl Registry {
-    /// Takes the first version over; unchanged content keeps the revision it had before the restart.
-    pub(super) fn open(
-        issuer: String,
+    /// The version that the store has.
+    ///
+    /// # Errors
+    /// [`RegistryError`].
+    pub(super) async fn open(
+        issuer: &str,
         store: Store,
-        project: Project,
-        identities: &Identities,
-    ) -> Result<Self, RegistryError> {
-        let kept = store.load()?;
-        let (version, kept_now) = version(&issuer, kept.as_ref(), project, identities)?;
-        if kept.as_ref() != Some(&kept_now) {
-            store.save(&kept_now)?;
-        }
-        let (current, _) = watch::channel(Arc::new(version));
-        Ok(Self { issuer, store, current, replacing: Mutex::new(()) })
+    ) -> Result<(Arc<Self>, Committer), RegistryError> {
+        let (issuer, store_id) =
+            (Arc::<str>::from(issuer), Arc::<str>::from(&*store_id(&store, issuer)));
+        let book = Book::read(&store.load().await?)?;
+        let version = Version::new(book, &issuer, &store_id);
+        let (orders, waiting) = mpsc::channel(QUEUE);
+        let current = watch::Sender::new(Arc::new(version));
+        let registry = Arc::new(Self { issuer, current, journal: Journal::default(), orders });
+        let committer =
+            Committer { registry: Arc::clone(&registry), store, store_id, orders: waiting };
+        Ok((registry, committer))
     }
 
     /// The `iss` of the project's tokens.
@@ -130,186 +252,170 @@ impl Registry {
         self.current.subscribe()
     }
 
-    /// Puts the next version in force, or keeps the old one and says why.
-    pub(super) fn replace(
-        &self,
-        project: Project,
-        identities: &Identities,
-    ) -> Result<Replaced, RegistryError> {
-        // Guards only the order of replacements; the version itself is swapped whole.
-        let _replacing = self.replacing.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = self.current();
-        let kept = Kept {
-            revision: before.revision,
-            content: before.content.clone(),
-            project: before.project.name.clone(),
-        };
-        let (version, kept_now) = version(&self.issuer, Some(&kept), project, identities)?;
+    /// What watchers are told.
+    pub(super) fn journal(&self) -> &Journal {
+        &self.journal
+    }
+
+    /// Has a change decided and committed; gives the revision by which it is in force. `decide` may be asked several times,
+    /// each time of another draft.
+    ///
+    /// # Errors
+    /// What `decide` said, or that the store did not take it.
+    pub(super) async fn change<F>(&self, decide: F) -> Result<u64, Rejection>
+    where
+        F: FnMut(&mut Draft) -> Result<(), Rejection> + Send + 'static,
+    {
+        let (done, outcome) = oneshot::channel();
+        let order = Order { decide: Box::new(decide), done };
+        self.orders.try_send(order).map_err(|_full| Rejection::Overloaded)?;
+        outcome.await.unwrap_or(Err(Rejection::Internal))
+    }
+
+    fn install(&self, version: Version, patches: Option<Vec<Patch>>) {
         let revision = version.revision;
-        if kept == kept_now {
-            // Not `send`: nobody is to be woken for what no proxy can see.
-            self.current.send_if_modified(|current| {
-                *current = Arc::new(version);
-                false
-            });
-            return Ok(Replaced::Unchanged { revision });
+        match patches {
+            Some(patches) => self.journal.tell(&Change { revision, patches }),
+            None => self.journal.forget(),
         }
-        self.store.save(&kept_now)?;
         self.current.send_replace(Arc::new(version));
-        Ok(Replaced::Changed { revision })
     }
 }
 
-fn version(
-    issuer: &str,
-    before: Option<&Kept>,
-    project: Project,
-    identities: &Identities,
-) -> Result<(Version, Kept), RegistryError> {
-    if let Some(name) = project.services.keys().find(|name| name.is_reserved()) {
-        return Err(RegistryError::Reserved { name: name.clone() });
-    }
-    if let Some(kept) = before.filter(|kept| kept.project != project.name) {
-        return Err(RegistryError::Renamed { before: kept.project.clone(), now: project.name });
-    }
-    // The content without its revision, so that a restart finds it equal.
-    let mut catalog = Catalog { revision: 0, issuer: issuer.to_owned(), project };
-    let content = serde_json::to_vec(&catalog).map_err(RegistryError::Catalog)?;
-    let content = hex(&sha256(&content));
-    catalog.revision = match before {
-        None => 1,
-        Some(kept) if kept.content == content => kept.revision,
-        Some(kept) => kept.revision + 1,
-    };
-    let body = serde_json::to_vec(&catalog).map_err(RegistryError::Catalog)?;
-    let kept = Kept {
-        revision: catalog.revision,
-        content: content.clone(),
-        project: catalog.project.name.clone(),
-    };
-    let version = Version {
-        revision: catalog.revision,
-        // The revision is in it, so two data directories with equal content still differ.
-        etag: format!("\"{}-{}\"", catalog.revision, content.get(..16).unwrap_or(&content)),
-        project: catalog.project,
-        catalog: body.into(),
-        content,
-        secrets: secrets(identities),
-    };
-    Ok((version, kept))
+/// A short name for this store and what its catalogs say besides: another issuer is another catalog.
+fn store_id(store: &Store, issuer: &str) -> String {
+    let both = format!("{}{issuer}", store.id());
+    hex(&sha256(both.as_bytes())).get(..16).unwrap_or_default().to_owned()
 }
 
-fn secrets(identities: &Identities) -> BTreeMap<ServiceName, [u8; 32]> {
-    let mut found = BTreeMap::new();
-    for (name, identity) in identities {
-        match identity {
-            // An empty secret would be known to everybody.
-            Identity::ClientSecret(secret) if !secret.expose_secret().is_empty() => {
-                found.insert(name.clone(), sha256(secret.expose_secret().as_bytes()));
+impl Committer {
+    /// Decides, commits, and follows what others commit, until nobody can ask any more.
+    pub(super) async fn run(mut self) {
+        let mut revisions = self.store.revisions();
+        let mut behind = false;
+        loop {
+            let mut batch = Vec::new();
+            tokio::select! {
+                count = self.orders.recv_many(&mut batch, BATCH) => {
+                    if count == 0 {
+                        return;
+                    }
+                    self.commit(batch).await;
+                }
+                told = revisions.changed() => {
+                    if told.is_err() {
+                        return;
+                    }
+                    revisions.mark_unchanged();
+                    behind = !self.follows().await;
+                }
+                () = sleep(AGAIN), if behind => behind = !self.follows().await,
             }
-            Identity::ClientSecret(_) | Identity::Workload { .. } => {}
-        }
-    }
-    found
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use std::path::Path;
-
-    use super::*;
-    use crate::model::{Enforcement, NetworkMode, Networking};
-
-    fn project(multi_cloud: bool) -> Project {
-        Project {
-            name: "shop".parse().unwrap(),
-            networking: Networking {
-                multi_cloud,
-                default_mode: NetworkMode::Public,
-                connections: Vec::new(),
-            },
-            services: BTreeMap::new(),
-            permissions: BTreeMap::new(),
-            issuers: Vec::new(),
-            mode: Enforcement::Enforce,
         }
     }
 
-    fn open(folder: &Path, project: Project) -> Registry {
-        let store = Store::new(folder);
-        Registry::open("https://c".to_owned(), store, project, &Identities::new()).unwrap()
+    async fn commit(&self, mut batch: Vec<Order>) {
+        for _ in 0..TURNS {
+            let before = self.registry.current();
+            let mut draft = Draft::new(before.book.clone());
+            let outcomes: Vec<_> =
+                batch.iter_mut().map(|order| (order.decide)(&mut draft)).collect();
+            if draft.writes.is_empty() {
+                return answer(batch, outcomes, before.revision);
+            }
+            let patches = patches(&before.book, &draft.book);
+            let note = serde_json::to_string(&patches).unwrap_or_default();
+            let writes = mem::take(&mut draft.writes);
+            match self.store.commit(before.revision, writes.clone(), note).await {
+                Ok(revision) => {
+                    // Read as everybody else reads it, so that what is served is what was kept.
+                    match before.book.after(revision, &writes) {
+                        Ok(book) => self.install(book, patches),
+                        Err(error) => report(&error),
+                    }
+                    return answer(batch, outcomes, revision);
+                }
+                Err(CommitError::Conflict { .. }) => {
+                    if let Err(error) = self.catch_up().await {
+                        report(&error);
+                        return refuse(batch);
+                    }
+                }
+                Err(CommitError::Store(error)) => {
+                    report(&error);
+                    return refuse(batch);
+                }
+            }
+        }
+        tracing::warn!("other replicas were faster each time; a change is given up");
+        refuse(batch);
     }
 
-    #[test]
-    fn a_revision_rises_with_the_content_and_survives_a_restart() {
-        let folder = tempfile::tempdir().unwrap();
-        let registry = open(folder.path(), project(true));
-        assert_eq!(registry.current().revision, 1);
-        let none = Identities::new();
-        let same = registry.replace(project(true), &none).unwrap();
-        assert_eq!(same, Replaced::Unchanged { revision: 1 });
-        let other = registry.replace(project(false), &none).unwrap();
-        assert_eq!(other, Replaced::Changed { revision: 2 });
-
-        assert_eq!(open(folder.path(), project(false)).current().revision, 2, "unchanged content");
-        assert_eq!(open(folder.path(), project(true)).current().revision, 3, "changed while down");
+    /// Takes over what others have committed; `false` when that failed.
+    async fn follows(&self) -> bool {
+        let caught_up = self.catch_up().await;
+        caught_up.as_ref().err().into_iter().for_each(|error| report(error));
+        caught_up.is_ok()
     }
 
-    #[test]
-    fn a_project_keeps_its_name_for_life() {
-        let folder = tempfile::tempdir().unwrap();
-        let renamed = || Project { name: "store".parse().unwrap(), ..project(true) };
-        let registry = open(folder.path(), project(true));
-        let refused = registry.replace(renamed(), &Identities::new()).unwrap_err();
-        assert!(
-            refused.to_string().contains("write project: shop, or begin store anew"),
-            "{refused}"
-        );
-        assert_eq!(registry.current().project.name.as_str(), "shop");
-        // Nor by a restart.
-        let store = Store::new(folder.path());
-        let none = Identities::new();
-        let refused = Registry::open("https://c".to_owned(), store, renamed(), &none);
-        assert!(matches!(refused, Err(RegistryError::Renamed { .. })));
+    /// Takes over what other replicas have committed.
+    async fn catch_up(&self) -> Result<(), RegistryError> {
+        loop {
+            let current = self.registry.current();
+            let (commits, more) = match self.store.since(current.revision).await? {
+                Since::Commits { commits, more } => (commits, more),
+                Since::Forgotten { .. } => {
+                    let state: State = self.store.load().await?;
+                    let book = Book::read(&state)?;
+                    self.registry.install(self.version(book), None);
+                    return Ok(());
+                }
+            };
+            let mut book = current.book.clone();
+            for commit in commits {
+                book = book.after(commit.revision, &commit.writes)?;
+                let patches = serde_json::from_str::<Option<Vec<Patch>>>(&commit.note);
+                self.install(book.clone(), patches.ok().flatten());
+            }
+            if !more {
+                return Ok(());
+            }
+        }
     }
 
-    #[test]
-    fn a_version_that_cannot_be_kept_is_not_served() {
-        let folder = tempfile::tempdir().unwrap();
-        let registry = open(folder.path(), project(true));
-        // A folder in the file's place: the rename must fail, also for root.
-        std::fs::remove_file(folder.path().join("revision.json")).unwrap();
-        std::fs::create_dir(folder.path().join("revision.json")).unwrap();
-        let refused = registry.replace(project(false), &Identities::new());
-        assert!(matches!(refused, Err(RegistryError::Store(_))));
-        assert!(registry.current().project.networking.multi_cloud);
-        assert_eq!(registry.current().revision, 1);
+    fn install(&self, book: Book, patches: Option<Vec<Patch>>) {
+        self.registry.install(self.version(book), patches);
     }
 
-    #[test]
-    fn a_changed_secret_wakes_nobody_but_is_in_force() {
-        let folder = tempfile::tempdir().unwrap();
-        let registry = open(folder.path(), project(true));
-        let mut changes = registry.follow();
-        let web: ServiceName = "web".parse().unwrap();
-        let identities =
-            Identities::from([(web.clone(), Identity::ClientSecret("secret".to_owned().into()))]);
-        registry.replace(project(true), &identities).unwrap();
-        assert!(!changes.has_changed().unwrap());
-        assert_eq!(changes.borrow_and_update().secret(&web), Some(&sha256(b"secret")));
+    fn version(&self, book: Book) -> Version {
+        Version::new(book, &self.registry.issuer, &self.store_id)
     }
+}
 
-    #[test]
-    fn an_empty_secret_lets_nobody_in() {
-        let folder = tempfile::tempdir().unwrap();
-        let registry = open(folder.path(), project(true));
-        let web: ServiceName = "web".parse().unwrap();
-        let empty = Identity::ClientSecret(String::new().into());
-        registry.replace(project(true), &Identities::from([(web.clone(), empty)])).unwrap();
-        assert_eq!(registry.current().secret(&web), None);
+/// What proxies are told of a step; `None`: they must fetch everything.
+fn patches(before: &Book, after: &Book) -> Option<Vec<Patch>> {
+    match (before.project(), after.project()) {
+        (Some(before), Some(after)) if before.name == after.name => {
+            Some(differences(before, after))
+        }
+        (None, None) => Some(Vec::new()),
+        (Some(_) | None, Some(_) | None) => None,
     }
+}
+
+fn answer(batch: Vec<Order>, outcomes: Vec<Result<(), Rejection>>, revision: u64) {
+    for (order, outcome) in batch.into_iter().zip(outcomes) {
+        // Whoever asked may have left; the change is made all the same.
+        let _left = order.done.send(outcome.map(|()| revision));
+    }
+}
+
+fn refuse(batch: Vec<Order>) {
+    for order in batch {
+        let _left = order.done.send(Err(Rejection::StoreUnavailable));
+    }
+}
+
+fn report(error: &(dyn std::error::Error + 'static)) {
+    tracing::error!(error, "the registry is not changed; what is in force is served on");
 }

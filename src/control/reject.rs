@@ -14,7 +14,8 @@ use uuid::Uuid;
 
 use crate::{
     api::OauthRefusal,
-    model::{ScopeError, ServiceName},
+    model::{EndpointId, ScopeError, ServiceName},
+    store::StoreError,
 };
 
 /// Why the API answered with something else than what was asked for.
@@ -32,6 +33,32 @@ pub(super) enum Rejection {
     ScopeMissing { scope: &'static str },
     #[error("{name} is no service of this project{}", alternatives(nearest))]
     UnknownService { name: String, nearest: Vec<ServiceName> },
+    #[error("{service} has no endpoint {id}")]
+    UnknownEndpoint { service: ServiceName, id: EndpointId },
+    #[error("the host {host} belongs to {service}; give each service a host of its own")]
+    HostTaken { host: String, service: ServiceName },
+    #[error(
+        "the project itself names the endpoint {id} of {service}; change it there, or adjust its state and weight"
+    )]
+    OwnedByProject { service: ServiceName, id: EndpointId },
+    #[error("{}", match found {
+        Some(revision) => format!("it has changed meanwhile, at revision {revision}; read it again"),
+        None => "it is not there".to_owned(),
+    })]
+    RevisionMismatch { found: Option<u64> },
+    #[error("no service may be called {name}: names beginning with infrar are reserved")]
+    Reserved { name: ServiceName },
+    #[error(
+        "the project was {before} and is called {now}, which no proxy that knows {before} would follow; write project: {before}, \
+         or begin {now} anew: remove the --data-dir and the proxies' state folders (control.state_dir), and start them"
+    )]
+    Renamed { before: ServiceName, now: ServiceName },
+    #[error("there is no project yet: give --project FILE, or infrar project import")]
+    NoProject,
+    #[error("the body is larger than is taken here")]
+    BodyTooLarge,
+    #[error("the store does not take it right now; nothing was changed")]
+    StoreUnavailable,
     #[error("there is nothing at this path")]
     NotFound,
     #[error("this path does not take that method")]
@@ -56,6 +83,25 @@ impl Rejection {
             Self::UnknownService { .. } => {
                 (StatusCode::NOT_FOUND, "unknown-service", "Unknown service")
             }
+            Self::UnknownEndpoint { .. } => {
+                (StatusCode::NOT_FOUND, "unknown-endpoint", "Unknown endpoint")
+            }
+            Self::HostTaken { .. } => (StatusCode::CONFLICT, "host-taken", "Host taken"),
+            Self::OwnedByProject { .. } => {
+                (StatusCode::CONFLICT, "owned-by-project", "Owned by the project")
+            }
+            Self::RevisionMismatch { .. } => {
+                (StatusCode::PRECONDITION_FAILED, "revision-mismatch", "Revision mismatch")
+            }
+            Self::Reserved { .. } => (StatusCode::BAD_REQUEST, "reserved-name", "Reserved name"),
+            Self::Renamed { .. } => (StatusCode::CONFLICT, "project-renamed", "Project renamed"),
+            Self::NoProject => (StatusCode::SERVICE_UNAVAILABLE, "not-ready", "No project yet"),
+            Self::BodyTooLarge => {
+                (StatusCode::PAYLOAD_TOO_LARGE, "body-too-large", "Body too large")
+            }
+            Self::StoreUnavailable => {
+                (StatusCode::SERVICE_UNAVAILABLE, "store-unavailable", "Store unavailable")
+            }
             Self::NotFound => (StatusCode::NOT_FOUND, "not-found", "Not found"),
             Self::Method => {
                 (StatusCode::METHOD_NOT_ALLOWED, "method-not-allowed", "Method not allowed")
@@ -78,12 +124,28 @@ impl Rejection {
             )),
             Self::BadRequest { .. }
             | Self::UnknownService { .. }
+            | Self::UnknownEndpoint { .. }
+            | Self::HostTaken { .. }
+            | Self::OwnedByProject { .. }
+            | Self::RevisionMismatch { .. }
+            | Self::Reserved { .. }
+            | Self::Renamed { .. }
+            | Self::NoProject
+            | Self::BodyTooLarge
+            | Self::StoreUnavailable
             | Self::NotFound
             | Self::Method
             | Self::Overloaded
             | Self::Deadline
             | Self::Internal => None,
         }
+    }
+}
+
+impl From<StoreError> for Rejection {
+    fn from(error: StoreError) -> Self {
+        tracing::error!(error = &error as &dyn std::error::Error, "the store did not answer");
+        Self::StoreUnavailable
     }
 }
 
@@ -125,7 +187,7 @@ impl IntoResponse for Rejection {
         if let Some(challenge) = self.challenge().and_then(|text| text.parse().ok()) {
             answer.headers_mut().insert(WWW_AUTHENTICATE, challenge);
         }
-        if matches!(self, Self::Overloaded) {
+        if matches!(self, Self::Overloaded | Self::StoreUnavailable | Self::NoProject) {
             answer.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
         }
         answer

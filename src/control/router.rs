@@ -8,7 +8,7 @@ use axum::{
     error_handling::HandleErrorLayer,
     extract::{DefaultBodyLimit, Path, Query, State, rejection::BytesRejection},
     response::{IntoResponse, Response},
-    routing::{get, post},
+    routing::{get, post, put},
 };
 use http::{
     HeaderMap, HeaderValue, StatusCode, Uri,
@@ -25,6 +25,9 @@ use crate::{
     api::{CATALOG_READ, KEYS_WRITE},
     control::{
         guard,
+        leases::Leases,
+        operations,
+        proxies::Proxies,
         registry::Registry,
         reject::{Rejection, TokenRefusal, json},
         services,
@@ -39,6 +42,8 @@ use crate::{
 const TOKEN: &str = "/oauth2/token";
 /// The largest body that is taken.
 const BODY_LIMIT: usize = 16 * 1024;
+/// The largest project that is taken.
+const PROJECT_LIMIT: usize = 32 * 1024 * 1024;
 /// Questions that are answered at once; more are refused, not queued.
 const CONCURRENCY: usize = 1024;
 /// How long an answer may take to begin.
@@ -48,7 +53,9 @@ const JWKS_CACHE: &str = "public, max-age=300";
 
 /// What the operations share.
 pub(super) struct Shared {
-    pub(super) registry: Registry,
+    pub(super) registry: Arc<Registry>,
+    pub(super) leases: Arc<Leases>,
+    pub(super) proxies: Arc<Proxies>,
     pub(super) mint: Mint,
     pub(super) throttle: Throttle,
     pub(super) clock: Clock,
@@ -77,6 +84,23 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
         .route("/v1/watch", get(watch))
         .route("/v1/services", get(list))
         .route("/v1/services/{name}", get(show))
+        .route(
+            "/v1/services/{name}/endpoints/{id}",
+            get(operations::show)
+                .put(operations::register)
+                .patch(operations::adjust)
+                .delete(operations::remove),
+        )
+        .route("/v1/services/{name}/endpoints/{id}/heartbeat", post(operations::heartbeat))
+        .route("/v1/services/{name}/endpoints/{id}/drain", post(operations::drain))
+        .route("/v1/proxies", get(operations::proxies))
+        .route("/v1/proxies/{instance}", put(operations::report))
+        .route(
+            "/v1/project",
+            get(operations::export)
+                .put(operations::import)
+                .layer(DefaultBodyLimit::max(PROJECT_LIMIT)),
+        )
         .route("/.well-known/jwks.json", get(jwks))
         .route("/.well-known/openid-configuration", get(discovery))
         .route("/.well-known/oauth-authorization-server", get(discovery))
@@ -129,7 +153,7 @@ async fn token(
 
 async fn catalog(State(shared): App, headers: HeaderMap) -> Result<Response, Rejection> {
     shared.admit(&headers, CATALOG_READ)?;
-    Ok(services::catalog(&shared.registry.current(), &headers))
+    services::catalog(&shared.registry.current(), &headers)
 }
 
 #[derive(Deserialize)]
@@ -150,12 +174,12 @@ async fn watch(
     let last = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse().ok());
     let left = claims.exp.saturating_sub(shared.clock.unix_seconds());
     let until = Instant::now() + Duration::from_secs(u64::try_from(left).unwrap_or(0));
-    Ok(services::watch(shared.registry.follow(), last.or(from), until, shared.end.clone()))
+    Ok(services::watch(&shared.registry, last.or(from), until, shared.end.clone()))
 }
 
 async fn list(State(shared): App, headers: HeaderMap) -> Result<Response, Rejection> {
     shared.admit(&headers, CATALOG_READ)?;
-    Ok(services::list(&shared.registry.current()))
+    services::list(&shared.registry.current())
 }
 
 async fn show(
@@ -206,16 +230,22 @@ async fn discovery(State(shared): App) -> Response {
 }
 
 async fn ready(State(shared): App) -> Response {
-    // Project and keys are there from the start; only the end makes it unready.
+    // Keys are there from the start; a project may have to be imported first.
     if shared.end.is_cancelled() {
         (StatusCode::SERVICE_UNAVAILABLE, "ending\n").into_response()
+    } else if shared.registry.current().book.project().is_none() {
+        (StatusCode::SERVICE_UNAVAILABLE, "there is no project yet\n").into_response()
     } else {
         "ok\n".into_response()
     }
 }
 
 impl Shared {
-    fn admit(&self, headers: &HeaderMap, scope: &'static str) -> Result<OwnClaims, Rejection> {
+    pub(super) fn admit(
+        &self,
+        headers: &HeaderMap,
+        scope: &'static str,
+    ) -> Result<OwnClaims, Rejection> {
         guard::admit(headers, &self.mint, self.registry.issuer(), scope, self.clock.now())
     }
 }

@@ -10,13 +10,16 @@ use std::{
     time::Duration,
 };
 
+use aws_lc_rs::rand::fill;
 use axum::Router;
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use http::Request;
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto::Builder,
 };
+use secrecy::{ExposeSecret, SecretString};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
@@ -26,19 +29,25 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 use tower::ServiceExt;
 use url::Url;
+use zeroize::Zeroizing;
 
 use crate::{
     control::{
-        Identities, RegistryError, Replaced,
-        registry::Registry,
+        BookError, Identities, RegistryError,
+        book::Key,
+        leases::Leases,
+        project::{self, Imported, Past},
+        proxies::Proxies,
+        registry::{Registry, hex, sha256},
+        reject::Rejection,
         router::{Peer, Shared, router},
-        store::Store,
         throttle::Throttle,
     },
     identity::{Mint, MintError, MintSettings},
-    model::Project,
+    model::{Project, ServiceName},
     net::{self, BindError, Gate, MinVersion, Opening, Reload, ServerTls, TlsError},
     runtime::{Clock, Supervisor, open_files},
+    store::{Location, Store, StoreError, Write},
 };
 
 /// Connections at a time, where so many files may be open.
@@ -95,9 +104,39 @@ pub enum ControlError {
     /// The signing keys.
     #[error(transparent)]
     Keys(#[from] MintError),
-    /// The project.
+    /// The store.
     #[error(transparent)]
-    Registry(#[from] RegistryError),
+    Store(#[from] StoreError),
+    /// What the store keeps is not understood.
+    #[error(transparent)]
+    Registry(#[from] BookError),
+    /// The project cannot come into force; the one before it then stays.
+    #[error("{detail}")]
+    Project {
+        /// Why not, and what to write instead.
+        detail: String,
+        /// Whether that is the project's fault.
+        wrong: bool,
+    },
+}
+
+impl From<RegistryError> for ControlError {
+    fn from(error: RegistryError) -> Self {
+        match error {
+            RegistryError::Store(error) => error.into(),
+            RegistryError::Book(error) => error.into(),
+        }
+    }
+}
+
+impl From<Rejection> for ControlError {
+    fn from(rejection: Rejection) -> Self {
+        let wrong = matches!(
+            rejection,
+            Rejection::Reserved { .. } | Rejection::Renamed { .. } | Rejection::BadRequest { .. }
+        );
+        Self::Project { detail: rejection.to_string(), wrong }
+    }
 }
 
 impl ControlError {
@@ -110,10 +149,10 @@ impl ControlError {
             | Self::Bind(_)
             | Self::Tls(_)
             | Self::DataDir { .. } => true,
-            Self::Registry(error) => {
-                matches!(error, RegistryError::Reserved { .. } | RegistryError::Renamed { .. })
-            }
-            Self::Socket(_) | Self::Keys(_) => false,
+            Self::Project { wrong, .. } => *wrong,
+            // One that others may mend meanwhile is worth another try by whoever starts us.
+            Self::Store(error) => !error.is_temporary(),
+            Self::Socket(_) | Self::Keys(_) | Self::Registry(_) => false,
         }
     }
 }
@@ -136,8 +175,10 @@ pub struct Settings {
     pub public_url: Option<Url>,
     /// Without a certificate only loopback is listened on.
     pub tls: Option<TlsFiles>,
-    /// Keys and revision; made with mode 0700 if it is not there.
+    /// Keys and, unless `store` says otherwise, the registry; made with mode 0700 if it is not there.
     pub data_dir: PathBuf,
+    /// Where the registry is kept.
+    pub store: Location,
     /// How long a token is good.
     pub token_lifetime: Duration,
     /// How long a new key is published before it signs; at least as long as verifiers cache the key set.
@@ -160,6 +201,7 @@ impl Settings {
             listen,
             public_url: None,
             tls: None,
+            store: Location::Sqlite(data_dir.join("registry.db")),
             data_dir,
             token_lifetime: usual.lifetime,
             key_lead: usual.lead,
@@ -175,19 +217,14 @@ impl Settings {
 pub struct Control;
 
 impl Control {
-    /// Starts it on the current tokio runtime; afterwards it answers. `project` has been checked by whoever read
-    /// it. Blocks on the disk for a moment.
+    /// Starts it on the current tokio runtime; afterwards it answers. `project` has been checked by whoever read it; without
+    /// one the store's is served.
     ///
     /// # Errors
     /// [`ControlError`]; nothing runs then.
-    #[expect(
-        clippy::unused_async,
-        reason = "it must be called within a runtime, and may come to wait"
-    )]
     pub async fn start(
         settings: Settings,
-        project: Project,
-        identities: Identities,
+        project: Option<(Project, Identities)>,
     ) -> Result<Running, ControlError> {
         if settings.tls.is_none() && !settings.listen.ip().is_loopback() {
             return Err(ControlError::Plaintext { listen: settings.listen });
@@ -209,11 +246,25 @@ impl Control {
             },
             settings.clock.now(),
         )?;
-        let store = Store::new(&settings.data_dir);
-        let registry = Registry::open(issuer.clone(), store, project, &identities)?;
         let supervisor = Supervisor::new(Handle::current());
+        let store = Store::open(&settings.store, &supervisor).await?;
+        let (registry, committer) = Registry::open(&issuer, store.clone()).await?;
+        supervisor.spawn_until_end("control-registry", committer.run());
+        // One node has one file, and what that says is meant. Of several, one may be old.
+        let past = match settings.store {
+            Location::Sqlite(_) => Past::Taken,
+            Location::Postgres(_) => Past::Left,
+        };
+        let first_admin = begin(&registry, project, past).await?;
+        let leases = Arc::new(Leases::new(store.clone()));
+        let proxies = Arc::new(Proxies::new(store.clone()));
+        supervisor
+            .spawn_until_end("control-leases", Arc::clone(&leases).tend(Arc::clone(&registry)));
+        supervisor.spawn_until_end("control-proxies", Arc::clone(&proxies).tend());
         let shared = Arc::new(Shared {
             registry,
+            leases,
+            proxies,
             mint,
             throttle: Throttle::new(),
             clock: settings.clock,
@@ -236,8 +287,52 @@ impl Control {
         supervisor.spawn_until_end("control-accept", door.open(listener));
         let revision = shared.registry.current().revision;
         tracing::info!(%local_addr, issuer, revision, "the control plane answers");
-        Ok(Running { local_addr, issuer, shared, supervisor })
+        Ok(Running { local_addr, issuer, shared, supervisor, first_admin })
     }
+}
+
+/// The name of the first admin credential; reserved, so no service has it.
+const FIRST_ADMIN: &str = "infrar-admin";
+
+/// Puts the project in force and makes the first admin credential, if there is none; gives its secret, which nobody can
+/// tell later.
+async fn begin(
+    registry: &Registry,
+    project: Option<(Project, Identities)>,
+    past: Past,
+) -> Result<Option<SecretString>, ControlError> {
+    let document = project.map(|(project, identities)| project::document(project, &identities));
+    let (secret, admin) = credential()?;
+    let digest = sha256(secret.expose_secret().as_bytes());
+    let name = admin.clone();
+    registry
+        .change(move |draft| {
+            if let Some(document) = &document
+                && project::import(draft, document, past)? == Imported::Past
+            {
+                tracing::warn!(
+                    "the project file was in force before and is not taken over again; exchange it, or bring it back with \
+                     `infrar project import`"
+                );
+            }
+            if draft.book().has_admin() {
+                return Ok(());
+            }
+            draft.add(vec![Write::put(Key::Admin(&name).text(), hex(&digest))])
+        })
+        .await?;
+    // Another replica may have been faster.
+    let ours = registry.current().book.admin(&admin) == Some(&digest);
+    Ok(ours.then_some(secret))
+}
+
+/// A new admin credential.
+fn credential() -> Result<(SecretString, ServiceName), ControlError> {
+    let none = || ControlError::Socket(io::Error::other("the system gives no random numbers"));
+    let mut bytes = Zeroizing::new([0; 32]);
+    fill(&mut *bytes).map_err(|_unspecified| none())?;
+    let secret = SecretString::from(URL_SAFE_NO_PAD.encode(&*bytes));
+    Ok((secret, FIRST_ADMIN.parse().map_err(|_never| none())?))
 }
 
 /// A control plane that answers. Dropping it ends it at once; [`shutdown`](Self::shutdown) lets requests finish.
@@ -246,6 +341,16 @@ pub struct Running {
     issuer: String,
     shared: Arc<Shared>,
     supervisor: Supervisor,
+    first_admin: Option<SecretString>,
+}
+
+/// What a replacement did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Replaced {
+    /// The revision by which the project is in force.
+    pub revision: u64,
+    /// Whether that is another than before.
+    pub changed: bool,
 }
 
 impl std::fmt::Debug for Running {
@@ -276,16 +381,29 @@ impl Running {
         self.shared.registry.current().revision
     }
 
-    /// Puts the next version of the project in force and tells the proxies. Blocks on the disk for a moment.
+    /// The name and the secret of the first admin credential, if this start has made it. Told once.
+    pub fn first_admin(&mut self) -> Option<(&'static str, SecretString)> {
+        self.first_admin.take().map(|secret| (FIRST_ADMIN, secret))
+    }
+
+    /// Puts the next version of the project in force and tells the proxies.
     ///
     /// # Errors
-    /// [`ControlError::Registry`]; the old version then stays in force.
-    pub fn replace(
+    /// [`ControlError::Project`]; the old version then stays in force.
+    pub async fn replace(
         &self,
         project: Project,
         identities: &Identities,
     ) -> Result<Replaced, ControlError> {
-        Ok(self.shared.registry.replace(project, identities)?)
+        let registry = &self.shared.registry;
+        let before = registry.current().book.written_at();
+        let document = project::document(project, identities);
+        registry
+            .change(move |draft| project::import(draft, &document, Past::Taken).map(drop))
+            .await?;
+        let after = registry.current();
+        let changed = after.book.written_at() != before;
+        Ok(Replaced { revision: after.revision, changed })
     }
 
     /// Publishes a new signing key, which signs after the lead; gives its id. Blocks on the disk for a moment.

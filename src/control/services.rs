@@ -2,22 +2,27 @@
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
-use axum::response::{
-    IntoResponse, Response,
-    sse::{Event, KeepAlive, Sse},
+use axum::{
+    body::Body,
+    response::{IntoResponse, Response},
 };
+use bytes::Bytes;
 use futures_util::{StreamExt, stream};
 use http::{
     HeaderMap, HeaderValue, StatusCode,
     header::{CACHE_CONTROL, CONTENT_TYPE, ETAG, IF_NONE_MATCH},
 };
-use tokio::{sync::watch, time::Instant};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep_until},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    api::{Change, ServiceAnswer, ServiceList, ServiceSummary},
+    api::{ServiceAnswer, ServiceList, ServiceSummary},
     control::{
-        registry::Version,
+        journal::resync,
+        registry::{Registry, Version},
         reject::{Rejection, json},
     },
     model::{EndpointState, Place, Project, ServiceName},
@@ -29,66 +34,97 @@ const HEARTBEAT: Duration = Duration::from_secs(15);
 const NEAREST: usize = 3;
 
 /// `GET /v1/catalog`: the catalog, or 304 when the caller has it (RFC 9110 §13.1.2).
-pub(super) fn catalog(version: &Version, headers: &HeaderMap) -> Response {
-    let etag = HeaderValue::from_str(&version.etag);
+pub(super) fn catalog(version: &Version, headers: &HeaderMap) -> Result<Response, Rejection> {
+    let etag = version.etag();
     let fresh = headers.get_all(IF_NONE_MATCH).iter().any(|value| {
         let text = value.to_str().unwrap_or_default();
         // The comparison is the weak one: `W/` does not count.
         text.split(',')
             .map(str::trim)
-            .any(|tag| tag == "*" || tag.strip_prefix("W/").unwrap_or(tag) == version.etag)
+            .any(|tag| tag == "*" || tag.strip_prefix("W/").unwrap_or(tag) == etag)
     });
     let mut answer = if fresh {
         StatusCode::NOT_MODIFIED.into_response()
     } else {
         let kind = HeaderValue::from_static("application/json");
-        ([(CONTENT_TYPE, kind)], version.catalog.clone()).into_response()
+        ([(CONTENT_TYPE, kind)], version.catalog()?).into_response()
     };
     let headers = answer.headers_mut();
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache, private"));
-    if let Ok(etag) = etag {
+    if let Ok(etag) = HeaderValue::from_str(&etag) {
         headers.insert(ETAG, etag);
     }
-    answer
+    Ok(answer)
 }
 
-/// `GET /v1/watch`: every revision after `from`, the current one at once when it is another. Ends with the
-/// token (`until`) and with the control plane (`end`); the caller then asks again.
-pub(super) fn watch(
+/// One who watches.
+struct Watcher {
+    registry: Arc<Registry>,
     versions: watch::Receiver<Arc<Version>>,
+    seen: Option<u64>,
+    /// When it next is told that the stream is alive.
+    heartbeat: Instant,
+}
+
+impl Watcher {
+    /// What comes next, in whole events; `None` when the control plane is gone.
+    async fn next(&mut self) -> Option<Bytes> {
+        loop {
+            let current = self.versions.borrow_and_update().revision;
+            let frames = self.seen.and_then(|seen| self.registry.journal().after(seen, current));
+            self.seen = Some(current);
+            match frames.as_deref() {
+                Some([]) => {}
+                Some([one]) => return Some(one.clone()),
+                Some(many) => return Some(many.concat().into()),
+                None => return Some(resync(current)),
+            }
+            tokio::select! {
+                changed = self.versions.changed() => changed.ok()?,
+                () = sleep_until(self.heartbeat) => {
+                    self.heartbeat = Instant::now() + HEARTBEAT;
+                    // A comment (WHATWG HTML §9.2.6).
+                    return Some(Bytes::from_static(b":\n\n"));
+                }
+            }
+        }
+    }
+}
+
+/// `GET /v1/watch`: every change after `from` in its order, or that the catalog is to be fetched. Ends with the token
+/// (`until`) and with the control plane (`end`); the caller then asks again.
+pub(super) fn watch(
+    registry: &Arc<Registry>,
     from: Option<u64>,
     until: Instant,
     end: CancellationToken,
 ) -> Response {
-    let changes = stream::unfold((versions, from), |(mut versions, seen)| async move {
-        loop {
-            let revision = versions.borrow_and_update().revision;
-            if Some(revision) != seen {
-                return Some((revision, (versions, Some(revision))));
-            }
-            // An error means that nobody can change it any more: the control plane is gone.
-            versions.changed().await.ok()?;
+    // Not all at once: a thousand that came together would for ever be told together that nothing happens.
+    let first = HEARTBEAT.mul_f64(fastrand::f64().mul_add(0.5, 0.5));
+    let watcher = Watcher {
+        registry: Arc::clone(registry),
+        versions: registry.follow(),
+        seen: from,
+        heartbeat: Instant::now() + first,
+    };
+    let frames = stream::unfold(watcher, |mut watcher| async move {
+        let frame = watcher.next().await?;
+        Some((Ok::<_, Infallible>(frame), watcher))
+    });
+    let frames = frames.take_until(async move {
+        tokio::select! {
+            () = sleep_until(until) => {}
+            () = end.cancelled_owned() => {}
         }
     });
-    let events = changes
-        .map(|revision| {
-            let event = Event::default().event("change").id(revision.to_string());
-            Ok::<_, Infallible>(
-                event.json_data(Change { revision, patches: Vec::new() }).unwrap_or_default(),
-            )
-        })
-        .take_until(async move {
-            tokio::select! {
-                () = tokio::time::sleep_until(until) => {}
-                () = end.cancelled_owned() => {}
-            }
-        });
-    Sse::new(events).keep_alive(KeepAlive::new().interval(HEARTBEAT)).into_response()
+    let kind = HeaderValue::from_static("text/event-stream");
+    let cache = HeaderValue::from_static("no-store");
+    ([(CONTENT_TYPE, kind), (CACHE_CONTROL, cache)], Body::from_stream(frames)).into_response()
 }
 
 /// `GET /v1/services`.
-pub(super) fn list(version: &Version) -> Response {
-    let services = version.project.services.iter().map(|(name, service)| {
+pub(super) fn list(version: &Version) -> Result<Response, Rejection> {
+    let services = version.project()?.services.iter().map(|(name, service)| {
         let mut places: Vec<Place> =
             service.endpoints.iter().map(|endpoint| endpoint.place.clone()).collect();
         places.sort_unstable();
@@ -103,12 +139,12 @@ pub(super) fn list(version: &Version) -> Response {
         }
     });
     let list = ServiceList { revision: version.revision, services: services.collect() };
-    json(StatusCode::OK, "application/json", &list)
+    Ok(json(StatusCode::OK, "application/json", &list))
 }
 
 /// `GET /v1/services/{name}`.
 pub(super) fn show(version: &Version, name: &str) -> Result<Response, Rejection> {
-    let project = &version.project;
+    let project = version.project()?;
     let Some((name, service)) = project.services.get_key_value(name) else {
         return Err(unknown(project, name));
     };
@@ -125,7 +161,15 @@ pub(super) fn show(version: &Version, name: &str) -> Result<Response, Rejection>
     Ok(json(StatusCode::OK, "application/json", &answer))
 }
 
-fn unknown(project: &Project, name: &str) -> Rejection {
+/// A name, as it stands in a path.
+pub(super) fn name(text: &str) -> Result<ServiceName, Rejection> {
+    text.parse().map_err(|error: crate::model::NameError| Rejection::BadRequest {
+        detail: format!("the service's name: {error}"),
+    })
+}
+
+/// That a service is not known, and which ones are near.
+pub(super) fn unknown(project: &Project, name: &str) -> Rejection {
     let name: String = name.chars().take(63).collect();
     let mut near: Vec<(usize, &ServiceName)> = project
         .services

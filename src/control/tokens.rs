@@ -17,7 +17,10 @@ use tokio::time::Instant;
 use url::{Url, form_urlencoded};
 
 use crate::{
-    api::{CATALOG_READ, CONTROL_AUDIENCE, TokenReply, USAGE_WRITE},
+    api::{
+        CATALOG_READ, CONTROL_AUDIENCE, ENDPOINTS_OWN, KEYS_WRITE, PROJECT_WRITE, REGISTRY_WRITE,
+        TokenReply, USAGE_WRITE,
+    },
     control::{
         registry::{Version, sha256},
         reject::TokenRefusal,
@@ -139,11 +142,16 @@ impl Desk<'_> {
     }
 
     fn granted(&self, caller: &ServiceName, callee: &str) -> Result<ScopeSet, TokenRefusal> {
-        let row = self.version.project.permissions.get(caller);
+        let book = &self.version.book;
+        let row = book.project().and_then(|project| project.permissions.get(caller));
         let written = row.and_then(|row| row.get(callee));
         if callee == CONTROL_AUDIENCE {
-            // Every identity follows the catalog and reports its usage.
-            let own = [CATALOG_READ, USAGE_WRITE].into_iter().filter_map(|text| text.parse().ok());
+            // Every identity follows the catalog, reports its usage, and registers endpoints of its own name.
+            let own: &[&str] = match book.admin(caller) {
+                Some(_) => &[CATALOG_READ, REGISTRY_WRITE, PROJECT_WRITE, KEYS_WRITE],
+                None => &[CATALOG_READ, USAGE_WRITE, ENDPOINTS_OWN],
+            };
+            let own = own.iter().filter_map(|text| text.parse().ok());
             let written = written.into_iter().flat_map(ScopeSet::iter).cloned();
             return Ok(own.chain(written).collect());
         }
@@ -163,8 +171,9 @@ impl Desk<'_> {
         callee: &str,
         wanted: Option<&ScopeSet>,
     ) -> Result<ScopeSet, TokenRefusal> {
-        let strictness = Strictness::at(&self.version.project.mode, self.now);
-        let service = self.version.project.services.get(callee);
+        let Some(project) = self.version.book.project() else { return Err(refusal) };
+        let strictness = Strictness::at(&project.mode, self.now);
+        let service = project.services.get(callee);
         let (Strictness::Learn, Some(service)) = (strictness, service) else { return Err(refusal) };
         let listed = &service.scopes;
         let scopes = wanted.map_or_else(|| listed.clone(), |wanted| wanted.intersection(listed));

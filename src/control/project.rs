@@ -1,0 +1,135 @@
+//! The project as a document: from the file that somebody wrote, or over the API; and which of two is the newer one.
+
+use std::collections::BTreeMap;
+
+use secrecy::ExposeSecret;
+
+use crate::{
+    api::{IdentityDocument, ProjectDocument},
+    control::{
+        Identities, Identity,
+        book::{self, Book, Key},
+        registry::{Draft, hex, sha256},
+        reject::Rejection,
+    },
+    model::{EndpointId, Project, ServiceName},
+    store::Write,
+};
+
+/// Whether a document that was in force before may be put in force again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Past {
+    /// Somebody wants it now.
+    Taken,
+    /// It is read at a start: where several replicas have a file each, the one that was not exchanged yet must not undo what
+    /// another has brought.
+    Left,
+}
+
+/// What an import did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Imported {
+    /// It is in force, or was already.
+    InForce,
+    /// It was in force before, and something newer has taken its place.
+    Past,
+}
+
+/// The document of a file: secrets leave it as digests.
+pub(super) fn document(project: Project, identities: &Identities) -> ProjectDocument {
+    let proofs = identities.iter().filter_map(|(name, identity)| {
+        let proof = match identity {
+            // An empty secret would be known to everybody.
+            Identity::ClientSecret(secret) if secret.expose_secret().is_empty() => return None,
+            Identity::ClientSecret(secret) => IdentityDocument::Secret {
+                client_secret_sha256: hex(&sha256(secret.expose_secret().as_bytes())),
+            },
+            Identity::Workload { issuer, subject } => {
+                IdentityDocument::Workload { issuer: issuer.clone(), subject: subject.clone() }
+            }
+        };
+        Some((name.clone(), proof))
+    });
+    let identities: BTreeMap<ServiceName, IdentityDocument> = proofs.collect();
+    ProjectDocument { project, identities }
+}
+
+/// Puts a document in force. What was registered or adjusted and finds no place in it any more goes.
+pub(super) fn import(
+    draft: &mut Draft,
+    document: &ProjectDocument,
+    past: Past,
+) -> Result<Imported, Rejection> {
+    check(draft.book(), document)?;
+    if draft.book().document() == Some(document) {
+        return Ok(Imported::InForce);
+    }
+    let text = serde_json::to_vec(document).map_err(|_unwritable| Rejection::Internal)?;
+    let hash = hex(&sha256(&text));
+    if past == Past::Left && draft.book().is_past(&hash) {
+        return Ok(Imported::Past);
+    }
+    let write =
+        draft.book().import(document.clone(), hash).map_err(|_unwritable| Rejection::Internal)?;
+    let mut writes = vec![write];
+    writes.extend(homeless(draft.book(), document));
+    draft.add(writes)?;
+    Ok(Imported::InForce)
+}
+
+/// Entries that say nothing beside `document`: their service is gone, the project now has such an endpoint or none such,
+/// or another service has their host.
+fn homeless(book: &Book, document: &ProjectDocument) -> Vec<Write> {
+    let services = &document.project.services;
+    let has = |service: &ServiceName, id: &EndpointId| {
+        let service = services.get(service);
+        service.map(|service| service.endpoints.iter().any(|endpoint| endpoint.id == *id))
+    };
+    let hosts: BTreeMap<String, &ServiceName> = services
+        .iter()
+        .flat_map(|(name, service)| {
+            service.endpoints.iter().map(move |endpoint| (endpoint.url.host().to_string(), name))
+        })
+        .collect();
+    let leased = book.leases().filter(|(service, id, leased)| {
+        let host = leased.endpoint.url.host();
+        let taken = !host.is_loopback()
+            && hosts.get(&host.to_string()).is_some_and(|owner| owner != service);
+        has(service, id) != Some(false) || taken
+    });
+    let leased = leased.map(|(service, id, _)| {
+        tracing::warn!(%service, endpoint = %id, "a registered endpoint has no place in the new project");
+        Write::remove(Key::Leased(service, id).text())
+    });
+    let adjusted = book.adjustments().filter(|(service, id)| has(service, id) != Some(true));
+    leased
+        .chain(adjusted.map(|(service, id)| Write::remove(Key::Adjusted(service, id).text())))
+        .collect()
+}
+
+/// What no project may be.
+fn check(book: &Book, document: &ProjectDocument) -> Result<(), Rejection> {
+    let ProjectDocument { project, identities } = document;
+    if let Some(name) = project.services.keys().find(|name| name.is_reserved()) {
+        return Err(Rejection::Reserved { name: name.clone() });
+    }
+    let before = book.document().map(|document| &document.project.name);
+    if let Some(before) = before.filter(|before| **before != project.name) {
+        return Err(Rejection::Renamed { before: before.clone(), now: project.name.clone() });
+    }
+    for (name, identity) in identities {
+        match identity {
+            IdentityDocument::Secret { client_secret_sha256 }
+                if book::digest(client_secret_sha256).is_none() =>
+            {
+                return Err(Rejection::BadRequest {
+                    detail: format!(
+                        "identities.{name}.client_secret_sha256 is a SHA-256 in hexadecimal"
+                    ),
+                });
+            }
+            IdentityDocument::Secret { .. } | IdentityDocument::Workload { .. } => {}
+        }
+    }
+    Ok(())
+}
