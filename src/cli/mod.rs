@@ -9,8 +9,11 @@ mod flags;
 mod health;
 mod kept;
 mod metrics;
+mod project;
+mod proxies;
 mod proxy;
 mod reach;
+mod registering;
 mod reload;
 mod sample;
 mod scene;
@@ -64,6 +67,8 @@ enum Command {
     Check(check::Check),
     Health(health::Health),
     Services(services::Services),
+    Project(project::Project),
+    Proxies(proxies::Proxies),
     Token(token::Token),
     Completions(completions::Completions),
     Man(completions::Man),
@@ -87,6 +92,8 @@ impl Cli {
             | Command::Check(_)
             | Command::Health(_)
             | Command::Services(_)
+            | Command::Project(_)
+            | Command::Proxies(_)
             | Command::Token(_)
             | Command::Completions(_)
             | Command::Man(_) => self.log_format.unwrap_or_default(),
@@ -148,6 +155,8 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Check(check) => return Ok(check.run()),
         Command::Health(health) => return health.run().await,
         Command::Services(services) => services.run().await?,
+        Command::Project(project) => project.run().await?,
+        Command::Proxies(proxies) => proxies.run().await?,
         Command::Token(token) => return token.run().await,
         Command::Completions(completions) => completions.run(Cli::command())?,
         Command::Man(man) => man.run(Cli::command())?,

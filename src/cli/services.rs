@@ -1,8 +1,9 @@
-//! `infrar services`: what the control plane knows.
+//! `infrar services`: what the control plane knows, and endpoints by hand.
 
 use std::fmt::Write;
 
 use super::reach::{Bearer, Reach, print, table, tame};
+use super::registering;
 use crate::{
     api::{ServiceAnswer, ServiceList},
     model::{Endpoint, NetworkMode, ScopeSet, ServiceName},
@@ -28,6 +29,16 @@ enum Verb {
         service: ServiceName,
         #[command(flatten)]
         form: Form,
+    },
+    Register(Box<registering::Register>),
+    /// Let an endpoint finish what it has and give it nothing new.
+    Drain(registering::One),
+    /// Take an endpoint away that was registered.
+    Remove(registering::One),
+    /// Print every change as it comes, until Ctrl-C.
+    Watch {
+        #[command(flatten)]
+        form: registering::Form,
     },
 }
 
@@ -57,6 +68,10 @@ impl Services {
                 let shown = form.reach.client()?.service(form.bearer.secret()?, &service).await?;
                 if form.json { serde_json::to_string_pretty(&shown)? } else { told(&shown) }
             }
+            Verb::Register(register) => return register.run().await,
+            Verb::Drain(one) => return one.drain().await,
+            Verb::Remove(one) => return one.remove().await,
+            Verb::Watch { form } => return registering::watch(form).await,
         };
         Ok(print(&tame(&text))?)
     }

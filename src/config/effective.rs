@@ -69,6 +69,9 @@ impl ProjectFile {
                     let path = self.secret_files.get(name).map(|path| path.display());
                     Shown::map([("client_secret_file", Shown::maybe(path, Shown::text))])
                 }
+                Identity::ClientSecretDigest(digest) => {
+                    Shown::map([("client_secret_sha256", Shown::text(digest))])
+                }
                 Identity::Workload { issuer, subject } => {
                     Shown::map([("issuer", Shown::text(issuer)), ("subject", Shown::text(subject))])
                 }

@@ -53,6 +53,13 @@ kind!(
     PART,
     |text| text.parse::<Provider>().is_ok()
 );
+kind!(
+    SHA256,
+    "a SHA-256",
+    "write the 64 hexadecimal digits that `sha256sum` prints",
+    Some("^[0-9a-fA-F]{64}$"),
+    |text| text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+);
 kind!(REGION, "a region", "write a region as its provider does, such as us-east-1", PART, |text| {
     text.parse::<Region>().is_ok()
 });

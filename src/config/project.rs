@@ -49,6 +49,20 @@ pub struct ProjectFile {
 }
 
 impl ProjectFile {
+    /// A project that was read elsewhere, as the file that would say it.
+    #[must_use]
+    pub fn of(project: Project, identities: Identities) -> Self {
+        Self {
+            jwks_files: vec![None; project.issuers.len()],
+            project,
+            identities,
+            notes: Vec::new(),
+            first_caller: None,
+            secret_files: BTreeMap::new(),
+            costs: Vec::new(),
+        }
+    }
+
     /// The files that it refers to: secrets and key sets. What they say counts as if it stood in this one.
     pub fn referred_files(&self) -> impl Iterator<Item = PathBuf> {
         self.secret_files.values().chain(self.jwks_files.iter().flatten()).cloned()
@@ -418,16 +432,21 @@ impl Reader<'_> {
             let Ok(name) = entry.key.parse::<ServiceName>() else { continue };
             self.refuse_reserved(&name, entry);
             let here = entry.value.here();
-            let parts = [here.key("client_secret_file"), here.key("issuer"), here.key("subject")];
+            let parts = ["client_secret_file", "client_secret_sha256", "issuer", "subject"];
+            let parts = parts.map(|key| here.key(key));
             match parts.map(|part| part.0) {
-                [Some(file), None, None] => {
+                [Some(file), None, None, None] => {
                     let Some((path, secret)) = self.files.secret(file, self.faults) else {
                         continue;
                     };
                     secret_files.insert(name.clone(), path);
                     identities.insert(name, Identity::ClientSecret(secret));
                 }
-                [None, Some(issuer), Some(subject)] => {
+                [None, Some(digest), None, None] => {
+                    let Some(digest) = digest.scalar() else { continue };
+                    identities.insert(name, Identity::ClientSecretDigest(digest.to_lowercase()));
+                }
+                [None, None, Some(issuer), Some(subject)] => {
                     self.plain_web(issuer);
                     let (Some(issuer), Some(subject)) = (issuer.scalar(), subject.scalar()) else {
                         continue;
@@ -455,7 +474,8 @@ impl Reader<'_> {
                     }
                     let found =
                         if set.is_empty() { "no proof".to_owned() } else { set.join(" and ") };
-                    let advice = "write either client_secret_file, or issuer and subject";
+                    let advice =
+                        "write client_secret_file, client_secret_sha256, or issuer and subject";
                     self.faults.push(entry.value.fault_found(found, advice));
                 }
             }

@@ -3,8 +3,8 @@
 use super::{
     kinds::{
         AMOUNT, BANDWIDTH, ENDPOINT_ID, FILE, HEADER, HEDGE_AFTER, INNER_ADDRESS, NAME, ORIGIN,
-        PATH, PERCENT, PLACE, POSITIVE_SPAN, PROVIDER, REGION, SCOPE, TEXT, TIMESTAMP, WEB_URL,
-        ZONE,
+        PATH, PERCENT, PLACE, POSITIVE_SPAN, PROVIDER, REGION, SCOPE, SHA256, TEXT, TIMESTAMP,
+        WEB_URL, ZONE,
     },
     shape::{Key, Shape},
 };
@@ -247,6 +247,11 @@ static IDENTITY: Shape = Shape::Table(&[
         "client_secret_file",
         &Shape::Text(&FILE),
         "Its secret; relative to this file, trailing white space is cut.",
+    ),
+    Key::new(
+        "client_secret_sha256",
+        &Shape::Text(&SHA256),
+        "Instead of the file: the SHA-256 of the secret, in hexadecimal, as `infrar project export` writes it.",
     ),
     Key::new("issuer", &Shape::Text(&WEB_URL), "The issuer of its platform's OIDC tokens."),
     Key::new("subject", &Shape::Text(&TEXT), "The subject of those tokens."),

@@ -14,6 +14,8 @@ pub type Identities = BTreeMap<ServiceName, Identity>;
 pub enum Identity {
     /// By a shared secret (RFC 6749 §2.3.1).
     ClientSecret(SecretString),
+    /// By a shared secret of which only the SHA-256 is known here, in hexadecimal.
+    ClientSecretDigest(String),
     /// By an OIDC token of its platform (RFC 7523).
     Workload {
         /// The token's `iss`.

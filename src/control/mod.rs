@@ -26,5 +26,6 @@ mod tokens;
 
 pub use book::BookError;
 pub use identities::{Identities, Identity};
+pub use project::{document, identities};
 pub use registry::RegistryError;
 pub use serve::{Control, ControlError, Replaced, Running, Settings, TlsFiles};

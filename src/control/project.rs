@@ -36,7 +36,8 @@ pub(super) enum Imported {
 }
 
 /// The document of a file: secrets leave it as digests.
-pub(super) fn document(project: Project, identities: &Identities) -> ProjectDocument {
+#[must_use]
+pub fn document(project: Project, identities: &Identities) -> ProjectDocument {
     let proofs = identities.iter().filter_map(|(name, identity)| {
         let proof = match identity {
             // An empty secret would be known to everybody.
@@ -44,6 +45,9 @@ pub(super) fn document(project: Project, identities: &Identities) -> ProjectDocu
             Identity::ClientSecret(secret) => IdentityDocument::Secret {
                 client_secret_sha256: hex(&sha256(secret.expose_secret().as_bytes())),
             },
+            Identity::ClientSecretDigest(digest) => {
+                IdentityDocument::Secret { client_secret_sha256: digest.clone() }
+            }
             Identity::Workload { issuer, subject } => {
                 IdentityDocument::Workload { issuer: issuer.clone(), subject: subject.clone() }
             }
@@ -52,6 +56,23 @@ pub(super) fn document(project: Project, identities: &Identities) -> ProjectDocu
     });
     let identities: BTreeMap<ServiceName, IdentityDocument> = proofs.collect();
     ProjectDocument { project, identities }
+}
+
+/// The way back: who may ask for tokens, as a file says it.
+#[must_use]
+pub fn identities(document: &ProjectDocument) -> Identities {
+    let each = document.identities.iter().map(|(name, proof)| {
+        let identity = match proof.clone() {
+            IdentityDocument::Secret { client_secret_sha256 } => {
+                Identity::ClientSecretDigest(client_secret_sha256)
+            }
+            IdentityDocument::Workload { issuer, subject } => {
+                Identity::Workload { issuer, subject }
+            }
+        };
+        (name.clone(), identity)
+    });
+    each.collect()
 }
 
 /// Puts a document in force. What was registered or adjusted and finds no place in it any more goes.
