@@ -24,7 +24,7 @@ use super::{
 use crate::{
     config::{self, Faults, ProxyFile},
     cost::Meter,
-    discovery::Directory,
+    discovery::{AskReady, Directory, Presence},
     net::{self, Resolver, ServerTls},
     proxy::{self, Admin, Ends, Parts},
     runtime::{Phase, Signal, Signals, Supervisor, cpus},
@@ -115,6 +115,8 @@ pub(crate) struct RunningProxy {
     supervisor: Arc<Supervisor>,
     running: proxy::Running,
     drained: Arc<Notify>,
+    /// What tells the control plane of it.
+    presence: Option<Presence>,
 }
 
 /// Starts a proxy on the current runtime; afterwards its listeners are open.
@@ -162,23 +164,28 @@ pub(crate) fn start(file: &ProxyFile) -> anyhow::Result<RunningProxy> {
         reloads: Arc::<Reloads>::default(),
     };
     helm.note();
+    let shared = Arc::clone(&ward);
     registry.register_collector(Box::new(move |found| conditions(found, &ward)));
     let reloads = Arc::clone(&helm.reloads);
     registry.register_collector(Box::new(move |found| settings(found, &reloads)));
     expose(&registry, &world, &directory, &meter, &running, Arc::clone(&helm.log));
     let drained = Arc::new(Notify::new());
+    let ready = world.readiness(!file.inbound.is_empty());
+    let asked = Arc::clone(&ready);
+    let answering: AskReady = Arc::new(move || asked().is_ok());
     let admin = Admin {
         registry,
         directory: Arc::clone(&directory),
-        ready: world.readiness(!file.inbound.is_empty()),
+        ready,
         shutdown: ends.inbound.clone(),
         drain: Arc::clone(&drained),
         supervisor: Supervisor::clone(&supervisor),
     };
     serve(&supervisor, admin, admin_socket, probes_socket);
-    world.live(&supervisor);
+    let presence = world.presence();
+    world.live(&supervisor, answering, Arc::new(move || shared.served()));
     watch_certificates(&supervisor, &helm);
-    Ok(RunningProxy { helm, admin: admin_at, ends, supervisor, running, drained })
+    Ok(RunningProxy { helm, admin: admin_at, ends, supervisor, running, drained, presence })
 }
 
 fn bind(at: SocketAddr, key: &str) -> anyhow::Result<TcpListener> {
@@ -207,6 +214,7 @@ impl RunningProxy {
 
     /// Ends it quickly, in order: for `up` and `demo`.
     pub(crate) async fn shutdown(self) {
+        self.take_leave().await;
         self.ends.inbound.advance(Phase::Drain);
         self.ends.outbound.advance(Phase::Drain);
         let idle =
@@ -224,18 +232,29 @@ impl RunningProxy {
         let deadline = Instant::now() + deadline;
         let Ends { inbound, outbound } = &self.ends;
         inbound.advance(Phase::NotReady);
+        if let Some(presence) = &self.presence {
+            presence.leave();
+        }
         let ended = async {
             tokio::time::sleep(grace).await;
             inbound.advance(Phase::StopAccepting);
             tokio::time::sleep(LAST_CALLS).await;
             inbound.advance(Phase::Drain);
             inbound.wait_idle().await;
+            self.take_leave().await;
             self.application_ended().await;
             outbound.advance(Phase::Drain);
             outbound.wait_idle().await;
         };
         if tokio::time::timeout_at(deadline, ended).await.is_err() {
             tracing::warn!("shutdown.deadline has passed with connections still open");
+        }
+    }
+
+    /// What others may call goes before what answers them is gone.
+    async fn take_leave(&self) {
+        if let Some(presence) = &self.presence {
+            presence.gone().await;
         }
     }
 

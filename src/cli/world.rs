@@ -7,6 +7,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use aws_lc_rs::digest::{SHA256, digest};
 use futures_util::{FutureExt, future::BoxFuture};
 use secrecy::SecretString;
 use tokio::{runtime::Handle, sync::Notify};
@@ -18,11 +19,16 @@ use super::{
     watch::{WatchedFile, changed},
 };
 use crate::{
-    api::{CONTROL_AUDIENCE, Catalog, Client, ClientSettings, Credential, TokenAnswer},
+    api::{
+        CONTROL_AUDIENCE, Catalog, Client, ClientSettings, Credential, Registration, TokenAnswer,
+    },
     config::{self, ProxyFile},
-    discovery::{AskBearer, Directory, Registry as Source},
+    discovery::{
+        Advertisement, AskBearer, AskReady, AskServed, Directory, Introduction, Presence,
+        Registry as Source,
+    },
     identity::{ControlTokens, NoTokens, TokenSource, TokenUnavailable, Tokens},
-    model::{Project, ServiceName},
+    model::{AuthMethod, EndpointState, Place, Project, ServiceName},
     proxy,
     runtime::{Clock, Supervisor},
 };
@@ -35,6 +41,8 @@ pub(super) struct World {
     pub(super) trust: Arc<Mutex<Trust>>,
     keeper: Option<Keeper>,
     source: Option<Source>,
+    /// What tells the control plane of this proxy.
+    presence: Option<Presence>,
     /// A project that is read from a file, and its watch unless the system gives none.
     file: Option<(PathBuf, Option<WatchedFile>)>,
     /// Told when that file is to be read although nobody edited it: what it points at may have changed.
@@ -129,6 +137,7 @@ impl World {
             trust: Arc::new(Mutex::new(trust)),
             keeper: None,
             source: None,
+            presence: None,
             file: Some((path.to_owned(), watched)),
             again: Arc::default(),
         })
@@ -181,6 +190,7 @@ impl World {
             let slot = Arc::clone(&slot);
             async move { Ok(slot.bearer().await?.token()) }.boxed()
         });
+        let presence = Presence::new(client.clone(), Arc::clone(&bearer), introduction(file));
         let source = Source::new(client, bearer, Arc::clone(directory));
         Ok(Self {
             me: file.service.clone(),
@@ -189,6 +199,7 @@ impl World {
             trust: Arc::new(Mutex::new(trust)),
             keeper,
             source: Some(source),
+            presence: Some(presence),
             file: None,
             again: Arc::default(),
         })
@@ -223,9 +234,19 @@ impl World {
         })
     }
 
-    /// Starts everything that keeps it current.
-    pub(super) fn live(self, supervisor: &Arc<Supervisor>) {
-        let Self { me, directory, tokens, trust, keeper, source, file, again } = self;
+    /// What tells the control plane of this proxy, where there is one.
+    pub(super) fn presence(&self) -> Option<Presence> {
+        self.presence.clone()
+    }
+
+    /// Starts everything that keeps it current, and what tells of it: that the proxy is `ready`, and what it has `served`.
+    pub(super) fn live(self, supervisor: &Arc<Supervisor>, ready: AskReady, served: AskServed) {
+        let Self { me, directory, tokens, trust, keeper, source, presence, file, again } = self;
+        if let Some(presence) = presence {
+            let reporting = presence.clone().report(Arc::clone(&directory), served);
+            supervisor.spawn_until_end("proxy-report", reporting);
+            supervisor.spawn_until_end("advertise", presence.advertise(ready));
+        }
         // Whoever listens comes before whoever speaks.
         let mut changes = directory.changes();
         let (keeping, follower) = (Arc::clone(supervisor), Arc::clone(&trust));
@@ -253,6 +274,56 @@ impl World {
             supervisor.spawn_until_end("project-file", following);
         }
     }
+}
+
+/// What a proxy says of itself.
+fn introduction(file: &ProxyFile) -> Introduction {
+    let advertised = file.inbound.iter().filter_map(|inbound| inbound.advertise.as_ref());
+    let endpoints = file.place.iter().flat_map(|place| {
+        advertised.clone().filter_map(move |advertise| advertisement(place, file, advertise))
+    });
+    Introduction {
+        service: file.service.clone(),
+        role: match file.role {
+            config::Role::Sidecar => "sidecar",
+            config::Role::Edge => "edge",
+            config::Role::Dev => "dev",
+        },
+        place: file.place.clone(),
+        endpoints: endpoints.collect(),
+    }
+}
+
+fn advertisement(
+    place: &Place,
+    file: &ProxyFile,
+    advertise: &config::Advertise,
+) -> Option<Advertisement> {
+    let config::Advertise { id, url, internal_url, private_url, ttl } = advertise;
+    let id = match id {
+        Some(id) => id.clone(),
+        // The same at every start, and another for another address in the same place.
+        None => {
+            let label = place.to_string().replace('_', "-");
+            let mark = digest(&SHA256, url.to_string().as_bytes());
+            let mark: String =
+                mark.as_ref().iter().take(3).map(|byte| format!("{byte:02x}")).collect();
+            let label: String = label.chars().take(50).collect();
+            format!("{}-{mark}", label.trim_end_matches('-')).parse().ok()?
+        }
+    };
+    let registration = Registration {
+        url: url.clone(),
+        internal_url: internal_url.clone(),
+        private_url: private_url.clone(),
+        place: place.clone(),
+        zone: file.zone.clone(),
+        auth_method: AuthMethod::BearerToken,
+        weight: 100,
+        state: EndpointState::Active,
+        ttl_seconds: ttl.as_secs(),
+    };
+    Some(Advertisement { id, registration })
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

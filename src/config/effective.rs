@@ -8,9 +8,9 @@ use super::{
     Effective,
     project::ProjectFile,
     settings::{
-        Access, Admin, App, AppProtocol, Control, Credential, Inbound, Log, LogFormat, Outbound,
-        ProxyFile, ProxyLimits, Registry, Role, Rule, RulePath, ShutdownTimes, Tls, TlsVersion,
-        UnknownHosts, Workers,
+        Access, Admin, Advertise, App, AppProtocol, Control, Credential, Inbound, Log, LogFormat,
+        Outbound, ProxyFile, ProxyLimits, Registry, Role, Rule, RulePath, ShutdownTimes, Tls,
+        TlsVersion, UnknownHosts, Workers,
     },
     show::Shown,
 };
@@ -330,8 +330,16 @@ fn show_outbound(outbound: &Outbound) -> Shown {
 }
 
 fn show_inbound(inbound: &Inbound) -> Shown {
-    let Inbound { listen, app, tls, allow_from, rules, forward_authorization, token_cache } =
-        inbound;
+    let Inbound {
+        listen,
+        app,
+        tls,
+        allow_from,
+        rules,
+        forward_authorization,
+        token_cache,
+        advertise,
+    } = inbound;
     let mut entries = vec![("listen", Shown::text(listen))];
     entries.extend(app.iter().map(|app| ("app", show_app(app))));
     entries.push(("tls", show_tls(tls)));
@@ -340,8 +348,19 @@ fn show_inbound(inbound: &Inbound) -> Shown {
     entries.push(("rules", Shown::maybe(rules.as_ref(), |rules| Shown::list(rules, show_rule))));
     entries.push(("forward_authorization", Shown::word(forward_authorization)));
     entries.push(("token_cache", Shown::word(token_cache)));
-    entries.push(("advertise", Shown::Null));
+    entries.push(("advertise", Shown::maybe(advertise.as_ref(), show_advertise)));
     Shown::map(entries)
+}
+
+fn show_advertise(advertise: &Advertise) -> Shown {
+    let Advertise { id, url, internal_url, private_url, ttl } = advertise;
+    Shown::map([
+        ("id", Shown::maybe(id.as_ref(), Shown::text)),
+        ("url", Shown::text(url)),
+        ("internal_url", Shown::maybe(internal_url.as_ref(), Shown::text)),
+        ("private_url", Shown::maybe(private_url.as_ref(), Shown::text)),
+        ("ttl", time(*ttl)),
+    ])
 }
 
 fn show_app(app: &App) -> Shown {

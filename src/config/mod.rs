@@ -28,9 +28,9 @@ use std::path::{Path, PathBuf};
 pub use fault::{Fault, Faults, Position, Source};
 pub use project::{ProjectFile, is_loopback};
 pub use settings::{
-    Access, Admin, App, AppProtocol, Control, Credential, Inbound, Log, LogFormat, Outbound,
-    ProxyFile, ProxyLimits, Registry, Role, Rule, RulePath, ShutdownTimes, Tls, TlsVersion,
-    UnknownHosts, Workers,
+    Access, Admin, Advertise, App, AppProtocol, Control, Credential, Inbound, Log, LogFormat,
+    Outbound, ProxyFile, ProxyLimits, Registry, Role, Rule, RulePath, ShutdownTimes, Tls,
+    TlsVersion, UnknownHosts, Workers,
 };
 
 use files::{Files, read_bounded, unreadable};

@@ -3,7 +3,9 @@
 //! Single values have been checked by their shape. Here is what needs a second look: listeners that collide,
 //! plaintext where it must not be, a certificate and a key that do not belong together.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
+use std::{
+    collections::BTreeMap, net::SocketAddr, ops::RangeInclusive, path::PathBuf, time::Duration,
+};
 
 use http::Method;
 use ipnet::IpNet;
@@ -19,12 +21,16 @@ use super::{
     node::{At, Node, Value},
     project::{is_loopback, scopes},
     settings::{
-        Access, Admin, App, AppProtocol, Control, Credential, Inbound, Log, LogFormat, Outbound,
-        ProxyFile, ProxyLimits, Registry, Role, Rule, RulePath, ShutdownTimes, Tls, TlsVersion,
-        UnknownHosts, Workers,
+        Access, Admin, Advertise, App, AppProtocol, Control, Credential, Inbound, Log, LogFormat,
+        Outbound, ProxyFile, ProxyLimits, Registry, Role, Rule, RulePath, ShutdownTimes, Tls,
+        TlsVersion, UnknownHosts, Workers,
     },
 };
 use crate::model::{Origin, Project, Scheme, ServiceName};
+
+/// How long an endpoint stays registered without a heartbeat, and how long that may be.
+const LEASE: Duration = Duration::from_secs(30);
+const LEASES: RangeInclusive<Duration> = Duration::from_secs(5)..=Duration::from_secs(3600);
 
 /// Reads the proxy's settings; `None` only together with a fault. `project` reads the project file that takes
 /// the place of a control plane.
@@ -51,6 +57,7 @@ pub(super) fn read(
     let registry = reader.registry(root, outbound.as_ref(), project);
     let trust = top.key("trust").key("ca_file").0;
     let trust_ca_file = trust.and_then(|node| reader.certificate_file(node));
+    reader.advertised(root, role, registry.as_ref());
     let shutdown = reader.shutdown(top.key("shutdown"));
     let limits = limits(top.key("limits"));
     Some(ProxyFile {
@@ -195,6 +202,53 @@ impl Reader<'_> {
             rules,
             forward_authorization: here.key("forward_authorization").flag().unwrap_or(true),
             token_cache: here.key("token_cache").parse().unwrap_or(TOKEN_CACHE),
+            advertise: here.key("advertise").0.and_then(|node| self.advertise(node)),
+        })
+    }
+
+    /// An endpoint is told to a control plane, and is somewhere.
+    fn advertised(&mut self, root: &Node, role: Role, registry: Option<&Registry>) {
+        let written = root.get("inbound").into_iter();
+        let sections = written.flat_map(|node| match &node.value {
+            Value::List(items) => items.iter().collect(),
+            Value::Map(_) | Value::Scalar { .. } => vec![node],
+        });
+        for node in sections.filter_map(|section| section.get("advertise")) {
+            if node.is_null() {
+                continue;
+            }
+            let advice = match (role, registry) {
+                (Role::Edge, _) => "leave it out: an edge is no endpoint of a service of its own",
+                (Role::Dev, _) if root.get("place").is_none() => {
+                    "write place, for an endpoint is somewhere"
+                }
+                (_, Some(Registry::File(_))) => {
+                    "leave it out, or write control: endpoints are registered there"
+                }
+                (Role::Sidecar | Role::Dev, Some(Registry::Control(_)) | None) => continue,
+            };
+            self.faults.push(node.fault(advice));
+        }
+    }
+
+    fn advertise(&mut self, node: &Node) -> Option<Advertise> {
+        let here = node.here();
+        let url: Origin = here.key("url").parse()?;
+        let inner = |key| here.key(key).with(|text| Origin::parse_relative(text, &url).ok());
+        let open = url.scheme() == Scheme::Http && !url.host().is_loopback();
+        if let (true, Some(node)) = (open, node.get("url")) {
+            self.faults.push(node.fault("write https:// (tokens travel over TLS only)"));
+        }
+        let ttl = here.key("ttl").with(time).unwrap_or(LEASE);
+        if let (false, Some(node)) = (LEASES.contains(&ttl), node.get("ttl")) {
+            self.faults.push(node.fault("write 5s to 1h"));
+        }
+        Some(Advertise {
+            id: here.key("id").parse(),
+            internal_url: inner("internal_url"),
+            private_url: inner("private_url"),
+            url,
+            ttl,
         })
     }
 
@@ -270,11 +324,6 @@ impl Reader<'_> {
             let found = format!("{}, which this release cannot do yet", node.found());
             self.faults
                 .push(node.fault_found(found, "write off; callers prove themselves by token"));
-        }
-        if let Some(node) = inbound.key("advertise").0 {
-            let found = "a registration, which this release cannot do yet";
-            let advice = "leave it out and list the endpoint in project.yaml";
-            self.faults.push(node.fault_found(found, advice));
         }
     }
 

@@ -2,8 +2,8 @@
 
 use super::{
     kinds::{
-        APP, BYTES, DIRECTORY, FILE, INNER_ADDRESS, LISTEN, METHOD, NAME, NETWORK, ORIGIN, PLACE,
-        POSITIVE_SPAN, RULE_PATH, SCOPE, SPAN, TLS_VERSION, WEB_URL, WORKERS, ZONE,
+        APP, BYTES, DIRECTORY, ENDPOINT_ID, FILE, INNER_ADDRESS, LISTEN, METHOD, NAME, NETWORK,
+        ORIGIN, PLACE, POSITIVE_SPAN, RULE_PATH, SCOPE, SPAN, TLS_VERSION, WEB_URL, WORKERS, ZONE,
     },
     shape::{Key, Shape},
 };
@@ -187,8 +187,18 @@ static INBOUND: Shape = Shape::Table(&[
             Key::required("url", &Shape::Text(&ORIGIN), "Its public address."),
             Key::new("internal_url", &Shape::Text(&INNER_ADDRESS), "Its address in mode vpn."),
             Key::new("private_url", &Shape::Text(&INNER_ADDRESS), "In mode private_peering."),
+            Key::new(
+                "id",
+                &Shape::Text(&ENDPOINT_ID),
+                "Its id. Default: the place and what tells its url from others.",
+            ),
+            Key::new(
+                "ttl",
+                &Shape::Text(&POSITIVE_SPAN),
+                "How long it stays registered without a heartbeat, 5s to 1h. Default 30s.",
+            ),
         ])),
-        "Registers this endpoint. Not in this release.",
+        "Registers this endpoint with the control plane, and takes it away at the end. Default null: it does not.",
     ),
 ]);
 

@@ -118,14 +118,25 @@ impl Waiting {
             self.0.push("inbound".to_owned());
         }
         let mut next: Vec<Option<Inbound>> = next.into_iter().map(Some).collect();
+        let mut others = false;
         let taken = in_force.iter().map(|before| {
             let same = |it: &&mut Option<Inbound>| {
                 it.as_ref().is_some_and(|it| it.listen == before.listen)
             };
             let heir = next.iter_mut().find(same).and_then(Option::take);
-            heir.unwrap_or_else(|| before.clone())
+            heir.map_or_else(
+                || before.clone(),
+                |mut heir| {
+                    others |= heir.advertise != before.advertise;
+                    heir.advertise.clone_from(&before.advertise);
+                    heir
+                },
+            )
         });
         let taken = taken.collect();
+        if others {
+            self.0.push("inbound.advertise".to_owned());
+        }
         let left = next.iter().enumerate().filter(|(_, it)| it.is_some());
         self.0.extend(left.map(|(at, _)| key(at)));
         taken

@@ -11,7 +11,7 @@ use url::Url;
 use super::defaults::{
     CONNECTIONS, HEADER_BYTES, HEADER_TIMEOUT, HEADERS, IDLE_TIMEOUT, STALL_TIMEOUT, STREAMS,
 };
-use crate::model::{Origin, Place, ScopeSet, ServiceName, Zone};
+use crate::model::{EndpointId, Origin, Place, ScopeSet, ServiceName, Zone};
 
 /// One proxy, as its file, environment and flags describe it.
 #[derive(Clone, Debug, PartialEq)]
@@ -152,6 +152,23 @@ pub struct Inbound {
     pub forward_authorization: bool,
     /// Verified tokens kept per worker; 0: verify every time.
     pub token_cache: usize,
+    /// Where others reach it, if the registry is to be told.
+    pub advertise: Option<Advertise>,
+}
+
+/// An endpoint that the registry is told of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Advertise {
+    /// Its id; one is made of the place and the host of `url` where none is written.
+    pub id: Option<EndpointId>,
+    /// Its public address.
+    pub url: Origin,
+    /// Its address in mode vpn.
+    pub internal_url: Option<Origin>,
+    /// Its address in mode `private_peering`.
+    pub private_url: Option<Origin>,
+    /// How long it stays without a heartbeat.
+    pub ttl: Duration,
 }
 
 /// The application behind an inbound listener.

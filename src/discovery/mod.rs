@@ -5,9 +5,11 @@
 //! that can be watched.
 
 mod directory;
+mod presence;
 mod registry;
 mod state;
 
 pub use directory::Directory;
+pub use presence::{Advertisement, AskReady, AskServed, Introduction, Presence};
 pub use registry::{AskBearer, Registry};
 pub use state::{Seal, State, StateFault, Stored};

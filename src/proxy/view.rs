@@ -8,6 +8,7 @@ use std::{
     collections::HashMap,
     rc::Rc,
     sync::{Arc, Mutex, PoisonError},
+    thread::{self, ThreadId},
     time::Duration,
 };
 
@@ -61,11 +62,18 @@ pub struct Ward {
     zero: Instant,
     vitals: Mutex<HashMap<Whom, (Arc<Vitals>, Circuit)>>,
     budgets: Mutex<HashMap<ServiceName, Arc<Budget>>>,
+    /// The revision by which each worker answers.
+    served: Mutex<HashMap<ThreadId, u64>>,
 }
 
 impl Default for Ward {
     fn default() -> Self {
-        Self { zero: Instant::now(), vitals: Mutex::default(), budgets: Mutex::default() }
+        Self {
+            zero: Instant::now(),
+            vitals: Mutex::default(),
+            budgets: Mutex::default(),
+            served: Mutex::default(),
+        }
     }
 }
 
@@ -74,6 +82,19 @@ impl Ward {
     #[must_use]
     pub fn tick(&self, now: Instant) -> Tick {
         Tick::since(self.zero, now)
+    }
+
+    /// The worker whose thread this is answers by this revision from now on.
+    pub(super) fn serves(&self, revision: u64) {
+        let mut served = self.served.lock().unwrap_or_else(PoisonError::into_inner);
+        served.insert(thread::current().id(), revision);
+    }
+
+    /// The revision by which every worker answers; 0 before the first one.
+    #[must_use]
+    pub fn served(&self) -> u64 {
+        let served = self.served.lock().unwrap_or_else(PoisonError::into_inner);
+        served.values().copied().min().unwrap_or(0)
     }
 
     fn vitals(&self, whom: Whom, circuit: &Circuit) -> Arc<Vitals> {

@@ -206,10 +206,12 @@ impl Worker {
     }
 
     fn survey(&self, catalog: Arc<Catalog>) {
+        let revision = catalog.revision;
         let view = self.surveyor.survey(catalog);
         // Dropped after the borrow: what goes with the old view may look at the new one.
         let old = self.view.replace(Some(view));
         drop(old);
+        self.ward.serves(revision);
         self.ward.sweep();
     }
 }
