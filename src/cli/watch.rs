@@ -10,10 +10,11 @@ use std::{
     time::Duration,
 };
 
-use aws_lc_rs::digest::{SHA256, digest};
 use notify::{RecommendedWatcher, RecursiveMode};
 use notify_debouncer_full::{DebounceEventResult, Debouncer, RecommendedCache, new_debouncer};
 use tokio::{sync::mpsc, time::sleep};
+
+use crate::runtime::sha256;
 
 /// Editors write a file in several steps; a change counts when they are done.
 const SETTLE: Duration = Duration::from_millis(200);
@@ -33,12 +34,12 @@ pub(crate) struct WatchedFile {
 /// secrets, so no content is held.
 struct Seen {
     path: PathBuf,
-    mark: Option<Vec<u8>>,
+    mark: Option<[u8; 32]>,
 }
 
 impl Seen {
     fn now(path: PathBuf) -> Self {
-        let mark = std::fs::read(&path).ok().map(|content| mark(&content));
+        let mark = std::fs::read(&path).ok().map(|content| sha256(&content));
         Self { path, mark }
     }
 }
@@ -110,7 +111,7 @@ impl WatchedFile {
         let mut marks = Vec::with_capacity(self.files.len());
         for seen in &self.files {
             let read: io::Result<Vec<u8>> = tokio::fs::read(&seen.path).await;
-            marks.push(read.ok().map(|content| mark(&content)));
+            marks.push(read.ok().map(|content| sha256(&content)));
         }
         // Only now, in one go: whoever gives up waiting meanwhile has lost no change.
         let mut changed = false;
@@ -134,10 +135,6 @@ pub(crate) async fn changed(watched: &mut Option<WatchedFile>) {
 
 fn folder(path: &Path) -> PathBuf {
     path.parent().unwrap_or(path).to_owned()
-}
-
-fn mark(content: &[u8]) -> Vec<u8> {
-    digest(&SHA256, content).as_ref().to_vec()
 }
 
 #[cfg(test)]
@@ -164,7 +161,7 @@ mod tests {
         fs::write(folder.path().join("next"), "three").unwrap();
         fs::rename(folder.path().join("next"), &file).unwrap();
         timeout(PATIENCE, watched.changed()).await.unwrap();
-        assert_eq!(watched.files[0].mark, Some(mark(b"three")));
+        assert_eq!(watched.files[0].mark, Some(sha256(b"three")));
     }
 
     #[tokio::test]

@@ -10,13 +10,14 @@ use crate::{
     api::{Client, ClientError, Watch},
     discovery::Directory,
     model::ServiceName,
+    runtime::Backoff,
 };
 
 /// The catalog is asked for at least this often, whatever the stream says.
 const POLL: Duration = Duration::from_secs(30);
-/// The pause after the first failure; it doubles up to [`LONGEST`], with full jitter.
-const SHORTEST: Duration = Duration::from_millis(200);
-/// The longest pause after a failure.
+/// Pauses after failures.
+const RETRY: Backoff = Backoff::new(Duration::from_millis(200), LONGEST);
+/// The longest of them.
 const LONGEST: Duration = Duration::from_secs(5);
 
 type Boxed = Box<dyn std::error::Error + Send + Sync>;
@@ -55,19 +56,19 @@ impl Registry {
     /// Follows it until dropped; failures are waited out with growing, jittered pauses, so that a thousand proxies do not
     /// come back at once. The log tells when it is lost and when it is found again, not of each attempt between.
     pub async fn follow(self) {
-        let mut pause = SHORTEST;
+        let mut failures = 0u32;
         let (mut etag, mut lost) = (None, false);
         loop {
             let begun = Instant::now();
             let outcome = self.stay_current(&mut etag, &mut lost).await;
             if begun.elapsed() > LONGEST {
-                pause = SHORTEST;
+                failures = 0;
             }
             if let Err(error) = outcome {
                 self.report(&error, std::mem::replace(&mut lost, true));
             }
-            sleep(pause.mul_f64(fastrand::f64().mul_add(0.5, 0.5))).await;
-            pause = (pause * 2).min(LONGEST);
+            failures = failures.saturating_add(1);
+            sleep(RETRY.pause(failures)).await;
         }
     }
 

@@ -13,12 +13,11 @@ use std::{
     time::Duration,
 };
 
-use aws_lc_rs::digest::{SHA256, digest};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
     model::ServiceName,
-    runtime::{Clock, write_private},
+    runtime::{Clock, hex, sha256, write_private},
 };
 
 /// The version of the files' form.
@@ -240,13 +239,7 @@ fn note_of(name: &str) -> String {
 }
 
 fn checksum(content: &str) -> String {
-    use std::fmt::Write;
-    let mut text = String::with_capacity(64);
-    for byte in digest(&SHA256, content.as_bytes()).as_ref() {
-        // Writing to a string does not fail.
-        let _infallible = write!(text, "{byte:02x}");
-    }
-    text
+    hex(&sha256(content.as_bytes()))
 }
 
 #[cfg(test)]

@@ -28,10 +28,8 @@ use url::Url;
 
 use crate::{
     api::Client,
-    identity::{
-        backoff::Backoff,
-        keys::{KeySet, KeySetError},
-    },
+    identity::keys::{KeySet, KeySetError},
+    runtime::Backoff,
 };
 
 /// How long fetched keys are taken as they are.

@@ -4,7 +4,6 @@
 //! immutable snapshot behind; a worker reads snapshots and decides with arithmetic alone. Nothing here knows
 //! HTTP messages, and no secret is ever printed.
 
-mod backoff;
 #[cfg(test)]
 mod forge;
 mod json;

@@ -31,9 +31,9 @@ use tracing::{debug, info, warn};
 
 use crate::{
     api::{Client, ClientError, Credential, TokenAnswer},
-    identity::{backoff::Backoff, verify::peek_expiry},
+    identity::verify::peek_expiry,
     model::{Project, ScopeSet, ServiceName},
-    runtime::Clock,
+    runtime::{Backoff, Clock},
 };
 
 /// A token is not used in its last seconds: it must still be good when it arrives.
@@ -365,8 +365,8 @@ impl Tokens {
         slots.retain(|callee, _| before.get(callee) == files.get(callee));
     }
 
-    /// The slot for a callee, until [`read_from`](Self::read_from) says where else its token comes from. Takes a lock: look it up when a snapshot is
-    /// built, not for every request.
+    /// The slot for a callee, until [`read_from`](Self::read_from) says where else its token comes from. Takes a lock:
+    /// look it up when a snapshot is built, not for every request.
     #[must_use]
     pub fn slot(&self, callee: &ServiceName) -> Arc<Slot> {
         let mut desk = self.lock();

@@ -17,7 +17,6 @@ use std::{
     },
 };
 
-use aws_lc_rs::digest;
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use http::HeaderValue;
 use quick_cache::{UnitWeighter, unsync::Cache};
@@ -35,6 +34,7 @@ use crate::{
         policy::scopes_header,
     },
     model::{Scope, ScopeSet, ServiceName},
+    runtime::sha256,
 };
 
 /// The longest token that is looked at.
@@ -604,7 +604,7 @@ impl TokenCache {
             cache.retain(|_, claims| verifier.still_trusts(claims));
             self.generation = generation;
         }
-        let fingerprint = fingerprint(token);
+        let fingerprint: Fingerprint = sha256(token);
         if let Some(claims) = cache.get(&fingerprint) {
             if !audience.iter().any(|name| claims.is_for(name)) {
                 return Err(TokenFault::WrongAudience);
@@ -633,15 +633,6 @@ impl TokenCache {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
-}
-
-fn fingerprint(token: &[u8]) -> Fingerprint {
-    let mut out = [0; 32];
-    let hash = digest::digest(&digest::SHA256, token);
-    for (to, from) in out.iter_mut().zip(hash.as_ref()) {
-        *to = *from;
-    }
-    out
 }
 
 #[cfg(test)]
