@@ -7,7 +7,7 @@ use jiff::SignedDuration;
 use secrecy::{ExposeSecret, SecretString};
 use url::Url;
 
-use super::watch::WatchedFile;
+use super::watch::{Told, WatchedFile};
 use crate::{
     config,
     control::{self, Control, Identities, Running, TlsFiles},
@@ -75,14 +75,16 @@ impl ControlArgs {
         if let Some((name, secret)) = running.first_admin() {
             introduce(name, &secret);
         }
+        let mut told = Told::default();
         loop {
             tokio::select! {
                 signal = signals.next() => match signal {
                     Signal::Stop | Signal::StopAtOnce => break,
-                    Signal::Reload => reload(&running, watched.as_mut()).await,
+                    Signal::Reload => told = Told::default(),
                 },
-                () = changed(&mut watched) => reload(&running, watched.as_mut()).await,
+                () = changed(&mut watched) => {}
             }
+            reload(&running, watched.as_mut(), &mut told).await;
         }
         tracing::info!("told to end");
         tokio::select! {
@@ -134,7 +136,7 @@ async fn changed(watched: &mut Option<Watched>) {
 }
 
 /// Takes the project over, or says why not and keeps the old one.
-async fn reload(running: &Running, watched: Option<&mut Watched>) {
+async fn reload(running: &Running, watched: Option<&mut Watched>, told: &mut Told) {
     let Some(watched) = watched else {
         return tracing::info!(
             "the project is in the store; change it with `infrar project import`"
@@ -143,15 +145,19 @@ async fn reload(running: &Running, watched: Option<&mut Watched>) {
     let (project, identities) = match watched.load() {
         Ok(loaded) => loaded,
         Err(faults) => {
-            return tracing::error!("the project was not taken over, the old one stays:\n{faults}");
+            watched.watched.failed(faults.referred_files());
+            return told.not_taken_over(faults.to_string());
         }
     };
     match running.replace(project, &identities).await {
-        Ok(replaced) => tracing::info!(revision = replaced.revision, "the project is in force"),
-        Err(error) => tracing::error!(
-            error = &error as &dyn std::error::Error,
-            "the project was not taken over, the old one stays"
-        ),
+        Ok(replaced) => {
+            *told = Told::default();
+            tracing::info!(revision = replaced.revision, "the project is in force");
+        }
+        Err(error) => {
+            watched.watched.failed([]);
+            told.not_taken_over(format!("{:#}", anyhow::Error::from(error)));
+        }
     }
 }
 

@@ -11,5 +11,5 @@ mod state;
 
 pub use directory::Directory;
 pub use presence::{Advertisement, AskReady, AskServed, Introduction, Presence};
-pub use registry::{AskBearer, Registry};
-pub use state::{Seal, State, StateFault, Stored};
+pub use registry::{Passes, Registry};
+pub use state::{Origin, Seal, State, StateFault, Stored};

@@ -6,6 +6,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use secrecy::SecretString;
 use tokio::{
     sync::watch,
     time::{Instant, sleep, sleep_until, timeout},
@@ -14,7 +15,7 @@ use uuid::Uuid;
 
 use crate::{
     api::{Adjustment, Client, ClientError, ProxyReport, Registration},
-    discovery::{AskBearer, Directory},
+    discovery::{Directory, Passes, registry::with_pass},
     model::{EndpointId, EndpointState, Place, ServiceName},
 };
 
@@ -75,7 +76,7 @@ pub type AskServed = Arc<dyn Fn() -> u64 + Send + Sync>;
 #[derive(Clone)]
 pub struct Presence {
     client: Client,
-    bearer: AskBearer,
+    passes: Arc<dyn Passes>,
     me: Arc<Introduction>,
     instance: Uuid,
     stage: watch::Sender<Stage>,
@@ -86,10 +87,10 @@ pub struct Presence {
 impl Presence {
     /// Tells the control plane behind `client`.
     #[must_use]
-    pub fn new(client: Client, bearer: AskBearer, me: Introduction) -> Self {
+    pub fn new(client: Client, passes: Arc<dyn Passes>, me: Introduction) -> Self {
         Self {
             client,
-            bearer,
+            passes,
             me: Arc::new(me),
             instance: Uuid::now_v7(),
             stage: watch::Sender::new(Stage::Here),
@@ -148,8 +149,8 @@ impl Presence {
     }
 
     async fn told(&self, report: &ProxyReport) -> Result<(), Failure> {
-        let bearer = (self.bearer)().await?;
-        Ok(self.client.report(&bearer, self.instance, report).await?)
+        let report = |pass| async move { self.client.report(&pass, self.instance, report).await };
+        Ok(with_pass(&*self.passes, report).await?)
     }
 
     /// Registers the endpoints once the proxy is ready and keeps them registered; ends when they have taken leave.
@@ -198,22 +199,32 @@ impl Presence {
 
     /// Says what is true now: anew, or that it still is.
     async fn say(&self, endpoint: &Advertisement, now: Stage, told: &Told) -> Result<(), Failure> {
-        let bearer = (self.bearer)().await?;
+        let say = |pass| async move { self.say_with(&pass, endpoint, now, told).await };
+        Ok(with_pass(&*self.passes, say).await?)
+    }
+
+    async fn say_with(
+        &self,
+        bearer: &SecretString,
+        endpoint: &Advertisement,
+        now: Stage,
+        told: &Told,
+    ) -> Result<(), ClientError> {
         let (service, id) = (&self.me.service, &endpoint.id);
         match now {
             Stage::Here if told.stage == Some(Stage::Here) => {
-                self.client.heartbeat(&bearer, service, id).await?;
+                self.client.heartbeat(bearer, service, id).await?;
             }
             Stage::Here => {
-                self.client.register(&bearer, service, id, &endpoint.registration).await?;
+                self.client.register(bearer, service, id, &endpoint.registration).await?;
             }
             Stage::Leaving if told.stage.is_none() => {}
             Stage::Leaving => {
                 let draining = Adjustment { state: Some(EndpointState::Draining), weight: None };
-                self.client.adjust(&bearer, service, id, &draining, None).await?;
-                self.client.heartbeat(&bearer, service, id).await?;
+                self.client.adjust(bearer, service, id, &draining, None).await?;
+                self.client.heartbeat(bearer, service, id).await?;
             }
-            Stage::Gone => self.client.remove(&bearer, service, id, None).await?,
+            Stage::Gone => self.client.remove(bearer, service, id, None).await?,
         }
         Ok(())
     }
@@ -240,7 +251,8 @@ impl Told {
 
     /// How long to wait before it is tried again.
     fn failed(&mut self, failure: Failure, endpoint: &Advertisement) -> Duration {
-        let refusal = failure.downcast_ref::<ClientError>();
+        let refusal = failure.source().and_then(|cause| cause.downcast_ref::<ClientError>());
+        let refusal = refusal.or_else(|| failure.downcast_ref::<ClientError>());
         if let Some(ClientError::Refused { code, .. }) = refusal
             && code == "unknown-endpoint"
         {

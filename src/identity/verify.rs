@@ -17,10 +17,9 @@ use std::{
     },
 };
 
-use aws_lc_rs::digest;
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use http::HeaderValue;
-use quick_cache::{UnitWeighter, unsync::Cache};
+use quick_cache::{Weighter, unsync::Cache};
 use serde::{
     Deserialize, Deserializer,
     de::{MapAccess, Visitor},
@@ -35,6 +34,7 @@ use crate::{
         policy::scopes_header,
     },
     model::{Scope, ScopeSet, ServiceName},
+    runtime::sha256,
 };
 
 /// The longest token that is looked at.
@@ -227,6 +227,16 @@ impl Claims {
         &self.claims_header
     }
 
+    /// What it takes in memory, about.
+    fn bytes(&self) -> usize {
+        let headers = [&self.caller_header, &self.scopes_header, &self.claims_header];
+        let headers = headers.into_iter().map(HeaderValue::len).sum::<usize>();
+        let audiences = self.audiences().map(str::len).sum::<usize>();
+        let scopes = self.scopes.iter().map(|scope| scope.as_str().len() + 32).sum::<usize>();
+        // Beside its own size, the fingerprint twice and what the cache notes of each entry.
+        size_of::<Self>() + 128 + headers + self.caller.as_str().len() + audiences + scopes
+    }
+
     /// Whether it may be used at `now`, seconds since 1970.
     fn in_time(&self, now: i64) -> Result<(), TokenFault> {
         in_time(self.expires_at, self.not_before, now)
@@ -382,12 +392,6 @@ impl Verifier {
     }
 }
 
-/// `exp` of a token that is about to be sent, unverified: for its own bearer's planning and nothing else.
-pub(super) fn peek_expiry(token: &[u8]) -> Option<i64> {
-    let body = unbase64(Parts::split(token)?.payload).ok()?;
-    strict::<Body<'_>>(&body).ok()?.expires_at
-}
-
 /// Our own subjects are names that `permissions` can hold; others any printable text behind their issuer's.
 fn read_caller(subject: &str, trusted: &Trusted) -> Result<Caller, TokenFault> {
     if trusted.ours {
@@ -401,15 +405,15 @@ fn read_caller(subject: &str, trusted: &Trusted) -> Result<Caller, TokenFault> {
 }
 
 /// The three parts of a compact JWS (RFC 7515 §7.1).
-struct Parts<'a> {
-    head: &'a [u8],
-    payload: &'a [u8],
+pub(super) struct Parts<'a> {
+    pub(super) head: &'a [u8],
+    pub(super) payload: &'a [u8],
     signature: &'a [u8],
     signed: &'a [u8],
 }
 
 impl<'a> Parts<'a> {
-    fn split(token: &'a [u8]) -> Option<Self> {
+    pub(super) fn split(token: &'a [u8]) -> Option<Self> {
         let mut parts = token.split(|byte| *byte == b'.');
         let (head, payload, signature) = (parts.next()?, parts.next()?, parts.next()?);
         let signed = token.get(..head.len() + 1 + payload.len())?;
@@ -536,8 +540,8 @@ impl<'de> Visitor<'de> for BodyVisitor {
                 "iss" => body.issuer = Some(map.next_value()?),
                 "sub" => body.subject = Some(map.next_value()?),
                 "aud" => body.audience = map.next_value()?,
-                "exp" => body.expires_at = Some(map.next_value::<Seconds>()?.0),
-                "nbf" => body.not_before = Some(map.next_value::<Seconds>()?.0),
+                "exp" => body.expires_at = Some(map.next_value::<Seconds>()?.floor),
+                "nbf" => body.not_before = Some(map.next_value::<Seconds>()?.ceiling),
                 "scope" => body.scope = map.next_value()?,
                 "scopes" => body.scopes = map.next_value()?,
                 "scp" => body.scp = map.next_value()?,
@@ -551,9 +555,27 @@ impl<'de> Visitor<'de> for BodyVisitor {
 /// The SHA-256 of a token: what a cache knows of it, so that no bearer is kept in memory.
 type Fingerprint = [u8; 32];
 
-/// One worker's verified tokens. Bounded; of those that are full the rarely used go first.
+/// What a remembered token may take on average, or a cache of long tokens holds fewer of them.
+const BYTES_PER_TOKEN: u64 = 1024;
+
+/// What a remembered token takes: at least the average, so that a cache never holds more tokens than it was made for.
+#[derive(Clone)]
+struct Bytes;
+
+impl Weighter<Fingerprint, Rc<Claims>> for Bytes {
+    fn weight(&self, _: &Fingerprint, claims: &Rc<Claims>) -> u64 {
+        u64::try_from(claims.bytes()).unwrap_or(u64::MAX).max(BYTES_PER_TOKEN)
+    }
+}
+
+/// One worker's verified tokens. Bounded in number and in bytes; when it is full the rarely used go first.
+///
+/// A token that was refused is not remembered, so each time it comes its signature is looked at again. That is decided:
+/// whoever wants to spend our time sends another token each time, which no memory helps against, and limits on requests
+/// and connections are what does. A memory of bad tokens would be filled by strangers, and would have to forget at
+/// every change of keys what it knew.
 pub struct TokenCache {
-    cache: Option<Cache<Fingerprint, Rc<Claims>, UnitWeighter, foldhash::fast::RandomState>>,
+    cache: Option<Cache<Fingerprint, Rc<Claims>, Bytes, foldhash::fast::RandomState>>,
     generation: (u64, u64),
 }
 
@@ -564,7 +586,7 @@ impl fmt::Debug for TokenCache {
 }
 
 impl TokenCache {
-    /// A cache for at most `capacity` tokens; 0 verifies every time.
+    /// A cache for at most `capacity` tokens, and as many KiB of them; 0 verifies every time.
     #[must_use]
     pub fn new(capacity: usize) -> Self {
         // Room for the first few; it grows with use, so that an idle proxy stays small.
@@ -572,8 +594,8 @@ impl TokenCache {
         let cache = (capacity > 0).then(|| {
             Cache::with(
                 first,
-                capacity as u64,
-                UnitWeighter,
+                (capacity as u64).saturating_mul(BYTES_PER_TOKEN),
+                Bytes,
                 foldhash::fast::RandomState::default(),
                 quick_cache::unsync::DefaultLifecycle::default(),
             )
@@ -604,7 +626,7 @@ impl TokenCache {
             cache.retain(|_, claims| verifier.still_trusts(claims));
             self.generation = generation;
         }
-        let fingerprint = fingerprint(token);
+        let fingerprint: Fingerprint = sha256(token);
         if let Some(claims) = cache.get(&fingerprint) {
             if !audience.iter().any(|name| claims.is_for(name)) {
                 return Err(TokenFault::WrongAudience);
@@ -633,15 +655,6 @@ impl TokenCache {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
-}
-
-fn fingerprint(token: &[u8]) -> Fingerprint {
-    let mut out = [0; 32];
-    let hash = digest::digest(&digest::SHA256, token);
-    for (to, from) in out.iter_mut().zip(hash.as_ref()) {
-        *to = *from;
-    }
-    out
 }
 
 #[cfg(test)]
@@ -813,10 +826,12 @@ mod tests {
             ("exp", remove, TokenFault::NoExpiry),
             ("exp", json!(u64::MAX), TokenFault::Malformed),
             ("exp", json!("1900000000"), TokenFault::Malformed),
-            ("exp", json!(1_900_000_000.5), TokenFault::Malformed),
+            ("exp", json!(1_700_000_000.5), TokenFault::Expired),
             ("exp", json!(1e300), TokenFault::Malformed),
             ("exp", json!(null), TokenFault::Malformed),
             ("nbf", json!(NOW + 31), TokenFault::NotYetValid),
+            ("nbf", json!(1_800_000_030.5), TokenFault::NotYetValid),
+            ("nbf", json!(-1e19), TokenFault::Malformed),
             ("nbf", json!(i64::MAX), TokenFault::NotYetValid),
             ("nbf", json!("0"), TokenFault::Malformed),
             ("scope", json!("read:data \"quoted\""), TokenFault::Malformed),
@@ -872,6 +887,20 @@ mod tests {
         ] {
             assert_eq!(verifier.verify(token.as_bytes(), HERE, now).err(), fault, "{now}");
         }
+    }
+
+    #[test]
+    fn times_may_have_fractions_and_are_taken_for_the_narrower_span() {
+        let key = Forge::new("k1", Algorithm::EdDsa);
+        let verifier = trusting(&[&key]);
+        let mut payload = body();
+        payload["exp"] = json!(1_800_000_100.75);
+        payload["nbf"] = json!(1_799_999_999.25);
+        let token = key.sign(&key.header().to_string(), &payload.to_string());
+        let at = |now: i64| verifier.verify(token.as_bytes(), HERE, now);
+        assert_eq!(at(NOW).unwrap().expires_at(), NOW + 100);
+        assert_eq!(at(NOW - 31).err(), Some(TokenFault::NotYetValid));
+        assert!(at(NOW - 30).is_ok());
     }
 
     #[test]
@@ -1043,6 +1072,21 @@ mod tests {
         assert!(small.len() <= 8, "{}", small.len());
         assert!(off.is_empty());
         assert!(off.verify(&verifier, b"x.y.z", HERE, NOW).is_err());
+    }
+
+    #[test]
+    fn long_tokens_take_no_more_memory_than_short_ones() {
+        let key = Forge::new("k1", Algorithm::EdDsa);
+        let verifier = trusting(&[&key]);
+        let mut cache = TokenCache::new(64);
+        for at in 0..80 {
+            let mut payload = body();
+            payload["jti"] = at.into();
+            payload["groups"] = "g".repeat(4096).into();
+            let token = key.sign(&key.header().to_string(), &payload.to_string());
+            cache.verify(&verifier, token.as_bytes(), HERE, NOW).unwrap();
+        }
+        assert!((1..=64 / 5).contains(&cache.len()), "{}", cache.len());
     }
 
     #[test]

@@ -84,14 +84,13 @@ pub(super) async fn serve(stream: Stream, guard: Guard, story: Rc<Story>, peer: 
                     guard.arm(limits.idle_timeout);
                     let seat = Seat::take(&streams, story.worker().watchdog.coarse_now());
                     let (story, peer) = (Rc::clone(&story), Rc::clone(&peer));
-                    // Boxed here: what is moved on is then a pointer and not the room for a whole request.
-                    runtime::spawn_local(
-                        "h2-stream",
-                        Box::pin(async move {
-                            answer(request, respond, &story, &peer, &seat).await;
-                            drop(seat);
-                        }),
-                    );
+                    // Written where it stays: what is moved on is then a pointer and not the room for a whole request.
+                    let room = Box::new_uninit();
+                    let stream = Box::write(room, async move {
+                        answer(request, respond, &story, &peer, &seat).await;
+                        drop(seat);
+                    });
+                    runtime::spawn_local("h2-stream", Box::into_pin(stream));
                 }
                 Some(Err(error)) => return tracing::debug!(%error, "an HTTP/2 connection ended"),
                 None => return,
