@@ -13,11 +13,12 @@ pub mod config;
 pub mod control;
 pub mod proxy;
 
-// Floor 4: which endpoint, whose connection, who speaks, which endpoints exist, what it cost.
+// Floor 4: which endpoint, whose connection, who speaks, which endpoints exist, what it cost, what must survive.
 pub mod balance;
 pub mod cost;
 pub mod discovery;
 pub mod identity;
+pub mod store;
 pub mod upstream;
 
 // Floor 3: the control plane's HTTP contract, shared by both ends.

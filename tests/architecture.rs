@@ -19,6 +19,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("cost", 4),
     ("discovery", 4),
     ("identity", 4),
+    ("store", 4),
     ("upstream", 4),
     ("api", 3),
     ("http1", 2),
