@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Brings what tests/foreign.rs drives: the clients of other languages (Python's HTTP, gRPC and WebSocket libraries) into
-# target/foreign, and the servers and tools beside them (nginx, promtool, h2load, curl, openssl) as Debian packages.
+# target/foreign, and the servers and tools beside them (nginx, promtool, h2load, curl, openssl) as Debian packages; and
+# PostgreSQL, which tests/store.rs starts.
 # `.ci/run` calls it; run it yourself to have those stories told instead of skipped. As root it installs packages that
 # are missing; as anybody else it says which those are, brings what needs no root, and ends with 1.
 set -euo pipefail
@@ -19,6 +20,8 @@ need openssl openssl
 need nginx nginx-light
 need promtool prometheus
 need h2load nghttp2-client
+# Debian keeps the server out of PATH, one folder for each version.
+compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || missing+=(postgresql)
 /usr/bin/python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3 python3-venv)
 
 # Packages that bring a daemon must not start it: the tests run their own, on ports of their own.
