@@ -17,7 +17,7 @@ use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full};
 use hyper_util::{client::legacy, rt::TokioExecutor};
 use infrar::{
-    api::{CONTROL_AUDIENCE, Client, ClientError, ClientSettings, Credential, Resync, Told},
+    api::{CONTROL_AUDIENCE, Client, ClientError, ClientSettings, Credential, Standing, Told},
     control::{Control, ControlError, Identities, Identity, Replaced, Running, Settings, TlsFiles},
     model::{
         AuthMethod, Circuit, Endpoint, EndpointState, Enforcement, HealthCheck, Limits,
@@ -391,7 +391,7 @@ async fn a_watcher_hears_of_the_current_revision_and_of_every_change() {
     let limit = Duration::from_secs(10);
     // Of what came before this start nothing can be told any more.
     let first = timeout(limit, watch.next()).await.unwrap().unwrap().unwrap();
-    assert_eq!(first, Told::Resync(Resync { revision: 1 }));
+    assert_eq!(first, Told::Resync(Standing { revision: 1 }));
 
     let (before, _) = client.catalog(&bearer, None).await.unwrap().unwrap();
     assert_eq!(

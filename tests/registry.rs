@@ -145,9 +145,12 @@ fn client(running: &Running) -> Client {
 }
 
 async fn told(watch: &mut Watch) -> Vec<Patch> {
-    match timeout(LONG, watch.next()).await.unwrap().unwrap().unwrap() {
-        Told::Change(change) => change.patches,
-        resync @ Told::Resync(_) => panic!("{resync:?}"),
+    loop {
+        match timeout(LONG, watch.next()).await.unwrap().unwrap().unwrap() {
+            Told::Change(change) => return change.patches,
+            Told::Current(_) => {}
+            resync @ Told::Resync(_) => panic!("{resync:?}"),
+        }
     }
 }
 

@@ -515,6 +515,7 @@ impl Watch {
                 let told = match event.name.as_str() {
                     "change" => serde_json::from_str(&event.data).map(Told::Change),
                     "resync" => serde_json::from_str(&event.data).map(Told::Resync),
+                    "current" => serde_json::from_str(&event.data).map(Told::Current),
                     _ => continue,
                 };
                 return told.map(Some).map_err(|source| self.malformed(source.into()));

@@ -8,7 +8,7 @@ mod types;
 
 pub use client::{Client, ClientError, ClientSettings, Watch};
 pub use events::{Event, EventError, Events};
-pub use patch::{Change, Patch, PatchError, Resync, Settings, Told, differences};
+pub use patch::{Change, Patch, PatchError, Settings, Standing, Told, differences};
 pub use types::{
     Adjustment, CATALOG_READ, CONTROL_AUDIENCE, Catalog, Credential, ENDPOINTS_OWN, EndpointAnswer,
     Heartbeat, IdentityDocument, KEYS_WRITE, OauthRefusal, PROJECT_WRITE, ProjectDocument,

@@ -34,13 +34,15 @@ pub enum PatchError {
 pub struct Change {
     /// The revision that it leads to; it follows on the one before.
     pub revision: u64,
+    /// The ETag of the catalog that it leads to.
+    pub etag: String,
     /// What is different, in any order.
     pub patches: Vec<Patch>,
 }
 
-/// `GET /v1/watch`: the data of one `resync` event. What lies between cannot be told any more; fetch the catalog.
+/// `GET /v1/watch`: the data of a `resync` or `current` event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Resync {
+pub struct Standing {
     /// The revision that is current.
     pub revision: u64,
 }
@@ -50,8 +52,10 @@ pub struct Resync {
 pub enum Told {
     /// The next change.
     Change(Change),
-    /// Fetch the catalog.
-    Resync(Resync),
+    /// What lies between cannot be told any more: fetch the catalog.
+    Resync(Standing),
+    /// Nothing has changed; said every now and then.
+    Current(Standing),
 }
 
 /// One thing that is different.
@@ -255,7 +259,7 @@ mod tests {
 
     fn lead(before: Project, after: &Project) -> Vec<Patch> {
         let patches = differences(&before, after);
-        let change = Change { revision: 8, patches };
+        let change = Change { revision: 8, etag: String::new(), patches };
         // As it travels.
         let change: Change =
             serde_json::from_str(&serde_json::to_string(&change).unwrap()).unwrap();
@@ -273,7 +277,7 @@ mod tests {
 
     #[test]
     fn a_change_that_does_not_follow_is_refused() {
-        let change = Change { revision: 9, patches: Vec::new() };
+        let change = Change { revision: 9, etag: String::new(), patches: Vec::new() };
         let project = project(&[], true);
         let catalog = Catalog { revision: 7, issuer: String::new(), project };
         assert_eq!(change.apply(&catalog), Err(PatchError::Gap { known: 7, found: 9 }));

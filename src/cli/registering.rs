@@ -164,7 +164,8 @@ pub(super) async fn watch(form: Form) -> anyhow::Result<()> {
         while let Some(told) = watch.next().await? {
             revision = match &told {
                 Told::Change(change) => change.revision,
-                Told::Resync(resync) => resync.revision,
+                Told::Resync(standing) => standing.revision,
+                Told::Current(_) => continue,
             };
             let text = if form.json { as_json(&told)? } else { sentences(&told) };
             print(&tame(&text))?;
@@ -177,13 +178,14 @@ pub(super) async fn watch(form: Form) -> anyhow::Result<()> {
 fn as_json(told: &Told) -> serde_json::Result<String> {
     match told {
         Told::Change(change) => serde_json::to_string(change),
-        Told::Resync(resync) => serde_json::to_string(resync),
+        Told::Resync(standing) | Told::Current(standing) => serde_json::to_string(standing),
     }
 }
 
 fn sentences(told: &Told) -> String {
     match told {
-        Told::Resync(resync) => format!("revision {}: more than can be told", resync.revision),
+        Told::Resync(standing) => format!("revision {}: more than can be told", standing.revision),
+        Told::Current(standing) => format!("revision {}: still", standing.revision),
         Told::Change(change) => {
             let patches: Vec<String> = change.patches.iter().map(sentence).collect();
             let what =

@@ -7,7 +7,7 @@ use std::{
 
 use bytes::Bytes;
 
-use crate::api::{Change, Resync};
+use crate::api::{Change, Standing};
 
 /// How many changes are kept for those who fall behind.
 const CHANGES: usize = 4096;
@@ -79,8 +79,17 @@ fn frame(change: &Change) -> Bytes {
 
 /// "Fetch the catalog", as a server-sent event.
 pub(super) fn resync(revision: u64) -> Bytes {
-    let text = serde_json::to_string(&Resync { revision }).unwrap_or_default();
-    event("resync", revision, &text)
+    standing("resync", revision)
+}
+
+/// "Nothing has changed", as a server-sent event.
+pub(super) fn current(revision: u64) -> Bytes {
+    standing("current", revision)
+}
+
+fn standing(name: &str, revision: u64) -> Bytes {
+    let text = serde_json::to_string(&Standing { revision }).unwrap_or_default();
+    event(name, revision, &text)
 }
 
 /// JSON has no line feed outside of its strings and an escaped one within; so any comma may begin a new line.
@@ -112,7 +121,7 @@ mod tests {
     use crate::api::{Events, Patch};
 
     fn change(revision: u64) -> Change {
-        Change { revision, patches: Vec::new() }
+        Change { revision, etag: String::new(), patches: Vec::new() }
     }
 
     fn removal(name: String) -> Patch {
@@ -152,13 +161,15 @@ mod tests {
     #[test]
     fn a_large_change_arrives_whole_and_one_that_is_too_large_says_resync() {
         let patches = |count| (0..count).map(|n| removal(format!("service-{n}"))).collect();
-        let large = Change { revision: 7, patches: patches(500) };
+        let large = Change { revision: 7, etag: String::new(), patches: patches(500) };
         let mut events = Events::default();
         events.push(&frame(&large)).unwrap();
         let event = events.pop().unwrap();
         assert_eq!((event.name.as_str(), &*event.id), ("change", "7"));
         assert_eq!(serde_json::from_str::<Change>(&event.data).unwrap(), large);
-        events.push(&frame(&Change { revision: 8, patches: patches(5000) })).unwrap();
+        events
+            .push(&frame(&Change { revision: 8, etag: String::new(), patches: patches(5000) }))
+            .unwrap();
         let event = events.pop().unwrap();
         assert_eq!((event.name.as_str(), event.data.as_str()), ("resync", r#"{"revision":8}"#));
     }

@@ -275,7 +275,9 @@ impl Registry {
     fn install(&self, version: Version, patches: Option<Vec<Patch>>) {
         let revision = version.revision;
         match patches {
-            Some(patches) => self.journal.tell(&Change { revision, patches }),
+            Some(patches) => {
+                self.journal.tell(&Change { revision, etag: version.etag(), patches });
+            }
             None => self.journal.forget(),
         }
         self.current.send_replace(Arc::new(version));

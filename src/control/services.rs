@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     api::{ServiceAnswer, ServiceList, ServiceSummary},
     control::{
-        journal::resync,
+        journal,
         registry::{Registry, Version},
         reject::{Rejection, json},
     },
@@ -77,14 +77,13 @@ impl Watcher {
                 Some([]) => {}
                 Some([one]) => return Some(one.clone()),
                 Some(many) => return Some(many.concat().into()),
-                None => return Some(resync(current)),
+                None => return Some(journal::resync(current)),
             }
             tokio::select! {
                 changed = self.versions.changed() => changed.ok()?,
                 () = sleep_until(self.heartbeat) => {
                     self.heartbeat = Instant::now() + HEARTBEAT;
-                    // A comment (WHATWG HTML §9.2.6).
-                    return Some(Bytes::from_static(b":\n\n"));
+                    return Some(journal::current(current));
                 }
             }
         }

@@ -8,14 +8,14 @@ use secrecy::SecretString;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::{
-    api::{Client, ClientError, Watch},
+    api::{Change, Client, ClientError, Told, Watch},
     discovery::Directory,
     model::ServiceName,
     runtime::Backoff,
 };
 
 /// The catalog is asked for at least this often, whatever the stream says.
-const POLL: Duration = Duration::from_secs(30);
+const POLL: Duration = Duration::from_secs(60);
 /// Pauses after failures.
 const RETRY: Backoff = Backoff::new(Duration::from_millis(200), LONGEST);
 /// The longest of them.
@@ -114,7 +114,15 @@ impl Registry {
         }
         loop {
             match self.next(&mut watch).await? {
-                Heard::Change | Heard::Nothing => {
+                Heard::Told(Told::Change(change)) => {
+                    if !self.apply(&change, etag) {
+                        self.refresh(etag).await?;
+                    }
+                }
+                Heard::Told(Told::Current(standing)) if self.has(standing.revision) => {
+                    self.directory.confirm();
+                }
+                Heard::Told(Told::Resync(_) | Told::Current(_)) | Heard::Nothing => {
                     self.refresh(etag).await?;
                 }
                 Heard::End => return Ok(()),
@@ -122,9 +130,28 @@ impl Registry {
         }
     }
 
+    /// Whether the snapshot in force is of this revision.
+    fn has(&self, revision: u64) -> bool {
+        self.directory.load().is_some_and(|catalog| catalog.revision == revision)
+    }
+
+    /// Puts in force what a change leads to; `false` when it does not follow on the snapshot in force.
+    fn apply(&self, change: &Change, etag: &mut Option<String>) -> bool {
+        let next = self.directory.load().map(|catalog| change.apply(&catalog));
+        let Some(Ok(catalog)) = next else { return false };
+        tracing::info!(
+            revision = catalog.revision,
+            changes = change.patches.len(),
+            "a new snapshot is in force"
+        );
+        *etag = Some(change.etag.clone());
+        self.directory.publish(catalog);
+        true
+    }
+
     async fn next(&self, watch: &mut Watch) -> Result<Heard, Interrupted> {
         match timeout_at(Instant::now() + POLL, watch.next()).await {
-            Ok(Ok(Some(_change))) => Ok(Heard::Change),
+            Ok(Ok(Some(told))) => Ok(Heard::Told(told)),
             Ok(Ok(None)) => Ok(Heard::End),
             Ok(Err(error)) => Err(error.into()),
             Err(_elapsed) => Ok(Heard::Nothing),
@@ -205,7 +232,7 @@ fn chain(error: &dyn std::error::Error) -> String {
 
 /// What the stream of changes said.
 enum Heard {
-    Change,
+    Told(Told),
     /// Nothing for so long that asking is due.
     Nothing,
     End,
@@ -287,7 +314,7 @@ mod tests {
             }
             let revision = catalog.borrow_and_update().revision;
             let event =
-                format!("event: change\nid: {revision}\ndata: {{\"revision\":{revision}}}\n\n");
+                format!("event: resync\nid: {revision}\ndata: {{\"revision\":{revision}}}\n\n");
             Some((Ok::<_, std::convert::Infallible>(event), (catalog, end)))
         });
         ([(header::CONTENT_TYPE, "text/event-stream")], Body::from_stream(events)).into_response()
