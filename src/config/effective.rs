@@ -123,6 +123,7 @@ fn show_connection(connection: &Connection) -> Shown {
 fn show_service(service: &Service) -> Shown {
     let Service {
         endpoints,
+        absence: _,
         scopes,
         protocol,
         routing,
@@ -179,8 +180,19 @@ fn show_service(service: &Service) -> Shown {
 }
 
 fn show_endpoint(endpoint: &Endpoint) -> Shown {
-    let Endpoint { id, url, internal_url, private_url, place, zone, auth_method, weight, state } =
-        endpoint;
+    // What a source finds is no setting.
+    let Endpoint {
+        id,
+        url,
+        found_at: _,
+        internal_url,
+        private_url,
+        place,
+        zone,
+        auth_method,
+        weight,
+        state,
+    } = endpoint;
     Shown::map([
         ("id", Shown::text(id)),
         ("url", Shown::text(url)),
