@@ -4,7 +4,10 @@ use std::{
     collections::HashMap,
     io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use futures_util::{FutureExt, future::BoxFuture};
@@ -20,7 +23,7 @@ use super::{
 use crate::{
     api::{CONTROL_AUDIENCE, Catalog, Client, ClientSettings, Credential, TokenAnswer},
     config::{self, ProxyFile},
-    discovery::{AskBearer, Directory, Registry as Source},
+    discovery::{AskBearer, Directory, Registry, Sources},
     identity::{ControlTokens, NoTokens, TokenSource, TokenUnavailable, Tokens},
     model::{Project, ServiceName},
     proxy,
@@ -34,7 +37,8 @@ pub(super) struct World {
     pub(super) tokens: Arc<Tokens>,
     pub(super) trust: Arc<Mutex<Trust>>,
     keeper: Option<Keeper>,
-    source: Option<Source>,
+    source: Option<Registry>,
+    sources: Arc<Sources>,
     /// A project that is read from a file, and its watch unless the system gives none.
     file: Option<(PathBuf, Option<WatchedFile>)>,
     /// Told when that file is to be read although nobody edited it: what it points at may have changed.
@@ -46,6 +50,7 @@ pub(super) struct Reins {
     directory: Arc<Directory>,
     tokens: Arc<Tokens>,
     trust: Arc<Mutex<Trust>>,
+    sources: Arc<Sources>,
     again: Arc<Notify>,
 }
 
@@ -53,6 +58,7 @@ impl Reins {
     /// Has it follow another file.
     pub(super) fn follow(&self, next: &ProxyFile, trust_changed: bool, supervisor: &Supervisor) {
         self.tokens.read_from(World::token_files(next));
+        self.sources.follow(&next.discovery);
         if trust_changed && matches!(next.registry, config::Registry::File(_)) {
             self.believe(next.trust_ca_file.clone(), supervisor);
         }
@@ -129,6 +135,7 @@ impl World {
             trust: Arc::new(Mutex::new(trust)),
             keeper: None,
             source: None,
+            sources: sources(file, directory, supervisor),
             file: Some((path.to_owned(), watched)),
             again: Arc::default(),
         })
@@ -181,7 +188,7 @@ impl World {
             let slot = Arc::clone(&slot);
             async move { Ok(slot.bearer().await?.token()) }.boxed()
         });
-        let source = Source::new(client, bearer, Arc::clone(directory));
+        let source = Registry::new(client, bearer, Arc::clone(directory));
         Ok(Self {
             me: file.service.clone(),
             directory: Arc::clone(directory),
@@ -189,6 +196,7 @@ impl World {
             trust: Arc::new(Mutex::new(trust)),
             keeper,
             source: Some(source),
+            sources: sources(file, directory, supervisor),
             file: None,
             again: Arc::default(),
         })
@@ -198,24 +206,37 @@ impl World {
         lock(&self.trust).verifier()
     }
 
+    /// What looks for endpoints elsewhere.
+    pub(super) fn sources(&self) -> Arc<Sources> {
+        Arc::clone(&self.sources)
+    }
+
     /// What of it follows the settings.
     pub(super) fn reins(&self) -> Reins {
         Reins {
             directory: Arc::clone(&self.directory),
             tokens: Arc::clone(&self.tokens),
             trust: Arc::clone(&self.trust),
+            sources: Arc::clone(&self.sources),
             again: Arc::clone(&self.again),
         }
     }
 
     /// Ready: there is a snapshot, and wherever tokens are to be verified, keys for those that everybody has. An issuer
     /// of the project's list that cannot be reached takes nobody down but its own callers; metrics and log tell of it.
+    /// The same holds for a source of endpoints: it is waited for until it was asked once, whatever came of it.
     pub(super) fn readiness(&self, inbound: bool) -> proxy::Ready {
         let (directory, trust) = (Arc::clone(&self.directory), Arc::clone(&self.trust));
+        // Of the start alone: a source that comes later takes nobody out of service.
+        let looked = AtomicBool::new(false);
         Arc::new(move || {
             if directory.load().is_none() {
                 return Err("there is no snapshot of the project yet");
             }
+            if !looked.load(Ordering::Relaxed) && directory.is_awaiting() {
+                return Err("the sources of discovery have not been asked yet");
+            }
+            looked.store(true, Ordering::Relaxed);
             if inbound && !lock(&trust).can_verify() {
                 return Err("the public keys of the issuer are not there yet");
             }
@@ -225,7 +246,7 @@ impl World {
 
     /// Starts everything that keeps it current.
     pub(super) fn live(self, supervisor: &Arc<Supervisor>) {
-        let Self { me, directory, tokens, trust, keeper, source, file, again } = self;
+        let Self { me, directory, tokens, trust, keeper, source, sources: _, file, again } = self;
         // Whoever listens comes before whoever speaks.
         let mut changes = directory.changes();
         let (keeping, follower) = (Arc::clone(supervisor), Arc::clone(&trust));
@@ -253,6 +274,13 @@ impl World {
             supervisor.spawn_until_end("project-file", following);
         }
     }
+}
+
+/// The file's further sources, which look around from now on.
+fn sources(file: &ProxyFile, directory: &Arc<Directory>, supervisor: &Supervisor) -> Arc<Sources> {
+    let sources = Sources::new(Arc::clone(directory), supervisor.clone());
+    sources.follow(&file.discovery);
+    Arc::new(sources)
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -286,7 +314,7 @@ async fn follow_file(
 }
 
 fn take_over(directory: &Directory, project: Project) {
-    let before = directory.load();
+    let before = directory.base();
     if before.as_ref().is_some_and(|before| before.project == project) {
         return directory.confirm();
     }
