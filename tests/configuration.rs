@@ -21,6 +21,7 @@ use infrar::{
         Role, RulePath, Tls, TlsVersion, UnknownHosts, Workers,
     },
     control::Identity,
+    discovery::{DnsKind, Source},
     model::{NetworkMode, ServiceName},
 };
 use proptest::prelude::*;
@@ -587,6 +588,8 @@ fn effective_settings_read_back_as_themselves_and_show_no_secret() {
         "outbound: { ports: { a: \"[::1]:4000\" }, via: \"https://edge.example\", override_authorization: true }\n\
          limits: { header_bytes: 1MiB, body_bytes: 10MB }\nlog: { format: json }\nworkers: 2\nzone: us-east-1a\n\
          admin: { probes: 0.0.0.0:15021 }\ntrust: { ca_file: /etc/infrar/ca.pem }\n",
+        "discovery:\n  - dns: { service: a, name: _https._tcp.a.example, type: srv, place: azure/eastus, zone: '1', max_ttl: 1m }\n  \
+         - dns: { service: b, name: B.example., scheme: http, auth_method: none, resolver: \"[::1]:5353\", mode: vpn }\n",
     ] {
         let loaded = machine.proxy(&sidecar(more)).unwrap();
         let printed = config::effective_yaml(&loaded);
@@ -596,6 +599,70 @@ fn effective_settings_read_back_as_themselves_and_show_no_secret() {
         assert!(config::is_proxy(&file));
     }
 }
+
+#[test]
+fn a_name_to_look_up_is_settled_with_its_defaults() {
+    let machine = Machine::new();
+    let text = "discovery:\n  - dns: { service: a, name: A.Example. }\n  \
+                - dns: { service: a, name: b.example, scheme: http, place: gcp_us_central1, resolver: 10.0.0.2 }\n";
+    let settings = machine.proxy(&sidecar(text)).unwrap();
+    let [Source::Dns(near), Source::Dns(far)] = settings.discovery.as_slice() else {
+        panic!("two names")
+    };
+    assert_eq!((near.name.as_str(), near.kind), ("a.example", DnsKind::Address { port: 443 }));
+    // Where the proxy runs, over its private network; anywhere else over the internet.
+    assert_eq!(Some(&near.place), settings.place.as_ref());
+    assert_eq!((near.mode, far.mode), (NetworkMode::PrivatePeering, NetworkMode::Public));
+    assert_eq!(far.kind, DnsKind::Address { port: 80 });
+    assert_eq!(far.resolver, Some("10.0.0.2:53".parse().unwrap()));
+    assert_eq!((near.min_ttl, near.max_ttl), (Duration::from_secs(1), Duration::from_secs(300)));
+}
+
+#[test]
+fn names_to_look_up_are_told_all_their_faults() {
+    let machine = Machine::new();
+    let told = machine.wrong_proxy(&sidecar(
+        "discovery:
+  - dns: { service: a, name: _https._tcp.a.example }
+  - dns: { service: a, name: a..example, type: srv, port: 443 }
+  - dns: { service: a, name: 10.0.0.1, port: 0, scheme: h2 }
+  - dns: { service: A, name: a.example, type: cname, mode: vnp }
+  - dns: { service: b, name: b.example, min_ttl: 10m, resolver: dns.example }
+  - dns: { name: c.example, ttl: 5s }
+  - dns: { service: d, name: d.example }
+  - dns: { service: d, name: D.example., port: 8443 }
+  - consul: { service: e }
+",
+    ));
+    assert_eq!(told, WRONG_NAMES.trim_end());
+    let project = "project: shop\nservices: { data: { scopes: [use] } }\n";
+    machine.write("project.yaml", project);
+    let told = machine.wrong_proxy(
+        "service: web\nplace: aws_us_east_1\nproject: project.yaml\ndiscovery: [{ dns: { service: date, name: a.example } }]\n",
+    );
+    assert_eq!(
+        told,
+        "proxy.yaml:4:31: discovery[0].dns.service: found \"date\", which is no service of the project; write data"
+    );
+}
+
+const WRONG_NAMES: &str = "\
+proxy.yaml:7:10: discovery[0].dns.type: found nothing; write type: srv for a name that begins with _
+proxy.yaml:8:30: discovery[1].dns.name: found \"a..example\"; write a name in DNS, such as reports.internal.example.com
+proxy.yaml:8:59: discovery[1].dns.port: found \"443\"; leave it out: an SRV record says the port
+proxy.yaml:9:30: discovery[2].dns.name: found \"10.0.0.1\"; write a name in DNS, such as reports.internal.example.com
+proxy.yaml:9:46: discovery[2].dns.port: found \"0\"; write a whole number from 1 to 65535
+proxy.yaml:9:57: discovery[2].dns.scheme: found \"h2\"; write https or http
+proxy.yaml:10:21: discovery[3].dns.service: found \"A\"; write a name of a-z, 0-9 and -, such as data-intelligence
+proxy.yaml:10:47: discovery[3].dns.type: found \"cname\"; write address or srv
+proxy.yaml:10:60: discovery[3].dns.mode: found \"vnp\"; write public, vpn or private_peering
+proxy.yaml:11:10: discovery[4].dns: found a min_ttl above max_ttl; write a min_ttl that is not above max_ttl
+proxy.yaml:11:65: discovery[4].dns.resolver: found \"dns.example\"; write the address of a DNS server, such as 10.0.0.2 or 127.0.0.1:5353
+proxy.yaml:12:10: discovery[5].dns.service: found nothing; write a name of a-z, 0-9 and -, such as data-intelligence
+proxy.yaml:12:29: discovery[5].dns.ttl: found an unknown key; the keys here are service, name, type, port, scheme, place, zone, mode, auth_method, resolver, min_ttl, max_ttl
+proxy.yaml:14:10: discovery[7].dns: found d.example, which the entry of line 13 looks up too; keep one of them
+proxy.yaml:15:5: discovery[8].consul: found an unknown key; the keys here are dns
+";
 
 #[test]
 fn an_inbound_listener_says_what_is_spoken_on_either_side() {

@@ -43,6 +43,7 @@ fn service(host: &str) -> Service {
     let endpoint = Endpoint {
         id: "azure-eastus".parse().unwrap(),
         url: format!("https://{host}").parse().unwrap(),
+        found_at: None,
         internal_url: None,
         private_url: None,
         place: "azure_eastus".parse().unwrap(),
@@ -52,6 +53,7 @@ fn service(host: &str) -> Service {
         state: EndpointState::Active,
     };
     Service {
+        absence: None,
         endpoints: vec![endpoint],
         scopes: scopes("read:data write:data write:query"),
         protocol: Protocol::Auto,

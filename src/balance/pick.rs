@@ -453,6 +453,7 @@ mod tests {
         Endpoint {
             id: EndpointId::try_from("a".to_owned()).unwrap(),
             url: "https://data.example".parse().unwrap(),
+            found_at: None,
             internal_url: None,
             private_url: None,
             place: place.parse().unwrap(),

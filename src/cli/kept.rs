@@ -137,7 +137,8 @@ fn keep_snapshot(
     oldest: Duration,
     mut seal: Option<Seal>,
 ) -> impl Future<Output = ()> + Send + 'static {
-    let (mut changes, mut confirmations) = (directory.changes(), directory.confirmations());
+    // The base alone: what other sources found is theirs to find again.
+    let (mut changes, mut confirmations) = (directory.base_changes(), directory.confirmations());
     // Well within the age that is allowed, or a snapshot could be too old although it was just confirmed.
     let pause = NOTE_EVERY.min(oldest / 8);
     async move {
@@ -153,7 +154,7 @@ fn keep_snapshot(
                 told = changes.changed() => told.map(|()| true),
                 told = confirmed => told.map(|()| false),
             };
-            let (Ok(changed), Some(catalog)) = (changed, directory.load()) else { continue };
+            let (Ok(changed), Some(catalog)) = (changed, directory.base()) else { continue };
             match &seal {
                 Some(seal) if !changed => {
                     confirm(&state, seal.clone(), directory.age().unwrap_or_default()).await;

@@ -9,7 +9,7 @@ use super::{
 use crate::{
     balance::CircuitState,
     cost::{Meter, PriceBook},
-    discovery::Directory,
+    discovery::{Directory, Report, Sources},
     proxy,
     telemetry::{AccessLog, Registry, names},
 };
@@ -92,6 +92,32 @@ pub(super) fn settings(found: &mut crate::telemetry::Families, reloads: &Reloads
     }
     let current = if reloads.is_current() { 1.0 } else { 0.0 };
     found.gauge(names::SETTINGS_CURRENT, &[], current);
+}
+
+/// What became of looking for endpoints.
+pub(super) fn discovery(found: &mut crate::telemetry::Families, sources: &Sources) {
+    for report in sources.reports() {
+        match report {
+            Report::Dns(settings, stats) => {
+                let labels =
+                    [("service", settings.service.as_str()), ("name", settings.name.as_str())];
+                let (answered, failed) = stats.lookups();
+                for (outcome, count) in [("answered", answered), ("failed", failed)] {
+                    let [service, name] = labels;
+                    let count = to_f64(usize::try_from(count).unwrap_or(usize::MAX));
+                    found.counter(
+                        names::DNS_LOOKUPS,
+                        &[service, name, ("outcome", outcome)],
+                        count,
+                    );
+                }
+                found.gauge(names::DNS_ENDPOINTS, &labels, to_f64(stats.endpoints()));
+                if let Some(age) = stats.age() {
+                    found.gauge(names::DNS_AGE, &labels, age.as_secs_f64());
+                }
+            }
+        }
+    }
 }
 
 /// Circuits and latencies by endpoint.

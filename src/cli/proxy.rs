@@ -15,7 +15,7 @@ use tokio::{
 
 use super::{
     flags::ProxyFlags,
-    metrics::{conditions, expose, settings},
+    metrics::{conditions, discovery, expose, settings},
     reload::{Helm, Reloads},
     settings::{Workshop, reread},
     watch::{WatchedFile, changed},
@@ -168,6 +168,8 @@ pub(crate) fn start(file: &ProxyFile) -> anyhow::Result<RunningProxy> {
     registry.register_collector(Box::new(move |found| conditions(found, &ward)));
     let reloads = Arc::clone(&helm.reloads);
     registry.register_collector(Box::new(move |found| settings(found, &reloads)));
+    let sources = world.sources();
+    registry.register_collector(Box::new(move |found| discovery(found, &sources)));
     expose(&registry, &world, &directory, &meter, &running, Arc::clone(&helm.log));
     let drained = Arc::new(Notify::new());
     let ready = world.readiness(!file.inbound.is_empty());

@@ -4,7 +4,10 @@ use std::{
     collections::HashMap,
     io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -28,8 +31,8 @@ use crate::{
     },
     config::{self, ProxyFile},
     discovery::{
-        Advertisement, AskReady, AskServed, Directory, Introduction, Passes, Presence,
-        Registry as Source,
+        Advertisement, AskReady, AskServed, Directory, Introduction, Passes, Presence, Registry,
+        Sources,
     },
     identity::{ControlTokens, NoTokens, Slot, TokenSource, TokenUnavailable, Tokens},
     model::{AuthMethod, EndpointState, Place, Project, ServiceName},
@@ -49,7 +52,8 @@ pub(super) struct World {
     pub(super) tokens: Arc<Tokens>,
     pub(super) trust: Arc<Mutex<Trust>>,
     keeper: Option<Keeper>,
-    source: Option<Source>,
+    source: Option<Registry>,
+    sources: Arc<Sources>,
     /// What tells the control plane of this proxy.
     presence: Option<Presence>,
     /// A project that is read from a file, and its watch unless the system gives none.
@@ -66,6 +70,7 @@ pub(super) struct Reins {
     tokens: Arc<Tokens>,
     trust: Arc<Mutex<Trust>>,
     control: Option<Client>,
+    sources: Arc<Sources>,
     again: Arc<Notify>,
 }
 
@@ -73,6 +78,7 @@ impl Reins {
     /// Has it follow another file.
     pub(super) fn follow(&self, next: &ProxyFile, trust_changed: bool, supervisor: &Supervisor) {
         self.tokens.read_from(World::token_files(next));
+        self.sources.follow(&next.discovery);
         if trust_changed && matches!(next.registry, config::Registry::File(_)) {
             self.believe(next.trust_ca_file.clone(), supervisor);
         }
@@ -155,6 +161,7 @@ impl World {
             source: None,
             presence: None,
             control: None,
+            sources: sources(file, directory, supervisor),
             file: Some((path.to_owned(), watched)),
             again: Arc::default(),
         })
@@ -205,7 +212,7 @@ impl World {
         let name: ServiceName = CONTROL_AUDIENCE.parse()?;
         let passes: Arc<dyn Passes> = Arc::new(ControlPasses(tokens.slot(&name)));
         let presence = Presence::new(client.clone(), Arc::clone(&passes), introduction(file));
-        let source = Source::new(client.clone(), passes, Arc::clone(directory));
+        let source = Registry::new(client.clone(), passes, Arc::clone(directory));
         Ok(Self {
             me: file.service.clone(),
             directory: Arc::clone(directory),
@@ -215,6 +222,7 @@ impl World {
             source: Some(source),
             presence: Some(presence),
             control: Some(client),
+            sources: sources(file, directory, supervisor),
             file: None,
             again: Arc::default(),
         })
@@ -224,6 +232,11 @@ impl World {
         lock(&self.trust).verifier()
     }
 
+    /// What looks for endpoints elsewhere.
+    pub(super) fn sources(&self) -> Arc<Sources> {
+        Arc::clone(&self.sources)
+    }
+
     /// What of it follows the settings.
     pub(super) fn reins(&self) -> Reins {
         Reins {
@@ -231,18 +244,26 @@ impl World {
             tokens: Arc::clone(&self.tokens),
             trust: Arc::clone(&self.trust),
             control: self.control.clone(),
+            sources: Arc::clone(&self.sources),
             again: Arc::clone(&self.again),
         }
     }
 
     /// Ready: there is a snapshot, and wherever tokens are to be verified, keys for those that everybody has. An issuer
     /// of the project's list that cannot be reached takes nobody down but its own callers; metrics and log tell of it.
+    /// The same holds for a source of endpoints: it is waited for until it was asked once, whatever came of it.
     pub(super) fn readiness(&self, inbound: bool) -> proxy::Ready {
         let (directory, trust) = (Arc::clone(&self.directory), Arc::clone(&self.trust));
+        // Of the start alone: a source that comes later takes nobody out of service.
+        let looked = AtomicBool::new(false);
         Arc::new(move || {
             if directory.load().is_none() {
                 return Err("there is no snapshot of the project yet");
             }
+            if !looked.load(Ordering::Relaxed) && directory.is_awaiting() {
+                return Err("the sources of discovery have not been asked yet");
+            }
+            looked.store(true, Ordering::Relaxed);
             if inbound && !lock(&trust).can_verify() {
                 return Err("the public keys of the issuer are not there yet");
             }
@@ -257,8 +278,19 @@ impl World {
 
     /// Starts everything that keeps it current, and what tells of it: that the proxy is `ready`, and what it has `served`.
     pub(super) fn live(self, supervisor: &Arc<Supervisor>, ready: AskReady, served: AskServed) {
-        let Self { me, directory, tokens, trust, keeper, source, presence, control, file, again } =
-            self;
+        let Self {
+            me,
+            directory,
+            tokens,
+            trust,
+            keeper,
+            source,
+            sources: _,
+            presence,
+            control,
+            file,
+            again,
+        } = self;
         if let Some(presence) = presence {
             let reporting = presence.clone().report(Arc::clone(&directory), served);
             supervisor.spawn_until_end("proxy-report", reporting);
@@ -349,6 +381,13 @@ fn advertisement(
         ttl_seconds: ttl.as_secs(),
     };
     Some(Advertisement { id, registration })
+}
+
+/// The file's further sources, which look around from now on.
+fn sources(file: &ProxyFile, directory: &Arc<Directory>, supervisor: &Supervisor) -> Arc<Sources> {
+    let sources = Sources::new(Arc::clone(directory), supervisor.clone());
+    sources.follow(&file.discovery);
+    Arc::new(sources)
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -475,7 +514,7 @@ async fn follow_file(
 }
 
 fn take_over(directory: &Directory, project: Project) {
-    let before = directory.load();
+    let before = directory.base();
     if before.as_ref().is_some_and(|before| before.project == project) {
         return directory.confirm();
     }

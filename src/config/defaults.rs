@@ -10,6 +10,12 @@ pub const OUTBOUND_LISTEN: &str = "127.0.0.1:15001";
 pub const INBOUND_LISTEN: &str = "0.0.0.0:15006";
 /// How old a kept snapshot may be.
 pub const MAX_SNAPSHOT_AGE: Duration = Duration::from_secs(7 * 86_400);
+/// How long an answer of DNS holds at least: no name is asked for more often, whatever it says of itself.
+pub const DNS_MIN_TTL: Duration = Duration::from_secs(1);
+/// And at most, so that a time to live of days hides no move.
+pub const DNS_MAX_TTL: Duration = Duration::from_secs(300);
+/// Where a DNS server listens.
+pub const DNS_PORT: u16 = 53;
 /// Verified tokens kept per worker.
 pub const TOKEN_CACHE: usize = 10_000;
 /// Bytes of one request head: what Envoy allows.

@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     control::Identity,
+    discovery::{DnsKind, DnsSettings, Source},
     model::{
         Connection, Endpoint, Enforcement, HealthCheck, Hedge, HedgeAfter, Issuer, Networking,
         Project, Routing, Scope, ScopeSet, Service, Sticky, span,
@@ -126,6 +127,7 @@ fn show_connection(connection: &Connection) -> Shown {
 fn show_service(service: &Service) -> Shown {
     let Service {
         endpoints,
+        absence: _,
         scopes,
         protocol,
         routing,
@@ -182,8 +184,19 @@ fn show_service(service: &Service) -> Shown {
 }
 
 fn show_endpoint(endpoint: &Endpoint) -> Shown {
-    let Endpoint { id, url, internal_url, private_url, place, zone, auth_method, weight, state } =
-        endpoint;
+    // What a source finds is no setting.
+    let Endpoint {
+        id,
+        url,
+        found_at: _,
+        internal_url,
+        private_url,
+        place,
+        zone,
+        auth_method,
+        weight,
+        state,
+    } = endpoint;
     Shown::map([
         ("id", Shown::text(id)),
         ("url", Shown::text(url)),
@@ -250,6 +263,7 @@ fn proxy(settings: &ProxyFile) -> Shown {
         place,
         zone,
         registry,
+        discovery,
         outbound,
         inbound,
         admin,
@@ -271,6 +285,9 @@ fn proxy(settings: &ProxyFile) -> Shown {
         Registry::Control(control) => ("control", show_control(control)),
         Registry::File(path) => ("project", Shown::text(path.display())),
     });
+    if !discovery.is_empty() {
+        entries.push(("discovery", Shown::list(discovery, show_source)));
+    }
     entries.extend(outbound.iter().map(|outbound| ("outbound", show_outbound(outbound))));
     if !inbound.is_empty() {
         entries.push(("inbound", Shown::list(inbound, show_inbound)));
@@ -308,6 +325,47 @@ fn show_control(control: &Control) -> Shown {
     let state_dir = state_dir.as_ref().map(|path| path.display());
     entries.push(("state_dir", Shown::maybe(state_dir, Shown::text)));
     entries.push(("max_snapshot_age", time(*max_snapshot_age)));
+    Shown::map(entries)
+}
+
+fn show_source(source: &Source) -> Shown {
+    match source {
+        Source::Dns(dns) => Shown::map([("dns", show_dns(dns))]),
+    }
+}
+
+fn show_dns(dns: &DnsSettings) -> Shown {
+    let DnsSettings {
+        service,
+        name,
+        kind,
+        scheme,
+        place,
+        zone,
+        mode,
+        auth_method,
+        resolver,
+        min_ttl,
+        max_ttl,
+    } = dns;
+    let mut entries = vec![("service", Shown::text(service)), ("name", Shown::text(name))];
+    match kind {
+        DnsKind::Srv => entries.push(("type", Shown::text("srv"))),
+        DnsKind::Address { port } => {
+            entries.push(("type", Shown::text("address")));
+            entries.push(("port", Shown::word(port)));
+        }
+    }
+    entries.extend([
+        ("scheme", Shown::text(scheme.as_str())),
+        ("place", Shown::text(place)),
+        ("zone", Shown::maybe(zone.as_ref(), Shown::text)),
+        ("mode", word(mode)),
+        ("auth_method", word(auth_method)),
+        ("resolver", Shown::maybe(resolver.as_ref(), Shown::text)),
+        ("min_ttl", time(*min_ttl)),
+        ("max_ttl", time(*max_ttl)),
+    ]);
     Shown::map(entries)
 }
 

@@ -5,7 +5,10 @@ use std::{net::SocketAddr, time::Duration};
 use ipnet::IpNet;
 use url::Url;
 
-use super::shape::Kind;
+use super::{
+    discovery::{dns_name, resolver},
+    shape::Kind,
+};
 use crate::identity::PathRule;
 use crate::model::{
     EndpointId, Origin, OriginError, Place, Provider, Region, Scope, ServiceName, Zone, span,
@@ -158,6 +161,20 @@ kind!(
 kind!(AMOUNT, "an amount", "write an amount that is not negative, such as 12.50", None, |text| {
     amount(text)
 });
+kind!(
+    DNS_NAME,
+    "a name in DNS",
+    "write a name in DNS, such as reports.internal.example.com",
+    Some("^[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?$"),
+    |text| dns_name(text).is_some()
+);
+kind!(
+    RESOLVER,
+    "the address of a DNS server",
+    "write the address of a DNS server, such as 10.0.0.2 or 127.0.0.1:5353",
+    None,
+    |text| resolver(text).is_some()
+);
 kind!(WORKERS, "a number of threads", "write auto, or a number from 1 to 1024", None, |text| text
     .parse::<u16>()
     .is_ok_and(|count| (1..=1024).contains(&count)));

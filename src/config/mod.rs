@@ -8,6 +8,7 @@
 //! effect without a restart is said here too (`reload`).
 
 pub mod defaults;
+mod discovery;
 mod effective;
 mod fault;
 mod files;

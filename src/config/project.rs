@@ -134,6 +134,7 @@ impl Reader<'_> {
                 name,
                 Arc::new(Service {
                     endpoints: endpoints.into_iter().map(|(endpoint, _)| endpoint).collect(),
+                    absence: None,
                     scopes: scopes(here.key("scopes")),
                     protocol: here.key("protocol").word().unwrap_or_default(),
                     routing: routing(here.key("routing")),
@@ -196,6 +197,7 @@ impl Reader<'_> {
         let inner = |key| here.key(key).with(|text| Origin::parse_relative(text, &url).ok());
         let endpoint = Endpoint {
             id: "unnamed".parse().ok()?,
+            found_at: None,
             internal_url: inner("internal_url"),
             private_url: inner("private_url"),
             place: Place::new(here.key("provider").parse()?, here.key("region").parse()?),

@@ -15,6 +15,7 @@ use super::{
         ADMIN_LISTEN, DEADLINE, GRACE, INBOUND_LISTEN, MAX_SNAPSHOT_AGE, OUTBOUND_LISTEN,
         TOKEN_CACHE,
     },
+    discovery,
     fault::{Fault, nearest},
     files::Files,
     kinds::{app_origin, bytes, network, time, web_url},
@@ -60,12 +61,15 @@ pub(super) fn read(
     reader.advertised(root, role, registry.as_ref());
     let shutdown = reader.shutdown(top.key("shutdown"));
     let limits = limits(top.key("limits"));
+    let place = top.key("place").parse();
+    let discovery = discovery::read(root, place.as_ref(), reader.faults);
     Some(ProxyFile {
         role,
         service: top.key("service").parse()?,
-        place: top.key("place").parse(),
+        place,
         zone: top.key("zone").parse(),
         registry: registry?,
+        discovery,
         outbound,
         inbound,
         admin: admin?,
@@ -369,6 +373,7 @@ impl Reader<'_> {
                 let path = self.files.path(node)?;
                 let project = project(path.clone(), node, self.faults)?;
                 self.names_are_services(root, outbound, &project);
+                discovery::services_exist(root, &project, self.faults);
                 Some(Registry::File(path))
             }
             (Some(_), Some(node)) => {

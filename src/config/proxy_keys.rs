@@ -2,8 +2,9 @@
 
 use super::{
     kinds::{
-        APP, BYTES, DIRECTORY, ENDPOINT_ID, FILE, INNER_ADDRESS, LISTEN, METHOD, NAME, NETWORK,
-        ORIGIN, PLACE, POSITIVE_SPAN, RULE_PATH, SCOPE, SPAN, TLS_VERSION, WEB_URL, WORKERS, ZONE,
+        APP, BYTES, DIRECTORY, DNS_NAME, ENDPOINT_ID, FILE, INNER_ADDRESS, LISTEN, METHOD, NAME,
+        NETWORK, ORIGIN, PLACE, POSITIVE_SPAN, RESOLVER, RULE_PATH, SCOPE, SPAN, TLS_VERSION,
+        WEB_URL, WORKERS, ZONE,
     },
     shape::{Key, Shape},
 };
@@ -27,6 +28,11 @@ pub(super) static PROXY: Shape = Shape::Table(&[
         "project",
         &Shape::Text(&FILE),
         "Instead of control: a project.yaml to take the registry from.",
+    ),
+    Key::new(
+        "discovery",
+        &Shape::List(&DISCOVERY),
+        "Further sources of endpoints, over what the control plane or the project says of a service.",
     ),
     Key::new("outbound", &OUTBOUND, "The listener for calls of the local application."),
     Key::new("inbound", &Shape::OneOrMany(&INBOUND), "One or several listeners for callers."),
@@ -105,6 +111,56 @@ static CONTROL: Shape = Shape::Table(&[
         "max_snapshot_age",
         &Shape::Text(&POSITIVE_SPAN),
         "How old a kept snapshot may be. Default 7d.",
+    ),
+]);
+
+static DISCOVERY: Shape =
+    Shape::OneOf(&[Key::new("dns", &DNS, "The addresses that a name has in DNS.")]);
+
+static DNS: Shape = Shape::Table(&[
+    Key::required("service", &Shape::Text(&NAME), "The service whose endpoints they are."),
+    Key::required(
+        "name",
+        &Shape::Text(&DNS_NAME),
+        "The whole name; for address it is also what host, SNI and certificate say.",
+    ),
+    Key::new(
+        "type",
+        &Shape::Choice(&["address", "srv"]),
+        "address (the default): A and AAAA; srv: target, port, priority (the lowest is active, others standby), weight.",
+    ),
+    Key::new(
+        "port",
+        &Shape::Number { least: 1, most: 65_535 },
+        "Where the addresses listen. Default: that of the scheme. Not for srv.",
+    ),
+    Key::new("scheme", &Shape::Choice(&["https", "http"]), "What is spoken. Default https."),
+    Key::new("place", &Shape::Text(&PLACE), "Where they are. Default: where this proxy runs."),
+    Key::new("zone", &Shape::Nullable(&Shape::Text(&ZONE)), "Their availability zone."),
+    Key::new(
+        "mode",
+        &Shape::Choice(&["public", "vpn", "private_peering"]),
+        "The network mode the addresses are for. Default: private_peering in this proxy's place, else public.",
+    ),
+    Key::new(
+        "auth_method",
+        &Shape::Choice(&["bearer_token", "none"]),
+        "How a caller proves itself. Default bearer_token.",
+    ),
+    Key::new(
+        "resolver",
+        &Shape::Nullable(&Shape::Text(&RESOLVER)),
+        "The DNS server to ask. Default: those of the system.",
+    ),
+    Key::new(
+        "min_ttl",
+        &Shape::Text(&POSITIVE_SPAN),
+        "How long an answer holds at least. Default 1s.",
+    ),
+    Key::new(
+        "max_ttl",
+        &Shape::Text(&POSITIVE_SPAN),
+        "How long an answer holds at most. Default 5m.",
     ),
 ]);
 

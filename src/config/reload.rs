@@ -16,6 +16,7 @@ impl ProxyFile {
             place,
             zone,
             registry,
+            discovery,
             outbound,
             inbound,
             admin,
@@ -34,6 +35,7 @@ impl ProxyFile {
             place,
             zone,
             registry: waiting.registry(&self.registry, &registry),
+            discovery,
             outbound: waiting.outbound(self.outbound.as_ref(), outbound.as_ref(), same_role),
             inbound: waiting.all_inbound(&self.inbound, inbound, same_role),
             admin: Admin {

@@ -11,7 +11,10 @@ use url::Url;
 use super::defaults::{
     CONNECTIONS, HEADER_BYTES, HEADER_TIMEOUT, HEADERS, IDLE_TIMEOUT, STALL_TIMEOUT, STREAMS,
 };
-use crate::model::{EndpointId, Origin, Place, ScopeSet, ServiceName, Zone};
+use crate::{
+    discovery::Source,
+    model::{EndpointId, Origin, Place, ScopeSet, ServiceName, Zone},
+};
 
 /// One proxy, as its file, environment and flags describe it.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,6 +29,8 @@ pub struct ProxyFile {
     pub zone: Option<Zone>,
     /// Where the registry comes from.
     pub registry: Registry,
+    /// Further sources of endpoints.
+    pub discovery: Vec<Source>,
     /// The listener for calls of the local application.
     pub outbound: Option<Outbound>,
     /// The listeners for callers; an edge has at least one.

@@ -220,6 +220,7 @@ fn endpoint(id: &EndpointId, registration: &Registration) -> Endpoint {
         url,
         internal_url,
         private_url,
+        found_at: None,
         place,
         zone,
         auth_method,

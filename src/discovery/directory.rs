@@ -1,4 +1,5 @@
-//! The current snapshot, read without a lock.
+//! The current snapshot, read without a lock: the base that the registry's source has published, and over it what
+//! further sources have found.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -8,13 +9,16 @@ use std::{
 use arc_swap::ArcSwapOption;
 use tokio::{sync::watch, time::Instant};
 
+use super::overlay::{Layer, Layers};
 use crate::api::Catalog;
 
 /// The snapshot of the moment, and when it was last confirmed.
 #[derive(Debug)]
 pub struct Directory {
     current: ArcSwapOption<Catalog>,
+    layers: Mutex<Layers>,
     changes: watch::Sender<u64>,
+    base_changes: watch::Sender<u64>,
     confirmations: watch::Sender<u64>,
     confirmed: Mutex<Option<(Instant, Duration)>>,
 }
@@ -23,7 +27,9 @@ impl Default for Directory {
     fn default() -> Self {
         Self {
             current: ArcSwapOption::empty(),
+            layers: Mutex::default(),
             changes: watch::Sender::new(0),
+            base_changes: watch::Sender::new(0),
             confirmations: watch::Sender::new(0),
             confirmed: Mutex::default(),
         }
@@ -58,17 +64,59 @@ impl Directory {
     /// Puts a snapshot of an earlier run in force, that was current `age` ago.
     pub fn adopt(&self, catalog: Catalog, age: Duration) {
         self.note(age);
-        if self.current.load().as_deref() == Some(&catalog) {
-            return;
+        if self.edit(|layers| layers.lay(catalog)) {
+            self.base_changes.send_modify(|count| *count += 1);
         }
-        self.current.store(Some(Arc::new(catalog)));
-        self.changes.send_modify(|count| *count += 1);
     }
 
     /// The source said that the present snapshot is still current.
     pub fn confirm(&self) {
         self.note(Duration::ZERO);
         self.confirmations.send_modify(|count| *count += 1);
+    }
+
+    /// The snapshot as its source published it, without what further sources found: what is to survive a restart.
+    #[must_use]
+    pub fn base(&self) -> Option<Arc<Catalog>> {
+        self.layers.lock().unwrap_or_else(PoisonError::into_inner).base()
+    }
+
+    /// Tells of each new [`base`](Self::base); the number is of no further meaning.
+    #[must_use]
+    pub fn base_changes(&self) -> watch::Receiver<u64> {
+        self.base_changes.subscribe()
+    }
+
+    /// A place for what a further source finds; without effect until it says something, and gone when dropped.
+    #[must_use]
+    pub fn layer(self: &Arc<Self>) -> Layer {
+        let id = self.layers.lock().unwrap_or_else(PoisonError::into_inner).open();
+        Layer::new(Arc::clone(self), id)
+    }
+
+    /// Whether a further source has not said anything yet.
+    #[must_use]
+    pub fn is_awaiting(&self) -> bool {
+        self.layers.lock().unwrap_or_else(PoisonError::into_inner).is_awaiting()
+    }
+
+    pub(super) fn leads_somewhere(&self, layer: u64) -> bool {
+        self.layers.lock().unwrap_or_else(PoisonError::into_inner).leads_somewhere(layer)
+    }
+
+    /// Changes the layers; what they then amount to is in force before anybody else may change them. `false`: nothing
+    /// was changed.
+    pub(super) fn edit(&self, edit: impl FnOnce(&mut Layers) -> bool) -> bool {
+        let mut layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
+        if !edit(&mut layers) {
+            return false;
+        }
+        let composed = layers.composed();
+        if composed.as_deref() != self.current.load().as_deref() {
+            self.current.store(composed);
+            self.changes.send_modify(|count| *count += 1);
+        }
+        true
     }
 
     fn note(&self, age: Duration) {

@@ -132,12 +132,12 @@ impl Registry {
 
     /// Whether the snapshot in force is of this revision.
     fn has(&self, revision: u64) -> bool {
-        self.directory.load().is_some_and(|catalog| catalog.revision == revision)
+        self.directory.base().is_some_and(|catalog| catalog.revision == revision)
     }
 
     /// Puts in force what a change leads to; `false` when it does not follow on the snapshot in force.
     fn apply(&self, change: &Change, etag: &mut Option<String>) -> bool {
-        let next = self.directory.load().map(|catalog| change.apply(&catalog));
+        let next = self.directory.base().map(|catalog| change.apply(&catalog));
         let Some(Ok(catalog)) = next else { return false };
         tracing::info!(
             revision = catalog.revision,

@@ -50,6 +50,10 @@ pub struct Endpoint {
     pub id: EndpointId,
     /// The address in mode `public`, and the host, SNI and certificate name in every mode.
     pub url: Origin,
+    /// Where `url` leads, when a source has looked its host up itself: what is dialled in its place. Host, SNI and
+    /// certificate name stay those of `url`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub found_at: Option<Origin>,
     /// The address in mode `vpn`.
     pub internal_url: Option<Origin>,
     /// The address in mode `private_peering`.
@@ -71,10 +75,16 @@ impl Endpoint {
     #[must_use]
     pub fn address(&self, mode: NetworkMode) -> Option<&Origin> {
         match mode {
-            NetworkMode::Public => Some(&self.url),
+            NetworkMode::Public => Some(self.public_address()),
             NetworkMode::Vpn => self.internal_url.as_ref(),
             NetworkMode::PrivatePeering => self.private_url.as_ref(),
         }
+    }
+
+    /// What is dialled in mode `public`.
+    #[must_use]
+    pub fn public_address(&self) -> &Origin {
+        self.found_at.as_ref().unwrap_or(&self.url)
     }
 
     /// The address and the mode it belongs to for a caller in the same place: `private_url`, else `internal_url`,
@@ -83,6 +93,6 @@ impl Endpoint {
     pub fn local_address(&self) -> (&Origin, NetworkMode) {
         let private = self.private_url.as_ref().map(|origin| (origin, NetworkMode::PrivatePeering));
         let internal = || self.internal_url.as_ref().map(|origin| (origin, NetworkMode::Vpn));
-        private.or_else(internal).unwrap_or((&self.url, NetworkMode::Public))
+        private.or_else(internal).unwrap_or_else(|| (self.public_address(), NetworkMode::Public))
     }
 }

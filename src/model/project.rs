@@ -110,6 +110,9 @@ pub enum Fallback {
 pub struct Service {
     /// Its deployments.
     pub endpoints: Vec<Endpoint>,
+    /// Why it has none, where the source that should have found them says so. Of this process alone.
+    #[serde(skip)]
+    pub absence: Option<&'static str>,
     /// The scopes that exist at this service.
     pub scopes: ScopeSet,
     /// What the hop to an endpoint speaks.

@@ -100,7 +100,7 @@ impl Outbound {
             .map_or_else(|| route::service(asked), |only| Cow::Borrowed(only.as_str()));
         let known = found.as_ref().ok().and_then(|view| view.cluster(&named));
         let cluster = match (known, self.settings.unknown_hosts) {
-            (Some(cluster), _) => Rc::clone(cluster),
+            (Some(cluster), _) => self.worker.latest(cluster),
             (None, UnknownHosts::Allow) if self.only.is_none() => {
                 let origin =
                     origin_of(uri, asked).ok_or(Rejection::BadRequest("the host is no host"))?;

@@ -379,7 +379,7 @@ impl Surveyor {
         strictness: Strictness,
         kept: &mut HashMap<PoolKey, Rc<Pool>>,
     ) -> Cluster {
-        let mut absence = "it has no endpoints";
+        let mut absence = service.absence.unwrap_or("it has no endpoints");
         let ways = self.ways(settings, &catalog.project.networking, service, &mut absence);
         let mut targets = Vec::new();
         let mut candidates = Vec::new();
@@ -437,7 +437,7 @@ impl Surveyor {
                 // Without a place (a laptop) everything is far away and public.
                 ways.push(Way {
                     endpoint,
-                    address: &endpoint.url,
+                    address: endpoint.public_address(),
                     mode: NetworkMode::Public,
                     fallback: false,
                     local: false,
@@ -680,6 +680,7 @@ impl Surveyor {
         let endpoint = Endpoint {
             id: id.clone(),
             url: app.origin.clone(),
+            found_at: None,
             internal_url: None,
             private_url: None,
             place: Place::new("local".parse().ok()?, "local".parse().ok()?),

@@ -136,6 +136,18 @@ impl Worker {
         .ok_or(Rejection::NotReady)
     }
 
+    /// The same cluster, or what has become of one that leads nowhere: its endpoints may be there before this worker was
+    /// told of them.
+    pub(super) fn latest(&self, cluster: &Rc<Cluster>) -> Rc<Cluster> {
+        if !cluster.targets.is_empty() {
+            return Rc::clone(cluster);
+        }
+        self.refresh();
+        let view = self.view.borrow().clone();
+        let latest = view.as_ref().and_then(|view| view.cluster(cluster.service.as_str()));
+        Rc::clone(latest.unwrap_or(cluster))
+    }
+
     /// Who verifies tokens right now.
     #[must_use]
     pub(super) fn verifier(&self) -> Arc<Verifier> {

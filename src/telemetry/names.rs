@@ -100,6 +100,21 @@ pub const SNAPSHOT_AGE: Name = gauge(
 /// Revision of the snapshot in use.
 pub const SNAPSHOT_REVISION: Name =
     gauge("infrar_snapshot_revision", "Revision of the snapshot in use.");
+/// Labels: `service`, `name`, `outcome` (`answered` or `failed`).
+pub const DNS_LOOKUPS: Name = counter(
+    "infrar_dns_lookups_total",
+    "Times that a name of discovery was looked up, by what came of it: answered or failed.",
+);
+/// Labels: `service`, `name`.
+pub const DNS_AGE: Name = gauge(
+    "infrar_dns_answer_age_seconds",
+    "Since DNS last told everything about a name of discovery.",
+);
+/// Labels: `service`, `name`.
+pub const DNS_ENDPOINTS: Name = gauge(
+    "infrar_dns_endpoints",
+    "Endpoints that a name of discovery leads to, draining ones included.",
+);
 /// Tokens received.
 pub const TOKENS_RECEIVED: Name =
     counter("infrar_token_received_total", "Tokens received from the issuer or a file.");
@@ -173,6 +188,9 @@ pub const ALL: &[Name] = &[
     CONNECTIONS,
     SNAPSHOT_AGE,
     SNAPSHOT_REVISION,
+    DNS_LOOKUPS,
+    DNS_AGE,
+    DNS_ENDPOINTS,
     TOKENS_RECEIVED,
     TOKEN_FAILURES,
     TOKEN_LEFT,

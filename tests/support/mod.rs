@@ -7,6 +7,7 @@
 )]
 #![allow(dead_code, reason = "each story file uses a part of the stage")]
 
+pub(crate) mod dns;
 pub(crate) mod frames;
 pub(crate) mod http2;
 pub(crate) mod sidecar;
@@ -417,7 +418,15 @@ impl Origin {
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        let listener = TcpListener::bind((address, 0)).await.expect("a free port");
+        Self::at((address, 0).into(), script).await
+    }
+
+    /// The same at a port that the story chose.
+    pub(crate) async fn at<F>(at: SocketAddr, script: impl Fn(Visit) -> F + Send + 'static) -> Self
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let listener = TcpListener::bind(at).await.expect("a free port");
         let at = listener.local_addr().expect("bound");
         let heads: Arc<Mutex<Vec<String>>> = Arc::default();
         let noted = Arc::clone(&heads);
