@@ -12,6 +12,7 @@ mod endpoints;
 mod guard;
 mod identities;
 mod journal;
+mod keys;
 mod leases;
 mod operations;
 mod project;

@@ -256,6 +256,8 @@ impl Control {
             Location::Postgres(_) => Past::Left,
         };
         let first_admin = begin(&registry, project, past).await?;
+        let mint = Arc::new(mint);
+        let keys = Keys::open(Arc::clone(&mint), Arc::clone(&registry), settings.clock).await?;
         let leases = Arc::new(Leases::new(store.clone()));
         let proxies = Arc::new(Proxies::new(store.clone()));
         supervisor

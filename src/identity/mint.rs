@@ -158,6 +158,15 @@ struct Key {
     public: Jwk,
 }
 
+/// A signing key as it is kept elsewhere too, so that several control planes sign with the same ones. Holds a secret: no
+/// `Debug`.
+pub struct KeptKey {
+    /// The name of its file, without the ending; says from when on it signs, and its id.
+    pub name: String,
+    /// The key itself, PKCS#8 in PEM.
+    pub pem: SecretString,
+}
+
 /// The signing keys. Signing takes no lock; rotation does.
 pub struct Mint {
     settings: MintSettings,
@@ -293,6 +302,60 @@ impl Mint {
         self.rotate_locked(now, &changing)
     }
 
+    /// Every key, to be kept elsewhere. Blocks on the disk for a moment.
+    ///
+    /// # Errors
+    /// [`MintError::Storage`], [`MintError::BrokenKey`] and [`MintError::Exposed`].
+    pub fn kept(&self) -> Result<Vec<KeptKey>, MintError> {
+        let keys = self.keys.load_full();
+        keys.iter().map(|key| Ok(KeptKey { name: name(&key.path), pem: content(&key.path)? })).collect()
+    }
+
+    /// Has these keys and no others from now on; an empty list changes nothing. Blocks on the disk for a moment.
+    ///
+    /// # Errors
+    /// [`MintError`]; the keys it has stay in force then.
+    pub fn adopt(&self, kept: &[KeptKey]) -> Result<(), MintError> {
+        let _changing = self.change();
+        let before = self.keys.load_full();
+        let mut keys = Vec::with_capacity(kept.len());
+        for KeptKey { name: wanted, pem } in kept {
+            let known = before.iter().find(|key| name(&key.path) == *wanted);
+            if let Some(known) = known {
+                keys.push(Arc::clone(known));
+                continue;
+            }
+            let path = self.settings.folder.join(format!("{wanted}.pem"));
+            write_private(&path, pem.expose_secret().as_bytes())
+                .map_err(|source| MintError::Storage { path: path.clone(), source })?;
+            keys.push(Arc::new(Key::read(path)?));
+        }
+        if keys.is_empty() {
+            return Ok(());
+        }
+        keys.sort_by_key(|key| key.signs_from);
+        let staying: Vec<PathBuf> = keys.iter().map(|key| key.path.clone()).collect();
+        self.keys.store(Arc::new(keys));
+        for key in before.iter().filter(|key| !staying.contains(&key.path)) {
+            fs::remove_file(&key.path)
+                .map_err(|source| MintError::Storage { path: key.path.clone(), source })?;
+        }
+        Ok(())
+    }
+
+    /// Whether the key of this name is published and about to sign.
+    #[must_use]
+    pub fn is_waiting(&self, name: &str, now: Timestamp) -> bool {
+        moment(name).is_some_and(|(signs_from, _)| self.is_near(signs_from, now))
+    }
+
+    /// Whether the key of this name is older than all that are still needed.
+    #[must_use]
+    pub fn has_outlived(&self, name: &str) -> bool {
+        let oldest = self.keys.load().first().map(|key| key.signs_from);
+        moment(name).zip(oldest).is_some_and(|((signs_from, _), oldest)| signs_from < oldest)
+    }
+
     /// Rotates when it is time, and forgets keys whose last token has expired. Call it every minute or so.
     ///
     /// # Errors
@@ -367,7 +430,11 @@ impl Mint {
 
     /// Whether the key is published and about to sign: its moment is as near as a rotation puts it.
     fn waits(&self, key: &Key, now: Timestamp) -> bool {
-        key.signs_from > now && key.signs_from <= add(now, self.settings.lead + CLOCK_SKEW)
+        self.is_near(key.signs_from, now)
+    }
+
+    fn is_near(&self, signs_from: Timestamp, now: Timestamp) -> bool {
+        signs_from > now && signs_from <= add(now, self.settings.lead + CLOCK_SKEW)
     }
 
     /// How many of the oldest keys have signed nothing that could still be valid.
@@ -393,21 +460,9 @@ impl Key {
     }
 
     fn read(path: PathBuf) -> Result<Self, MintError> {
-        let content = read_private(&path, KEY_FILE_LIMIT).map_err(|fault| match fault {
-            PrivateFault::Io(source) => MintError::Storage { path: path.clone(), source },
-            PrivateFault::Exposed => MintError::Exposed { path: path.clone() },
-            PrivateFault::TooLarge => MintError::BrokenKey { path: path.clone() },
-        })?;
-        let Ok(pem) = String::from_utf8(content).map(SecretString::from) else {
-            return Err(MintError::BrokenKey { path });
-        };
-        let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
-        // A negative moment would begin with the separator; no key is that old.
-        let parts = stem.strip_prefix("es256-").and_then(|rest| rest.split_once('-'));
-        let named = parts.and_then(|(seconds, id)| {
-            Some((Timestamp::from_second(seconds.parse().ok()?).ok()?, id))
-        });
-        let key = named.and_then(|(signs_from, id)| {
+        let pem = content(&path)?;
+        let stem = name(&path);
+        let key = moment(&stem).and_then(|(signs_from, id)| {
             let key = Self::parse(path.clone(), &pem, signs_from).ok()?;
             (key.id == id).then_some(key)
         });
@@ -427,6 +482,27 @@ impl Key {
         let decoding = DecodingKey::from_jwk(&public)?;
         Ok(Self { signs_from, id, path, encoding, decoding, public })
     }
+}
+
+/// The name of a key's file, without the ending.
+fn name(path: &Path) -> String {
+    path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default().to_owned()
+}
+
+/// From when on the key of this name signs, and its id. A negative moment would begin with the separator; no key is that old.
+fn moment(name: &str) -> Option<(Timestamp, &str)> {
+    let (seconds, id) = name.strip_prefix("es256-")?.split_once('-')?;
+    Some((Timestamp::from_second(seconds.parse().ok()?).ok()?, id))
+}
+
+fn content(path: &Path) -> Result<SecretString, MintError> {
+    let path = path.to_owned();
+    let content = read_private(&path, KEY_FILE_LIMIT).map_err(|fault| match fault {
+        PrivateFault::Io(source) => MintError::Storage { path: path.clone(), source },
+        PrivateFault::Exposed => MintError::Exposed { path: path.clone() },
+        PrivateFault::TooLarge => MintError::BrokenKey { path: path.clone() },
+    })?;
+    String::from_utf8(content).map(SecretString::from).map_err(|_binary| MintError::BrokenKey { path })
 }
 
 /// `now` and `span`; at the end of time, the end of time.

@@ -20,7 +20,7 @@ mod verify;
 pub use bearer::{Bearer, StoredToken};
 pub use jwks::{Fetch, FetchFault, Jwks, JwksStats, Refreshed, control_keys, keys_at};
 pub use keys::{Algorithm, KeyId, KeySet, KeySetError};
-pub use mint::{Mint, MintError, MintSettings, Minted, OwnClaims};
+pub use mint::{KeptKey, Mint, MintError, MintSettings, Minted, OwnClaims};
 pub use policy::{
     Access, Action, Grant, NotPermitted, PathFault, PathRule, Refused, Rule, RuleFault, Rules,
     Strictness, admit, normalise, outside, permits,
