@@ -584,6 +584,24 @@ async fn many_silent_connections_of_one_address_leave_places_for_others() {
 }
 
 #[tokio::test]
+async fn whoever_never_reads_its_answers_loses_its_connection() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut settings = Settings::new(anywhere(), folder.path().join("data"));
+    // One place for each address.
+    settings.connections = 2;
+    settings.stall = Duration::from_millis(300);
+    let running = Control::start(settings, project("data.example"), identities()).await.unwrap();
+    let socket = TcpSocket::new_v4().unwrap();
+    // Little room, so that the answers are soon in nobody's way but the server's.
+    socket.set_recv_buffer_size(4096).unwrap();
+    let mut greedy = socket.connect(running.local_addr()).await.unwrap();
+    let request = "GET /.well-known/openid-configuration HTTP/1.1\r\nhost: c\r\n\r\n".repeat(100);
+    let closed = async { while greedy.write_all(request.as_bytes()).await.is_ok() {} };
+    timeout(Duration::from_secs(30), closed).await.unwrap();
+    assert_eq!(get(&running, "/livez").await.status(), StatusCode::OK, "its place is free again");
+}
+
+#[tokio::test]
 async fn plaintext_is_spoken_on_loopback_only() {
     let folder = tempfile::tempdir().unwrap();
     for listen in ["0.0.0.0:0", "[::]:0", "192.0.2.1:7070"] {

@@ -37,7 +37,7 @@ use crate::{
     },
     identity::{Mint, MintError, MintSettings},
     model::Project,
-    net::{self, BindError, Gate, MinVersion, Opening, Reload, ServerTls, TlsError},
+    net::{self, BindError, Flowing, Gate, MinVersion, Opening, Reload, ServerTls, TlsError},
     runtime::{Clock, Supervisor, open_files},
 };
 
@@ -47,6 +47,8 @@ const CONNECTIONS: usize = 8192;
 const OPENING: Duration = Duration::from_secs(10);
 /// How long a request head may take, and an idle HTTP/1.1 connection may stay.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long what is written to a connection may get nowhere: whoever never reads does not keep its place.
+const STALL: Duration = Duration::from_secs(10);
 /// How long requests may finish after the end was asked for.
 const DRAIN: Duration = Duration::from_secs(5);
 /// How often the certificate files are looked at.
@@ -146,6 +148,8 @@ pub struct Settings {
     pub key_period: Duration,
     /// Connections at a time, of them half from one address; more are closed at once.
     pub connections: usize,
+    /// How long what is written to a connection may get nowhere before that is closed.
+    pub stall: Duration,
     /// What time it is.
     pub clock: Clock,
 }
@@ -165,6 +169,7 @@ impl Settings {
             key_lead: usual.lead,
             key_period: usual.period,
             connections: CONNECTIONS.min(open_files() / 4 * 3),
+            stall: STALL,
             clock: Clock::system(),
         }
     }
@@ -231,6 +236,7 @@ impl Control {
             router: router(Arc::clone(&shared)),
             tls,
             gate: Gate::new(settings.connections, settings.connections.div_ceil(2)),
+            stall: settings.stall,
             supervisor: supervisor.clone(),
         };
         supervisor.spawn_until_end("control-accept", door.open(listener));
@@ -395,6 +401,7 @@ struct Door {
     router: Router,
     tls: Option<Arc<ServerTls>>,
     gate: Gate,
+    stall: Duration,
     supervisor: Supervisor,
 }
 
@@ -413,6 +420,7 @@ impl Door {
     }
 
     async fn greet(&self, stream: TcpStream, peer: SocketAddr) {
+        let stream = Flowing::new(stream, self.stall);
         let Some(tls) = &self.tls else { return self.converse(stream, peer).await };
         let acceptor = TlsAcceptor::from(tls.current());
         match timeout(OPENING, acceptor.accept(stream)).await {
