@@ -1,6 +1,14 @@
 //! Stories of the control plane, told through a really started one on a free port: tokens that any standard library
 //! can check, a catalog that is fetched once, changes that arrive by themselves, and keys that outlive a restart.
-#![expect(clippy::unwrap_used, clippy::panic, reason = "the helpers of a test may fail it")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a story may fail, and starts what ends with it"
+)]
+
+mod support;
 
 use std::{
     collections::BTreeMap,
@@ -26,6 +34,7 @@ use infrar::{
 use jsonwebtoken::{Algorithm, DecodingKey, Validation, decode, decode_header, jwk::JwkSet};
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::Value;
+use support::{Folder, Infrar, Pair, free_ports};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpSocket, TcpStream},
@@ -526,6 +535,45 @@ async fn rotation_over_the_api_takes_a_scope_that_permissions_grant() {
         assert_eq!(ask(&running, request, "").await.status(), status);
     }
     assert_eq!(client.own_jwks().await.unwrap()["keys"].as_array().unwrap().len(), 2);
+}
+
+#[tokio::test]
+async fn two_control_planes_never_share_a_data_directory() {
+    let folder = tempfile::tempdir().unwrap();
+    let running = start(folder.path()).await;
+    let settings = Settings::new(anywhere(), folder.path().join("data"));
+    let fault = Control::start(settings, project("data.example"), identities()).await.unwrap_err();
+    assert!(fault.is_configuration() && fault.to_string().contains("--data-dir"), "{fault}");
+    assert!(client(&running).token(&web(), "data-intelligence", None).await.is_ok());
+    running.shutdown().await;
+    start(folder.path()).await.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_second_process_on_a_data_directory_ends_with_advice_and_a_killed_one_gives_it_back() {
+    let folder = Folder::new();
+    let [first_at, second_at] = free_ports();
+    folder.write("secrets/web", "the caller's secret\n");
+    folder.write("secrets/data", "the callee's secret\n");
+    folder.write("project.yaml", &Pair::project(anywhere(), ""));
+    let begin = |name: &str, at: SocketAddr| {
+        let at = at.to_string();
+        let place = ["--listen", at.as_str(), "--data-dir", "control"];
+        Infrar::start(
+            &folder,
+            name,
+            &[&["control", "--project", "project.yaml"][..], &place].concat(),
+        )
+    };
+    let mut first = begin("first", first_at);
+    first.ready(first_at).await;
+    let mut second = begin("second", second_at);
+    assert_eq!(second.ended().await.code(), Some(2), "{}", second.log());
+    let advice = "another control plane runs on the --data-dir control; stop it, or give this one";
+    assert!(second.log().contains(advice), "{}", second.log());
+    assert!(first.runs());
+    first.kill().await;
+    begin("third", second_at).ready(second_at).await;
 }
 
 #[tokio::test]

@@ -1,9 +1,9 @@
 //! The control plane as a running thing: how it starts, listens and ends.
 
 use std::{
-    io,
+    fs, io,
     net::SocketAddr,
-    os::unix::fs::DirBuilderExt,
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
     pin::pin,
     sync::Arc,
@@ -91,6 +91,15 @@ pub enum ControlError {
         #[source]
         source: io::Error,
     },
+    /// Two would overwrite each other's keys and give one revision to two contents.
+    #[error(
+        "another control plane runs on the --data-dir {}; stop it, or give this one a --data-dir of its own",
+        path.display()
+    )]
+    DataDirTaken {
+        /// Which.
+        path: PathBuf,
+    },
     /// The system refused a socket operation.
     #[error("the listening socket cannot be used")]
     Socket(#[source] io::Error),
@@ -111,7 +120,8 @@ impl ControlError {
             | Self::PublicUrl { .. }
             | Self::Bind(_)
             | Self::Tls(_)
-            | Self::DataDir { .. } => true,
+            | Self::DataDir { .. }
+            | Self::DataDirTaken { .. } => true,
             Self::Registry(error) => {
                 matches!(error, RegistryError::Reserved { .. } | RegistryError::Renamed { .. })
             }
@@ -204,7 +214,7 @@ impl Control {
         let tls = tls.transpose()?;
         let (listener, local_addr) = listen(settings.listen)?;
         let issuer = issuer(&settings, local_addr)?;
-        prepare(&settings.data_dir)?;
+        let data_dir = take(&settings.data_dir)?;
         let mint = Mint::open(
             MintSettings {
                 folder: settings.data_dir.join("keys"),
@@ -242,7 +252,7 @@ impl Control {
         supervisor.spawn_until_end("control-accept", door.open(listener));
         let revision = shared.registry.current().revision;
         tracing::info!(%local_addr, issuer, revision, "the control plane answers");
-        Ok(Running { local_addr, issuer, shared, supervisor })
+        Ok(Running { local_addr, issuer, shared, supervisor, data_dir })
     }
 }
 
@@ -252,6 +262,8 @@ pub struct Running {
     issuer: String,
     shared: Arc<Shared>,
     supervisor: Supervisor,
+    #[expect(dead_code, reason = "the directory is ours until this is dropped")]
+    data_dir: fs::File,
 }
 
 impl std::fmt::Debug for Running {
@@ -349,12 +361,21 @@ fn issuer(settings: &Settings, local_addr: SocketAddr) -> Result<String, Control
     Ok(url.as_str().trim_end_matches('/').to_owned())
 }
 
-fn prepare(path: &Path) -> Result<(), ControlError> {
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
-        .map_err(|source| ControlError::DataDir { path: path.to_owned(), source })
+/// Makes the data directory and takes it for this process alone. The system gives it back when the process ends,
+/// however it ends.
+fn take(path: &Path) -> Result<fs::File, ControlError> {
+    let unusable = |source| ControlError::DataDir { path: path.to_owned(), source };
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(unusable)?;
+    let mut options = fs::OpenOptions::new();
+    let options = options.write(true).create(true).truncate(false).mode(0o600);
+    let lock = options.open(path.join("lock")).map_err(unusable)?;
+    match lock.try_lock() {
+        Ok(()) => Ok(lock),
+        Err(fs::TryLockError::WouldBlock) => {
+            Err(ControlError::DataDirTaken { path: path.to_owned() })
+        }
+        Err(fs::TryLockError::Error(source)) => Err(unusable(source)),
+    }
 }
 
 /// Rotates the keys when it is time.
