@@ -303,6 +303,10 @@ async fn who_cannot_prove_who_it_is_gets_no_token() {
     assert!(answer.headers()["www-authenticate"].to_str().unwrap().starts_with("Basic"));
 }
 
+fn operator() -> Credential {
+    Credential { client_id: "operator".parse().unwrap(), secret: "operator".to_owned().into() }
+}
+
 #[tokio::test]
 async fn guessing_a_secret_is_slowed_down() {
     let folder = tempfile::tempdir().unwrap();
@@ -574,6 +578,51 @@ async fn a_second_process_on_a_data_directory_ends_with_advice_and_a_killed_one_
     assert!(first.runs());
     first.kill().await;
     begin("third", second_at).ready(second_at).await;
+}
+
+#[tokio::test]
+async fn a_revoked_right_ends_at_once_also_for_tokens_that_are_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut granting = project("data.example");
+    let keys = BTreeMap::from([(CONTROL_AUDIENCE.parse().unwrap(), scopes("infrar:keys:write"))]);
+    granting.permissions.insert("operator".parse().unwrap(), keys);
+    let settings = Settings::new(anywhere(), folder.path().join("data"));
+    let running = Control::start(settings, granting, identities()).await.unwrap();
+    let client = client(&running);
+    let token = client.token(&operator(), CONTROL_AUDIENCE, None).await.unwrap().access_token;
+    let rotate = async || {
+        let request = Request::post("/v1/keys/rotate")
+            .header("authorization", format!("Bearer {}", token.expose_secret()));
+        let answer = ask(&running, request, "").await;
+        (answer.status(), json(&answer)["code"].as_str().unwrap_or_default().to_owned())
+    };
+    let limit = Duration::from_secs(10);
+    let mut of_operator = client.watch(&token, 0).await.unwrap();
+    let mut of_web = client.watch(&bearer(&client).await, 0).await.unwrap();
+    for watch in [&mut of_operator, &mut of_web] {
+        assert_eq!(timeout(limit, watch.next()).await.unwrap().unwrap().unwrap().revision, 1);
+    }
+    assert_eq!(rotate().await.0, StatusCode::OK);
+
+    // The row goes. What every identity may do stays.
+    running.replace(project("data.example"), &identities()).unwrap();
+    assert_eq!(rotate().await, (StatusCode::FORBIDDEN, "scope-missing".to_owned()));
+    assert!(client.catalog(&token, None).await.is_ok());
+    for watch in [&mut of_operator, &mut of_web] {
+        assert_eq!(timeout(limit, watch.next()).await.unwrap().unwrap().unwrap().revision, 2);
+    }
+
+    // The identity goes, which no proxy can see; its watch ends all the same, and nobody else's.
+    let mut fewer = identities();
+    fewer.remove("operator");
+    let unchanged = running.replace(project("data.example"), &fewer).unwrap();
+    assert_eq!(unchanged, Replaced::Unchanged { revision: 2 });
+    let gone = (StatusCode::UNAUTHORIZED, "token-invalid".to_owned());
+    assert_eq!(rotate().await, gone);
+    assert_eq!(refused_with(client.catalog(&token, None).await), gone);
+    assert!(timeout(limit, of_operator.next()).await.unwrap().unwrap_or(None).is_none());
+    running.replace(project("moved.example"), &fewer).unwrap();
+    assert_eq!(timeout(limit, of_web.next()).await.unwrap().unwrap().unwrap().revision, 3);
 }
 
 #[tokio::test]

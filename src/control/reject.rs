@@ -28,7 +28,11 @@ pub(super) enum Rejection {
     TokenInvalid,
     #[error("the token has expired")]
     TokenExpired,
-    #[error("the token does not carry the scope {scope}")]
+    #[error("{name} is no longer an identity of this project")]
+    IdentityGone { name: ServiceName },
+    #[error(
+        "the scope {scope} is missing: the token does not carry it, or permissions no longer grant it"
+    )]
     ScopeMissing { scope: &'static str },
     #[error("{name} is no service of this project{}", alternatives(nearest))]
     UnknownService { name: String, nearest: Vec<ServiceName> },
@@ -50,7 +54,9 @@ impl Rejection {
         match self {
             Self::BadRequest { .. } => (StatusCode::BAD_REQUEST, "bad-request", "Bad request"),
             Self::TokenMissing => (StatusCode::UNAUTHORIZED, "token-missing", "Token missing"),
-            Self::TokenInvalid => (StatusCode::UNAUTHORIZED, "token-invalid", "Token invalid"),
+            Self::TokenInvalid | Self::IdentityGone { .. } => {
+                (StatusCode::UNAUTHORIZED, "token-invalid", "Token invalid")
+            }
             Self::TokenExpired => (StatusCode::UNAUTHORIZED, "token-expired", "Token expired"),
             Self::ScopeMissing { .. } => (StatusCode::FORBIDDEN, "scope-missing", "Scope missing"),
             Self::UnknownService { .. } => {
@@ -70,7 +76,7 @@ impl Rejection {
     fn challenge(&self) -> Option<String> {
         match self {
             Self::TokenMissing => Some("Bearer realm=\"infrar\"".to_owned()),
-            Self::TokenInvalid | Self::TokenExpired => Some(format!(
+            Self::TokenInvalid | Self::TokenExpired | Self::IdentityGone { .. } => Some(format!(
                 "Bearer realm=\"infrar\", error=\"invalid_token\", error_description=\"{self}\""
             )),
             Self::ScopeMissing { scope } => Some(format!(

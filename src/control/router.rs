@@ -24,10 +24,10 @@ use tower_http::catch_panic::CatchPanicLayer;
 use crate::{
     api::{CATALOG_READ, KEYS_WRITE},
     control::{
-        guard,
+        guard::Guard,
         registry::Registry,
         reject::{Rejection, TokenRefusal, json},
-        services,
+        services::{self, Watcher},
         throttle::Throttle,
         tokens::{Desk, Request},
     },
@@ -150,7 +150,8 @@ async fn watch(
     let last = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse().ok());
     let left = claims.exp.saturating_sub(shared.clock.unix_seconds());
     let until = Instant::now() + Duration::from_secs(u64::try_from(left).unwrap_or(0));
-    Ok(services::watch(shared.registry.follow(), last.or(from), until, shared.end.clone()))
+    let watcher = Watcher { name: claims.sub, until, end: shared.end.clone() };
+    Ok(services::watch(shared.registry.follow(), last.or(from), watcher))
 }
 
 async fn list(State(shared): App, headers: HeaderMap) -> Result<Response, Rejection> {
@@ -216,7 +217,9 @@ async fn ready(State(shared): App) -> Response {
 
 impl Shared {
     fn admit(&self, headers: &HeaderMap, scope: &'static str) -> Result<OwnClaims, Rejection> {
-        guard::admit(headers, &self.mint, self.registry.issuer(), scope, self.clock.now())
+        let version = self.registry.current();
+        let (mint, issuer) = (&self.mint, self.registry.issuer());
+        Guard { version: &version, mint, issuer, now: self.clock.now() }.admit(headers, scope)
     }
 }
 

@@ -17,7 +17,7 @@ use tokio::time::Instant;
 use url::{Url, form_urlencoded};
 
 use crate::{
-    api::{CATALOG_READ, CONTROL_AUDIENCE, TokenReply, USAGE_WRITE},
+    api::TokenReply,
     control::{
         registry::{Version, sha256},
         reject::TokenRefusal,
@@ -114,7 +114,9 @@ impl Desk<'_> {
         callee: &str,
         wanted: Option<&ScopeSet>,
     ) -> Result<ScopeSet, TokenRefusal> {
-        let granted = self.granted(caller, callee)?;
+        let granted = self.version.grants(caller, callee).ok_or_else(|| {
+            TokenRefusal::NotGranted { caller: caller.clone(), callee: callee.to_owned() }
+        })?;
         let Some(wanted) = wanted else { return Ok(granted) };
         if granted.covers(wanted) {
             return Ok(wanted.clone());
@@ -136,21 +138,6 @@ impl Desk<'_> {
         }
         self.throttle.failed(pair, now);
         TokenRefusal::Client
-    }
-
-    fn granted(&self, caller: &ServiceName, callee: &str) -> Result<ScopeSet, TokenRefusal> {
-        let row = self.version.project.permissions.get(caller);
-        let written = row.and_then(|row| row.get(callee));
-        if callee == CONTROL_AUDIENCE {
-            // Every identity follows the catalog and reports its usage.
-            let own = [CATALOG_READ, USAGE_WRITE].into_iter().filter_map(|text| text.parse().ok());
-            let written = written.into_iter().flat_map(ScopeSet::iter).cloned();
-            return Ok(own.chain(written).collect());
-        }
-        written.cloned().ok_or_else(|| TokenRefusal::NotGranted {
-            caller: caller.clone(),
-            callee: callee.to_owned(),
-        })
     }
 
     /// While the project learns, what `refusal` would keep back at a service of the project: the scopes that exist
