@@ -2,8 +2,6 @@
 //!
 //! Its API answers with RFC 9457 problems, the token endpoint with RFC 6749 §5.2 errors, as its clients expect.
 
-use std::time::Duration;
-
 use axum::response::{IntoResponse, Response};
 use http::{
     HeaderValue, StatusCode,
@@ -145,12 +143,12 @@ pub(super) enum TokenRefusal {
     Request(&'static str),
     #[error("the form is larger than is taken here")]
     TooLarge,
+    #[error("the form did not arrive in time")]
+    Slow,
     #[error("only client_credentials is granted here")]
     GrantType,
     #[error("the client is unknown, or its secret is wrong")]
     Client,
-    #[error("too many wrong secrets; wait {} s", wait.as_secs() + 1)]
-    TooMany { wait: Duration },
     #[error("name the callee: audience=NAME or resource=https://NAME.infrar.internal")]
     TargetMissing,
     #[error("one token is for one callee: audience and resource must agree")]
@@ -163,8 +161,6 @@ pub(super) enum TokenRefusal {
     ScopeNotGranted { caller: ServiceName, callee: String, missing: String },
     #[error("the token could not be signed")]
     Signing,
-    #[error("there is more to do than can be done at once")]
-    Busy,
 }
 
 impl TokenRefusal {
@@ -173,9 +169,9 @@ impl TokenRefusal {
         match self {
             Self::Request(_) => (StatusCode::BAD_REQUEST, "invalid_request"),
             Self::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "invalid_request"),
+            Self::Slow => (StatusCode::REQUEST_TIMEOUT, "invalid_request"),
             Self::GrantType => (StatusCode::BAD_REQUEST, "unsupported_grant_type"),
             Self::Client => (StatusCode::UNAUTHORIZED, "invalid_client"),
-            Self::TooMany { .. } => (StatusCode::TOO_MANY_REQUESTS, "temporarily_unavailable"),
             Self::TargetMissing | Self::Targets | Self::NotGranted { .. } => {
                 (StatusCode::BAD_REQUEST, "invalid_target")
             }
@@ -183,7 +179,6 @@ impl TokenRefusal {
                 (StatusCode::BAD_REQUEST, "invalid_scope")
             }
             Self::Signing => (StatusCode::INTERNAL_SERVER_ERROR, "server_error"),
-            Self::Busy => (StatusCode::SERVICE_UNAVAILABLE, "temporarily_unavailable"),
         }
     }
 }
@@ -200,11 +195,6 @@ impl IntoResponse for TokenRefusal {
         if matches!(self, Self::Client) {
             let challenge = HeaderValue::from_static("Basic realm=\"infrar\", charset=\"UTF-8\"");
             headers.insert(WWW_AUTHENTICATE, challenge);
-        }
-        if let Self::TooMany { wait } = self {
-            headers.insert(RETRY_AFTER, HeaderValue::from(wait.as_secs() + 1));
-        } else if matches!(self, Self::Busy) {
-            headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
         }
         answer
     }

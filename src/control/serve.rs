@@ -30,6 +30,7 @@ use url::Url;
 use crate::{
     control::{
         Identities, RegistryError, Replaced,
+        intake::Intake,
         registry::Registry,
         router::{Peer, Shared, router},
         store::Store,
@@ -49,6 +50,8 @@ const OPENING: Duration = Duration::from_secs(10);
 const HEADER_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long what is written to a connection may get nowhere: whoever never reads does not keep its place.
 const STALL: Duration = Duration::from_secs(10);
+/// Requests at a time on one HTTP/2 connection: a watch and some tokens.
+const STREAMS: u32 = 32;
 /// How long requests may finish after the end was asked for.
 const DRAIN: Duration = Duration::from_secs(5);
 /// How often the certificate files are looked at.
@@ -230,6 +233,7 @@ impl Control {
         let shared = Arc::new(Shared {
             registry,
             mint,
+            intake: Intake::new(),
             throttle: Throttle::new(),
             clock: settings.clock,
             end: supervisor.token(),
@@ -493,7 +497,7 @@ fn protocol() -> Builder<TokioExecutor> {
         .timer(TokioTimer::new())
         .keep_alive_interval(Duration::from_secs(20))
         .keep_alive_timeout(Duration::from_secs(20))
-        .max_concurrent_streams(100)
+        .max_concurrent_streams(STREAMS)
         .max_header_list_size(32 * 1024)
         .max_pending_accept_reset_streams(20)
         .max_local_error_reset_streams(100);

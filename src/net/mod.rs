@@ -14,7 +14,7 @@ mod tls;
 
 pub use dial::{Addresses, ResolveError, Resolver, connect, connect_any};
 pub use flowing::{Cut, Flowing};
-pub use gate::{Gate, Opening, Place};
+pub use gate::{Gate, Opening, Place, source};
 pub use listen::{BindError, BindErrors, accept, accept_rest, bind, try_bind};
 pub use own::is_own;
 pub use spread::{Handover, Open, Placement, Spread};
