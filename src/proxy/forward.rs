@@ -5,13 +5,7 @@
 //! under its callers' patience.
 
 use std::{
-    cell::RefCell,
-    future::poll_fn,
-    pin::pin,
-    rc::Rc,
-    sync::Arc,
-    task::{Poll, ready},
-    time::Duration,
+    cell::RefCell, future::poll_fn, pin::pin, rc::Rc, sync::Arc, task::Poll, time::Duration,
 };
 
 use http::{HeaderName, HeaderValue, Method, StatusCode, Uri, Version, header, uri::PathAndQuery};
@@ -263,6 +257,7 @@ impl<'a> Forward<'a> {
         let flight = Flight::begin(Arc::clone(&target.vitals));
         let circuit = self.cluster.aim.circuit();
         let mut trial = Trial::begin(self.ward, circuit, &target.vitals, chosen.pass);
+        trial.awaits(Some(begun));
         let outcome = self.exchange(&target, begun, &mut trial).await;
         let now = Instant::now();
         self.record.waited(now);
@@ -317,7 +312,7 @@ impl<'a> Forward<'a> {
     ) -> Result<Received, (Rejection, bool)> {
         let attempt = self.cluster.timeouts.attempt.unwrap_or(FAR);
         let deadline = self.deadline.min(begun + attempt);
-        let body = self.replay.is_some() || matches!(self.dispatch.request.body, Body::Stream(_));
+        let body = self.has_stream();
         // A body that an earlier attempt has seen to its end is here: from then on the clock runs.
         let streams = body && !self.replay.as_ref().is_some_and(Replay::has_ended);
         let mut want = Want {
@@ -340,26 +335,9 @@ impl<'a> Forward<'a> {
                 self.keep(&lease);
             }
             let witness = lease.witness();
-            let interim = self.dispatch.interim;
-            let alarm = self.dispatch.alarm;
-            let progress = Progress::new(body);
             let mut patience = self.patience(streams, deadline);
             trial.awaits((!streams).then_some(begun));
-            let sent = {
-                let mut sending = pin!(lease.send(self.outgoing(target, &progress), interim));
-                poll_fn(|cx| {
-                    if let Poll::Ready(sent) = sending.as_mut().poll(cx) {
-                        return Poll::Ready(Some(sent));
-                    }
-                    let over = patience.poll(&progress, alarm, cx);
-                    if streams {
-                        trial.awaits(patience.uploaded);
-                    }
-                    ready!(over);
-                    Poll::Ready(None)
-                })
-                .await
-            };
+            let sent = self.send_on(lease, target, &mut patience, trial).await;
             if let (true, Some(uploaded)) = (streams, patience.uploaded) {
                 self.deadline = uploaded + self.cluster.timeouts.request.unwrap_or(FAR);
             }
@@ -382,6 +360,31 @@ impl<'a> Forward<'a> {
                 }
             }
         }
+    }
+
+    /// Sends on `lease` and waits; `None` when the endpoint has had its time.
+    async fn send_on(
+        &mut self,
+        lease: Lease,
+        target: &Target,
+        patience: &mut Patience,
+        trial: &mut Trial<'_>,
+    ) -> Option<Result<Received, Failure>> {
+        let interim = self.dispatch.interim;
+        let alarm = self.dispatch.alarm;
+        let progress = Progress::new(self.has_stream());
+        let mut sending = pin!(lease.send(self.outgoing(target, &progress), interim));
+        poll_fn(|cx| {
+            if let Poll::Ready(sent) = sending.as_mut().poll(cx) {
+                return Poll::Ready(Some(sent));
+            }
+            let over = patience.poll(&progress, alarm, cx);
+            if patience.uploaded.is_some() {
+                trial.awaits(patience.uploaded);
+            }
+            over.map(|()| None)
+        })
+        .await
     }
 
     /// A connection, where none is kept or time has passed since the token was taken: with one that is still good.
@@ -453,6 +456,11 @@ impl<'a> Forward<'a> {
             | SendError::RequestBody(_)
             | SendError::BadRequest => false,
         }
+    }
+
+    /// Whether there is a body that streams, or one that did before it was kept.
+    fn has_stream(&self) -> bool {
+        self.replay.is_some() || matches!(self.dispatch.request.body, Body::Stream(_))
     }
 
     /// Whether the body can still be sent from its beginning.

@@ -458,7 +458,7 @@ mod tests {
     fn callers_beyond_the_first_thousand_share_one_series_per_callee() {
         let me: ServiceName = "data".parse().unwrap();
         let other: ServiceName = "reports".parse().unwrap();
-        let desk = Desk::new(&Registry::default(), None, Direction::Inbound, &me);
+        let desk = Desk::new(&Arc::default(), None, Direction::Inbound, &me);
         let first = desk.of_caller("caller-0", &me);
         for caller in 1..MOST_CALLERS {
             assert_eq!(

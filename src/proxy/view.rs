@@ -285,6 +285,21 @@ pub(super) struct PoolKey {
     zone: Option<Zone>,
 }
 
+impl PoolKey {
+    fn of(service: &ServiceName, way: &Way<'_>, address: &Origin, protocol: Protocol) -> Self {
+        Self {
+            service: service.clone(),
+            endpoint: way.endpoint.id.clone(),
+            address: address.clone(),
+            url: way.endpoint.url.clone(),
+            mode: way.mode,
+            protocol,
+            place: way.endpoint.place.clone(),
+            zone: way.endpoint.zone.clone(),
+        }
+    }
+}
+
 /// Builds views on one worker.
 pub(super) struct Surveyor {
     /// The proxy's settings.
@@ -480,16 +495,7 @@ impl Surveyor {
                 .is_some_and(|here| here.provider() != way.endpoint.place.provider())
         });
         let address = edge.unwrap_or(way.address);
-        let key = PoolKey {
-            service: name.clone(),
-            endpoint: way.endpoint.id.clone(),
-            address: address.clone(),
-            url: way.endpoint.url.clone(),
-            mode: way.mode,
-            protocol: service.protocol,
-            place: way.endpoint.place.clone(),
-            zone: way.endpoint.zone.clone(),
-        };
+        let key = PoolKey::of(name, way, address, service.protocol);
         let found = self.pools.borrow().get(&key).cloned();
         let pool = match found {
             Some(pool) => pool,

@@ -191,6 +191,7 @@ impl http_body::Body for Reader {
 mod tests {
     use std::collections::VecDeque;
 
+    use http_body::Body as _;
     use http_body_util::BodyExt;
     use proptest::prelude::*;
 
