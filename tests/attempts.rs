@@ -394,3 +394,22 @@ async fn bytes_are_booked_to_the_place_where_an_endpoint_now_is() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn applications_behind_two_listeners_are_told_apart() {
+    let (one, two) = (Origin::plain("one").await, Origin::plain("two").await);
+    let [first, second] = free_ports();
+    let listener = |at, app| {
+        format!(
+            "  - {{ listen: '{at}', app: 'http://{app}', tls: off, rules: [{{ path: /*, public: true }}] }}\n"
+        )
+    };
+    let keys = format!("inbound:\n{}{}", listener(first, one.at), listener(second, two.at));
+    let sidecar = Sidecar::with(&[("data", &[one.at], "")], &keys).await;
+    for (at, name, endpoint) in [(first, "one", "app"), (second, "two", "app-2")] {
+        assert_eq!(get(at, "web", "/").await.body, name);
+        let labels = ["service=\"web\"", &format!("endpoint=\"{endpoint}\"")];
+        let latency = sidecar.metric("infrar_endpoint_latency_seconds", &labels).await;
+        assert!(latency.is_some(), "{endpoint}");
+    }
+}

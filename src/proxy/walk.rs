@@ -163,3 +163,32 @@ impl Walk {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use http::{Uri, Version};
+
+    use super::*;
+
+    #[test]
+    fn only_options_counts_its_hops() {
+        let hops = |method: Method, said: &str| {
+            let mut fields = Fields::new();
+            fields.set(header::MAX_FORWARDS, said.parse().unwrap());
+            let (uri, version) = (Uri::default(), Version::HTTP_11);
+            let mut request = Request { method, uri, version, fields, body: Body::Empty };
+            match last_stop(&mut request) {
+                Some(_answer) => "here".to_owned(),
+                None => request.fields.get(&header::MAX_FORWARDS).unwrap().to_str().unwrap().into(),
+            }
+        };
+        assert_eq!(hops(Method::OPTIONS, "0"), "here");
+        assert_eq!(hops(Method::OPTIONS, "1"), "0");
+        // More than we count to: less is said (§7.6.2).
+        assert_eq!(hops(Method::OPTIONS, "99999999999999999999"), "4294967294");
+        for nonsense in ["", "-1", "+1", "1, 2", "many"] {
+            assert_eq!(hops(Method::OPTIONS, nonsense), nonsense);
+        }
+        assert_eq!(hops(Method::GET, "0"), "0");
+    }
+}
