@@ -325,6 +325,11 @@ impl Book {
         !self.admins.is_empty()
     }
 
+    /// Whether the project names this identity.
+    pub(super) fn is_identity(&self, name: &ServiceName) -> bool {
+        self.document().is_some_and(|document| document.identities.contains_key(name))
+    }
+
     /// Who may ask for tokens.
     pub(super) fn identities(&self) -> impl Iterator<Item = (&ServiceName, &IdentityDocument)> {
         self.document().into_iter().flat_map(|document| &document.identities)

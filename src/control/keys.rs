@@ -120,17 +120,23 @@ impl Keys {
     }
 }
 
+/// A key, as the store keeps it.
+pub(super) fn entry(key: &KeptKey) -> Write {
+    Write::put(Key::Signing(&key.name).text(), key.pem.expose_secret())
+}
+
 /// What the store does not have yet, and what nobody needs any more.
 fn differences(book: &Book, ours: &[KeptKey], mint: &Mint, now: Timestamp) -> Vec<Write> {
     let known = book.keys();
     let waiting = known.keys().any(|name| mint.is_waiting(name, now));
+    let newest = known.keys().filter_map(|name| KeptKey::signs_from(name)).max();
     let new = ours.iter().filter(|key| {
         let second = waiting && mint.is_waiting(&key.name, now);
-        // Ones that are neither new nor known were forgotten by another replica.
-        let first = known.is_empty();
-        !known.contains_key(&key.name) && !second && (first || mint.is_waiting(&key.name, now))
+        // An older one that is not known was forgotten by another replica.
+        let newer = KeptKey::signs_from(&key.name) > newest;
+        !known.contains_key(&key.name) && !second && newer
     });
-    let new = new.map(|key| Write::put(Key::Signing(&key.name).text(), key.pem.expose_secret()));
+    let new = new.map(entry);
     let old = known.keys().filter(|name| mint.has_outlived(name));
     new.chain(old.map(|name| Write::remove(Key::Signing(name).text()))).collect()
 }

@@ -7,10 +7,12 @@
 //! It does not read `project.yaml` and watches no file: whoever runs it passes a checked project and, later,
 //! the next one.
 
+mod begin;
 mod book;
 mod endpoints;
 mod guard;
 mod identities;
+mod intake;
 mod journal;
 mod keys;
 mod leases;

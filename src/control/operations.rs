@@ -1,17 +1,19 @@
 //! What the registry's part of the API does, each operation from its request to its answer.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
-    body::Bytes,
-    extract::{Path, State, rejection::BytesRejection},
+    body::Body,
+    extract::{Path, State},
     response::{IntoResponse, Response},
 };
 use http::{
     HeaderMap, HeaderValue, StatusCode,
     header::{ETAG, HeaderName, IF_MATCH, IF_NONE_MATCH},
 };
+use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
+use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::{
@@ -32,8 +34,13 @@ use crate::{
 };
 
 type App = State<Arc<Shared>>;
-type Body = Result<Bytes, BytesRejection>;
 type Named = Path<(String, String)>;
+
+/// The largest body that is taken, and the largest project.
+const BODY_LIMIT: usize = 16 * 1024;
+const PROJECT_LIMIT: usize = 32 * 1024 * 1024;
+/// How long a body may take to arrive.
+const BODY_TIME: Duration = Duration::from_secs(5);
 
 /// `GET /v1/services/{name}/endpoints/{id}`.
 pub(super) async fn show(
@@ -55,7 +62,7 @@ pub(super) async fn register(
 ) -> Result<Response, Rejection> {
     let target = target(path)?;
     let claims = shared.may_change(&headers, &target.service)?;
-    let registration: Registration = read(body)?;
+    let registration: Registration = read(body, BODY_LIMIT).await?;
     let faults = endpoints::faults(&registration);
     if !faults.is_empty() {
         return Err(Rejection::BadRequest { detail: faults.join("; ") });
@@ -85,10 +92,9 @@ pub(super) async fn adjust(
     body: Body,
 ) -> Result<Response, Rejection> {
     let target = target(path)?;
-    let adjustment: Adjustment = {
-        shared.may_change(&headers, &target.service)?;
-        read(body)?
-    };
+    // Only from those who may is a body waited for.
+    shared.may_change(&headers, &target.service)?;
+    let adjustment: Adjustment = read(body, BODY_LIMIT).await?;
     change(&shared, &headers, target, adjustment).await
 }
 
@@ -167,7 +173,7 @@ pub(super) async fn report(
     let instance: Uuid = instance
         .parse()
         .map_err(|_text| Rejection::BadRequest { detail: "an instance is a UUID".to_owned() })?;
-    let report: ProxyReport = read(body)?;
+    let report: ProxyReport = read(body, BODY_LIMIT).await?;
     if report.role.len() > 16 || report.version.len() > 64 {
         return Err(Rejection::BadRequest {
             detail: "role has at most 16 bytes, version 64".to_owned(),
@@ -202,7 +208,7 @@ pub(super) async fn import(
     body: Body,
 ) -> Result<Response, Rejection> {
     let claims = shared.admit(&headers, PROJECT_WRITE)?;
-    let document: ProjectDocument = read(body)?;
+    let document: ProjectDocument = read(body, PROJECT_LIMIT).await?;
     let wanted = precondition(&headers)?;
     let revision = shared
         .registry
@@ -282,12 +288,18 @@ fn target(Path((service, id)): Named) -> Result<Target, Rejection> {
 }
 
 /// The body, as JSON of one form; what is wrong with it is said with its place.
-fn read<T: DeserializeOwned>(body: Body) -> Result<T, Rejection> {
-    let body = body.map_err(|rejection| match rejection.status() {
-        StatusCode::PAYLOAD_TOO_LARGE => Rejection::BodyTooLarge,
-        _ => Rejection::BadRequest { detail: "the body did not arrive whole".to_owned() },
+async fn read<T: DeserializeOwned>(body: Body, limit: usize) -> Result<T, Rejection> {
+    let cut = |detail: &str| Rejection::BadRequest { detail: detail.to_owned() };
+    let whole = timeout(BODY_TIME, Limited::new(body, limit).collect()).await;
+    let whole = whole.map_err(|_elapsed| cut("the body did not arrive in time"))?;
+    let body = whole.map_err(|error| {
+        if error.is::<LengthLimitError>() {
+            Rejection::BodyTooLarge
+        } else {
+            cut("the body did not arrive whole")
+        }
     })?;
-    serde_json::from_slice(&body)
+    serde_json::from_slice(&body.to_bytes())
         .map_err(|error| Rejection::BadRequest { detail: format!("the body: {error}") })
 }
 

@@ -18,13 +18,16 @@ use tokio::{
 };
 
 use crate::{
-    api::{Catalog, Change, IdentityDocument, Patch, differences},
+    api::{
+        CATALOG_READ, CONTROL_AUDIENCE, Catalog, Change, ENDPOINTS_OWN, IdentityDocument,
+        KEYS_WRITE, PROJECT_WRITE, Patch, REGISTRY_WRITE, USAGE_WRITE, differences,
+    },
     control::{
         book::{self, Book, BookError},
         journal::Journal,
         reject::Rejection,
     },
-    model::{Project, ServiceName},
+    model::{Project, ScopeSet, ServiceName},
     store::{CommitError, Since, State, Store, StoreError, Write},
 };
 
@@ -85,9 +88,26 @@ impl Version {
         self.secrets.get(name).or_else(|| self.book.admin(name))
     }
 
-    /// Whether this name may ask for tokens at all.
+    /// Whether `name` may ask for tokens at all.
     pub(super) fn knows(&self, name: &ServiceName) -> bool {
-        self.book.admin(name).is_some() || self.book.identities().any(|(known, _)| known == name)
+        self.book.admin(name).is_some() || self.book.is_identity(name)
+    }
+
+    /// What `permissions` grant `caller` at `callee`; `None`: nothing. At the control plane itself every identity may
+    /// follow the catalog, report its usage and look after endpoints of its own name; whoever is none may do nothing.
+    pub(super) fn grants(&self, caller: &ServiceName, callee: &str) -> Option<ScopeSet> {
+        let row = self.book.project().and_then(|project| project.permissions.get(caller));
+        let written = row.and_then(|row| row.get(callee));
+        if callee != CONTROL_AUDIENCE {
+            return written.cloned();
+        }
+        let own: &[&str] = match self.book.admin(caller) {
+            Some(_) => &[CATALOG_READ, REGISTRY_WRITE, PROJECT_WRITE, KEYS_WRITE],
+            None => &[CATALOG_READ, USAGE_WRITE, ENDPOINTS_OWN],
+        };
+        let own = own.iter().filter_map(|text| text.parse().ok());
+        let written = written.into_iter().flat_map(ScopeSet::iter).cloned();
+        self.knows(caller).then(|| own.chain(written).collect())
     }
 
     /// The body of `GET /v1/catalog`.

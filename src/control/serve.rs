@@ -1,25 +1,23 @@
 //! The control plane as a running thing: how it starts, listens and ends.
 
 use std::{
-    io,
+    fs, io,
     net::SocketAddr,
-    os::unix::fs::DirBuilderExt,
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
     pin::pin,
     sync::Arc,
     time::Duration,
 };
 
-use aws_lc_rs::rand::fill;
 use axum::Router;
-use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use http::Request;
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto::Builder,
 };
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
@@ -29,25 +27,26 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 use tower::ServiceExt;
 use url::Url;
-use zeroize::Zeroizing;
 
 use crate::{
     control::{
         BookError, Identities, RegistryError,
-        book::Key,
+        begin::{FIRST_ADMIN, begin},
+        intake::Intake,
+        keys::{Keys, KeysError},
         leases::Leases,
-        project::{self, Imported, Past},
+        project::{self, Past},
         proxies::Proxies,
-        registry::{Registry, hex, sha256},
+        registry::Registry,
         reject::Rejection,
         router::{Peer, Shared, router},
         throttle::Throttle,
     },
     identity::{Mint, MintError, MintSettings},
-    model::{Project, ServiceName},
-    net::{self, BindError, Gate, MinVersion, Opening, Reload, ServerTls, TlsError},
+    model::Project,
+    net::{self, BindError, Flowing, Gate, MinVersion, Opening, Reload, ServerTls, TlsError},
     runtime::{Clock, Supervisor, open_files},
-    store::{Location, Store, StoreError, Write},
+    store::{Location, Store, StoreError},
 };
 
 /// Connections at a time, where so many files may be open.
@@ -56,12 +55,14 @@ const CONNECTIONS: usize = 8192;
 const OPENING: Duration = Duration::from_secs(10);
 /// How long a request head may take, and an idle HTTP/1.1 connection may stay.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long what is written to a connection may get nowhere: whoever never reads does not keep its place.
+const STALL: Duration = Duration::from_secs(10);
+/// Requests at a time on one HTTP/2 connection: a watch and some tokens.
+const STREAMS: u32 = 32;
 /// How long requests may finish after the end was asked for.
 const DRAIN: Duration = Duration::from_secs(5);
 /// How often the certificate files are looked at.
 const CERTIFICATE_LOOK: Duration = Duration::from_secs(10);
-/// How often the keys are looked after.
-const KEY_LOOK: Duration = Duration::from_secs(60);
 
 /// Why the control plane did not start, or did not do what it was told.
 #[derive(Debug, thiserror::Error)]
@@ -98,6 +99,15 @@ pub enum ControlError {
         #[source]
         source: io::Error,
     },
+    /// Two would overwrite each other's keys and give one revision to two contents.
+    #[error(
+        "another control plane runs on the --data-dir {}; stop it, or give this one a --data-dir of its own",
+        path.display()
+    )]
+    DataDirTaken {
+        /// Which.
+        path: PathBuf,
+    },
     /// The system refused a socket operation.
     #[error("the listening socket cannot be used")]
     Socket(#[source] io::Error),
@@ -129,6 +139,15 @@ impl From<RegistryError> for ControlError {
     }
 }
 
+impl From<KeysError> for ControlError {
+    fn from(error: KeysError) -> Self {
+        match error {
+            KeysError::Mint(error) => error.into(),
+            KeysError::Store(rejection) => rejection.into(),
+        }
+    }
+}
+
 impl From<Rejection> for ControlError {
     fn from(rejection: Rejection) -> Self {
         let wrong = matches!(
@@ -148,7 +167,8 @@ impl ControlError {
             | Self::PublicUrl { .. }
             | Self::Bind(_)
             | Self::Tls(_)
-            | Self::DataDir { .. } => true,
+            | Self::DataDir { .. }
+            | Self::DataDirTaken { .. } => true,
             Self::Project { wrong, .. } => *wrong,
             // One that others may mend meanwhile is worth another try by whoever starts us.
             Self::Store(error) => !error.is_temporary(),
@@ -187,6 +207,8 @@ pub struct Settings {
     pub key_period: Duration,
     /// Connections at a time, of them half from one address; more are closed at once.
     pub connections: usize,
+    /// How long what is written to a connection may get nowhere before that is closed.
+    pub stall: Duration,
     /// What time it is.
     pub clock: Clock,
 }
@@ -207,6 +229,7 @@ impl Settings {
             key_lead: usual.lead,
             key_period: usual.period,
             connections: CONNECTIONS.min(open_files() / 4 * 3),
+            stall: STALL,
             clock: Clock::system(),
         }
     }
@@ -236,7 +259,7 @@ impl Control {
         let tls = tls.transpose()?;
         let (listener, local_addr) = listen(settings.listen)?;
         let issuer = issuer(&settings, local_addr)?;
-        prepare(&settings.data_dir)?;
+        let data_dir = take(&settings.data_dir)?;
         let mint = Mint::open(
             MintSettings {
                 folder: settings.data_dir.join("keys"),
@@ -255,7 +278,7 @@ impl Control {
             Location::Sqlite(_) => Past::Taken,
             Location::Postgres(_) => Past::Left,
         };
-        let first_admin = begin(&registry, project, past).await?;
+        let first_admin = begin(&registry, project, past, mint.kept()?).await?;
         let mint = Arc::new(mint);
         let keys = Keys::open(Arc::clone(&mint), Arc::clone(&registry), settings.clock).await?;
         let leases = Arc::new(Leases::new(store.clone()));
@@ -268,13 +291,15 @@ impl Control {
             leases,
             proxies,
             mint,
+            keys,
+            intake: Intake::new(),
             throttle: Throttle::new(),
             clock: settings.clock,
             end: supervisor.token(),
         });
         supervisor.spawn_restarting("control-keys", {
-            let shared = Arc::clone(&shared);
-            move || tend(Arc::clone(&shared))
+            let keys = Arc::clone(&shared.keys);
+            move || Arc::clone(&keys).tend()
         });
         if let Some(tls) = &tls {
             let tls = Arc::clone(tls);
@@ -284,57 +309,14 @@ impl Control {
             router: router(Arc::clone(&shared)),
             tls,
             gate: Gate::new(settings.connections, settings.connections.div_ceil(2)),
+            stall: settings.stall,
             supervisor: supervisor.clone(),
         };
         supervisor.spawn_until_end("control-accept", door.open(listener));
         let revision = shared.registry.current().revision;
         tracing::info!(%local_addr, issuer, revision, "the control plane answers");
-        Ok(Running { local_addr, issuer, shared, supervisor, first_admin })
+        Ok(Running { local_addr, issuer, shared, supervisor, data_dir, first_admin })
     }
-}
-
-/// The name of the first admin credential; reserved, so no service has it.
-const FIRST_ADMIN: &str = "infrar-admin";
-
-/// Puts the project in force and makes the first admin credential, if there is none; gives its secret, which nobody can
-/// tell later.
-async fn begin(
-    registry: &Registry,
-    project: Option<(Project, Identities)>,
-    past: Past,
-) -> Result<Option<SecretString>, ControlError> {
-    let document = project.map(|(project, identities)| project::document(project, &identities));
-    let (secret, admin) = credential()?;
-    let digest = sha256(secret.expose_secret().as_bytes());
-    let name = admin.clone();
-    registry
-        .change(move |draft| {
-            if let Some(document) = &document
-                && project::import(draft, document, past)? == Imported::Past
-            {
-                tracing::warn!(
-                    "the project file was in force before and is not taken over again; exchange it, or bring it back with \
-                     `infrar project import`"
-                );
-            }
-            if draft.book().has_admin() {
-                return Ok(());
-            }
-            draft.add(vec![Write::put(Key::Admin(&name).text(), hex(&digest))])
-        })
-        .await?;
-    // Another replica may have been faster.
-    let ours = registry.current().book.admin(&admin) == Some(&digest);
-    Ok(ours.then_some(secret))
-}
-
-/// A new admin credential.
-fn credential() -> Result<(SecretString, ServiceName), ControlError> {
-    let none = || ControlError::Socket(io::Error::other("the system gives no random numbers"));
-    let mut bytes = Zeroizing::new([0; 32]);
-    fill(&mut *bytes).map_err(|_unspecified| none())?;
-    let secret = SecretString::from(URL_SAFE_NO_PAD.encode(&*bytes));
-    Ok((secret, FIRST_ADMIN.parse().map_err(|_never| none())?))
 }
 
 /// A control plane that answers. Dropping it ends it at once; [`shutdown`](Self::shutdown) lets requests finish.
@@ -344,6 +326,8 @@ pub struct Running {
     shared: Arc<Shared>,
     supervisor: Supervisor,
     first_admin: Option<SecretString>,
+    #[expect(dead_code, reason = "the directory is ours until this is dropped")]
+    data_dir: fs::File,
 }
 
 /// What a replacement did.
@@ -408,12 +392,12 @@ impl Running {
         Ok(Replaced { revision: after.revision, changed })
     }
 
-    /// Publishes a new signing key, which signs after the lead; gives its id. Blocks on the disk for a moment.
+    /// Publishes a new signing key, which signs after the lead; gives its id.
     ///
     /// # Errors
     /// [`ControlError::Keys`]; the old keys then stay in force.
-    pub fn rotate_keys(&self) -> Result<String, ControlError> {
-        Ok(self.shared.mint.rotate(self.shared.clock.now())?)
+    pub async fn rotate_keys(&self) -> Result<String, ControlError> {
+        Ok(self.shared.keys.rotate().await?)
     }
 
     /// Stops listening, ends watches, lets requests finish for a few seconds.
@@ -463,26 +447,20 @@ fn issuer(settings: &Settings, local_addr: SocketAddr) -> Result<String, Control
     Ok(url.as_str().trim_end_matches('/').to_owned())
 }
 
-fn prepare(path: &Path) -> Result<(), ControlError> {
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
-        .map_err(|source| ControlError::DataDir { path: path.to_owned(), source })
-}
-
-/// Rotates the keys when it is time.
-async fn tend(shared: Arc<Shared>) {
-    let mut look = interval(KEY_LOOK);
-    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
-        look.tick().await;
-        if let Err(error) = shared.mint.tend(shared.clock.now()) {
-            tracing::error!(
-                error = &error as &dyn std::error::Error,
-                "the signing keys were not looked after"
-            );
+/// Makes the data directory and takes it for this process alone. The system gives it back when the process ends,
+/// however it ends.
+fn take(path: &Path) -> Result<fs::File, ControlError> {
+    let unusable = |source| ControlError::DataDir { path: path.to_owned(), source };
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(unusable)?;
+    let mut options = fs::OpenOptions::new();
+    let options = options.write(true).create(true).truncate(false).mode(0o600);
+    let lock = options.open(path.join("lock")).map_err(unusable)?;
+    match lock.try_lock() {
+        Ok(()) => Ok(lock),
+        Err(fs::TryLockError::WouldBlock) => {
+            Err(ControlError::DataDirTaken { path: path.to_owned() })
         }
+        Err(fs::TryLockError::Error(source)) => Err(unusable(source)),
     }
 }
 
@@ -515,6 +493,7 @@ struct Door {
     router: Router,
     tls: Option<Arc<ServerTls>>,
     gate: Gate,
+    stall: Duration,
     supervisor: Supervisor,
 }
 
@@ -533,6 +512,7 @@ impl Door {
     }
 
     async fn greet(&self, stream: TcpStream, peer: SocketAddr) {
+        let stream = Flowing::new(stream, self.stall);
         let Some(tls) = &self.tls else { return self.converse(stream, peer).await };
         let acceptor = TlsAcceptor::from(tls.current());
         match timeout(OPENING, acceptor.accept(stream)).await {
@@ -584,7 +564,7 @@ fn protocol() -> Builder<TokioExecutor> {
         .timer(TokioTimer::new())
         .keep_alive_interval(Duration::from_secs(20))
         .keep_alive_timeout(Duration::from_secs(20))
-        .max_concurrent_streams(100)
+        .max_concurrent_streams(STREAMS)
         .max_header_list_size(32 * 1024)
         .max_pending_accept_reset_streams(20)
         .max_local_error_reset_streams(100);

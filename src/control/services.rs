@@ -19,9 +19,9 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    api::{ServiceAnswer, ServiceList, ServiceSummary},
+    api::{CATALOG_READ, ServiceAnswer, ServiceList, ServiceSummary},
     control::{
-        journal,
+        guard, journal,
         registry::{Registry, Version},
         reject::{Rejection, json},
     },
@@ -57,8 +57,18 @@ pub(super) fn catalog(version: &Version, headers: &HeaderMap) -> Result<Response
     Ok(answer)
 }
 
-/// One who watches.
-struct Watcher {
+/// Who watches, and until when.
+pub(super) struct Watcher {
+    pub(super) name: ServiceName,
+    /// The end of its token.
+    pub(super) until: Instant,
+    /// The end of the control plane.
+    pub(super) end: CancellationToken,
+}
+
+/// How far one who watches has come.
+struct Watching {
+    name: ServiceName,
     registry: Arc<Registry>,
     versions: watch::Receiver<Arc<Version>>,
     seen: Option<u64>,
@@ -66,11 +76,16 @@ struct Watcher {
     heartbeat: Instant,
 }
 
-impl Watcher {
-    /// What comes next, in whole events; `None` when the control plane is gone.
+impl Watching {
+    /// What comes next, in whole events; `None` when the right to it is gone, or the control plane.
     async fn next(&mut self) -> Option<Bytes> {
         loop {
-            let current = self.versions.borrow_and_update().revision;
+            let version = Arc::clone(&self.versions.borrow_and_update());
+            if !guard::may(&version, &self.name, CATALOG_READ) {
+                return None;
+            }
+            let current = version.revision;
+            drop(version);
             let frames = self.seen.and_then(|seen| self.registry.journal().after(seen, current));
             self.seen = Some(current);
             match frames.as_deref() {
@@ -90,25 +105,22 @@ impl Watcher {
     }
 }
 
-/// `GET /v1/watch`: every change after `from` in its order, or that the catalog is to be fetched. Ends with the token
-/// (`until`) and with the control plane (`end`); the caller then asks again.
-pub(super) fn watch(
-    registry: &Arc<Registry>,
-    from: Option<u64>,
-    until: Instant,
-    end: CancellationToken,
-) -> Response {
+/// `GET /v1/watch`: every change after `from` in its order, or that the catalog is to be fetched. Ends with the token, with
+/// the right to the catalog and with the control plane; the caller then asks again.
+pub(super) fn watch(registry: &Arc<Registry>, from: Option<u64>, watcher: Watcher) -> Response {
     // Not all at once: a thousand that came together would for ever be told together that nothing happens.
     let first = HEARTBEAT.mul_f64(fastrand::f64().mul_add(0.5, 0.5));
-    let watcher = Watcher {
+    let Watcher { name, until, end } = watcher;
+    let watching = Watching {
+        name,
         registry: Arc::clone(registry),
         versions: registry.follow(),
         seen: from,
         heartbeat: Instant::now() + first,
     };
-    let frames = stream::unfold(watcher, |mut watcher| async move {
-        let frame = watcher.next().await?;
-        Some((Ok::<_, Infallible>(frame), watcher))
+    let frames = stream::unfold(watching, |mut watching| async move {
+        let frame = watching.next().await?;
+        Some((Ok::<_, Infallible>(frame), watching))
     });
     let frames = frames.take_until(async move {
         tokio::select! {

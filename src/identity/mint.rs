@@ -167,6 +167,14 @@ pub struct KeptKey {
     pub pem: SecretString,
 }
 
+impl KeptKey {
+    /// From when on the key of this name signs; `None` for a name that no key of ours has.
+    #[must_use]
+    pub fn signs_from(name: &str) -> Option<Timestamp> {
+        moment(name).map(|(signs_from, _)| signs_from)
+    }
+}
+
 /// The signing keys. Signing takes no lock; rotation does.
 pub struct Mint {
     settings: MintSettings,
@@ -308,7 +316,9 @@ impl Mint {
     /// [`MintError::Storage`], [`MintError::BrokenKey`] and [`MintError::Exposed`].
     pub fn kept(&self) -> Result<Vec<KeptKey>, MintError> {
         let keys = self.keys.load_full();
-        keys.iter().map(|key| Ok(KeptKey { name: name(&key.path), pem: content(&key.path)? })).collect()
+        keys.iter()
+            .map(|key| Ok(KeptKey { name: name(&key.path), pem: content(&key.path)? }))
+            .collect()
     }
 
     /// Has these keys and no others from now on; an empty list changes nothing. Blocks on the disk for a moment.
@@ -502,7 +512,9 @@ fn content(path: &Path) -> Result<SecretString, MintError> {
         PrivateFault::Exposed => MintError::Exposed { path: path.clone() },
         PrivateFault::TooLarge => MintError::BrokenKey { path: path.clone() },
     })?;
-    String::from_utf8(content).map(SecretString::from).map_err(|_binary| MintError::BrokenKey { path })
+    String::from_utf8(content)
+        .map(SecretString::from)
+        .map_err(|_binary| MintError::BrokenKey { path })
 }
 
 /// `now` and `span`; at the end of time, the end of time.
