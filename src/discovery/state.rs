@@ -8,7 +8,7 @@
 
 use std::{
     fs, io,
-    os::unix::fs::{DirBuilderExt, PermissionsExt},
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
     model::ServiceName,
-    runtime::{Clock, hex, sha256, write_private},
+    runtime::{Clock, PrivateFault, clear_leftovers, hex, read_private, sha256, write_private},
 };
 
 /// The version of the files' form.
@@ -117,6 +117,7 @@ impl State {
             .mode(0o700)
             .create(folder)
             .map_err(|source| StateFault::Io { path: folder.to_owned(), source })?;
+        clear_leftovers(folder);
         Ok(Self { folder: folder.to_owned(), service, clock })
     }
 
@@ -200,19 +201,15 @@ impl State {
 
     fn read(&self, path: &Path) -> Result<Option<Envelope>, StateFault> {
         let path = path.to_owned();
-        let io = |source| StateFault::Io { path: path.clone(), source };
-        let facts = match fs::metadata(&path) {
-            Ok(facts) => facts,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(io(error)),
+        let bytes = match read_private(&path, LARGEST) {
+            Ok(bytes) => bytes,
+            Err(PrivateFault::Io(error)) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(None);
+            }
+            Err(PrivateFault::Io(source)) => return Err(StateFault::Io { path, source }),
+            Err(PrivateFault::Exposed) => return Err(StateFault::Exposed(path)),
+            Err(PrivateFault::TooLarge) => return Err(StateFault::Damaged(path)),
         };
-        if facts.permissions().mode() & 0o077 != 0 {
-            return Err(StateFault::Exposed(path));
-        }
-        if facts.len() > LARGEST {
-            return Err(StateFault::Damaged(path));
-        }
-        let bytes = fs::read(&path).map_err(io)?;
         let Ok(envelope) = serde_json::from_slice::<Envelope>(&bytes) else {
             return Err(StateFault::Damaged(path));
         };
@@ -244,6 +241,8 @@ fn checksum(content: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     const WEEK: Option<Duration> = Some(Duration::from_secs(7 * 86_400));
@@ -290,7 +289,18 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_file_that_was_tampered_with_is_refused() {
+    async fn what_a_killed_process_left_half_written_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        state(folder.path(), "web").keep("tokens", &1u8).unwrap();
+        let leftover = folder.path().join(format!(".{}.tmp", uuid::Uuid::now_v7()));
+        fs::write(&leftover, "half a token").unwrap();
+        let again = state(folder.path(), "web");
+        assert!(!leftover.exists());
+        assert_eq!(again.kept::<u8>("tokens", None).unwrap().unwrap().content, 1);
+    }
+
+    #[tokio::test]
+    async fn a_damaged_file_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let state = state(folder.path(), "web");
         state.keep("snapshot", &"abc").unwrap();

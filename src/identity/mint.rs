@@ -29,11 +29,13 @@ use uuid::Uuid;
 
 use crate::{
     model::{ScopeSet, ServiceName},
-    runtime::write_private,
+    runtime::{PrivateFault, clear_leftovers, read_private, write_private},
 };
 
 /// The `typ` of our tokens (RFC 9068 §2.1).
 const TOKEN_TYPE: &str = "at+jwt";
+/// A key file beyond this is none of ours.
+const KEY_FILE_LIMIT: u64 = 64 * 1024;
 /// How far a verifier's clock may be off before a retired key is missed.
 const CLOCK_SKEW: Duration = Duration::from_secs(300);
 /// The clock difference that is forgiven when our own tokens come back.
@@ -51,9 +53,18 @@ pub enum MintError {
         #[source]
         source: io::Error,
     },
-    /// A file in the key folder is no key of ours.
+    /// A file in the key folder is no key of ours, or not the one that its name says.
     #[error("{} is no signing key; move it away or restore it", path.display())]
     BrokenKey {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A key that others may have read signs nothing.
+    #[error(
+        "{} can be read by others than its owner; give it mode 0600 if nobody has, or remove it to have a new key made",
+        path.display()
+    )]
+    Exposed {
         /// The file.
         path: PathBuf,
     },
@@ -161,7 +172,7 @@ impl Mint {
     /// Reads the keys of the folder, or makes the first one. Blocks on the disk for a moment.
     ///
     /// # Errors
-    /// [`MintError::Storage`] and [`MintError::BrokenKey`].
+    /// [`MintError::Storage`], [`MintError::BrokenKey`] and [`MintError::Exposed`].
     pub fn open(settings: MintSettings, now: Timestamp) -> Result<Self, MintError> {
         let storage = |source| MintError::Storage { path: settings.folder.clone(), source };
         fs::DirBuilder::new()
@@ -169,6 +180,7 @@ impl Mint {
             .mode(0o700)
             .create(&settings.folder)
             .map_err(storage)?;
+        clear_leftovers(&settings.folder);
         let mut keys = Vec::new();
         for entry in fs::read_dir(&settings.folder).map_err(storage)? {
             let path = entry.map_err(storage)?.path();
@@ -360,16 +372,25 @@ impl Key {
     }
 
     fn read(path: PathBuf) -> Result<Self, MintError> {
-        let pem = fs::read_to_string(&path).map(SecretString::from);
-        let pem = pem.map_err(|source| MintError::Storage { path: path.clone(), source })?;
+        let content = read_private(&path, KEY_FILE_LIMIT).map_err(|fault| match fault {
+            PrivateFault::Io(source) => MintError::Storage { path: path.clone(), source },
+            PrivateFault::Exposed => MintError::Exposed { path: path.clone() },
+            PrivateFault::TooLarge => MintError::BrokenKey { path: path.clone() },
+        })?;
+        let Ok(pem) = String::from_utf8(content).map(SecretString::from) else {
+            return Err(MintError::BrokenKey { path });
+        };
         let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
-        let seconds = stem.strip_prefix("es256-").and_then(|rest| {
-            // A negative moment would begin with the separator; no key is that old.
-            rest.split_once('-').and_then(|(seconds, _id)| seconds.parse::<i64>().ok())
+        // A negative moment would begin with the separator; no key is that old.
+        let parts = stem.strip_prefix("es256-").and_then(|rest| rest.split_once('-'));
+        let named = parts.and_then(|(seconds, id)| {
+            Some((Timestamp::from_second(seconds.parse().ok()?).ok()?, id))
         });
-        let signs_from = seconds.and_then(|seconds| Timestamp::from_second(seconds).ok());
-        let Some(signs_from) = signs_from else { return Err(MintError::BrokenKey { path }) };
-        Self::parse(path.clone(), &pem, signs_from).map_err(|_source| MintError::BrokenKey { path })
+        let key = named.and_then(|(signs_from, id)| {
+            let key = Self::parse(path.clone(), &pem, signs_from).ok()?;
+            (key.id == id).then_some(key)
+        });
+        key.ok_or(MintError::BrokenKey { path })
     }
 
     fn parse(
@@ -531,8 +552,39 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let keys = folder.path().join("keys");
         fs::create_dir(&keys).unwrap();
-        fs::write(keys.join("es256-1800000000-x.pem"), "nothing").unwrap();
+        write_private(&keys.join("es256-1800000000-x.pem"), b"nothing").unwrap();
         let error = Mint::open(MintSettings::new(keys), at(0)).unwrap_err();
         assert!(error.to_string().contains("es256-1800000000-x.pem"), "{error}");
+    }
+
+    #[test]
+    fn a_key_that_others_can_read_or_under_a_wrong_name_is_refused_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let keys = folder.path().join("keys");
+        drop(mint(folder.path()));
+        let path = fs::read_dir(&keys).unwrap().next().unwrap().unwrap().path();
+        let open = || Mint::open(MintSettings::new(keys.clone()), at(0));
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+        let error = open().unwrap_err();
+        assert!(matches!(&error, MintError::Exposed { path: named } if *named == path), "{error}");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        assert!(open().is_ok());
+        // Somebody else's key put in its place.
+        let other = tempfile::tempdir().unwrap();
+        drop(mint(other.path()));
+        let theirs = fs::read_dir(other.path().join("keys")).unwrap().next().unwrap().unwrap();
+        fs::copy(theirs.path(), &path).unwrap();
+        let error = open().unwrap_err();
+        assert!(matches!(&error, MintError::BrokenKey { path: named } if *named == path), "{error}");
+    }
+
+    #[test]
+    fn what_a_killed_process_left_half_written_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        drop(mint(folder.path()));
+        let leftover = folder.path().join("keys").join(format!(".{}.tmp", Uuid::now_v7()));
+        fs::write(&leftover, "half a key").unwrap();
+        drop(mint(folder.path()));
+        assert!(!leftover.exists());
     }
 }

@@ -23,7 +23,7 @@ pub use alarm::Alarm;
 pub use backoff::Backoff;
 pub use clock::Clock;
 pub use digest::{hex, sha256};
-pub use files::write_private;
+pub use files::{PrivateFault, clear_leftovers, read_private, write_private};
 pub use panics::{panics, report_panics};
 pub use shutdown::{InFlight, Phase, Shutdown};
 pub use side::Side;
