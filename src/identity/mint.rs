@@ -5,6 +5,10 @@
 //! the last token it may have signed has expired. So a verifier that caches keys for less than
 //! [`MintSettings::lead`] never meets a token whose key it has not seen.
 //!
+//! Clocks are set wrong and right again. A key whose moment lies further ahead than any rotation at `now` would have put
+//! it was made under a wrong clock, or `now` is wrong: which of both, nobody can know. So it is kept and published, as
+//! it may have signed, but nothing waits for it.
+//!
 //! Keys lie in one folder as PKCS#8 PEM files of mode 0600; the moment is part of the file name, the key id
 //! (RFC 7638 thumbprint) is computed. Nothing here reads a clock: callers pass `now`.
 
@@ -224,7 +228,7 @@ impl Mint {
             scopes: scopes.clone(),
         };
         let keys = self.keys.load_full();
-        let key = signing(&keys, now);
+        let key = self.signing(&keys, now);
         let mut header = Header::new(Algorithm::ES256);
         header.typ = Some(TOKEN_TYPE.to_owned());
         header.kid = Some(key.id.clone());
@@ -295,9 +299,11 @@ impl Mint {
     /// [`MintError::Storage`] and [`MintError::Generate`]; the old keys then stay in force.
     pub fn tend(&self, now: Timestamp) -> Result<(), MintError> {
         let changing = self.change();
-        let newest = self.keys.load().last().map(|key| key.signs_from);
-        let due = newest.is_some_and(|from| {
-            let next = add(from, self.settings.period.saturating_sub(self.settings.lead));
+        let keys = self.keys.load_full();
+        let newest = keys.iter().rev().find(|key| key.signs_from <= now);
+        // Where no moment has come yet, the clock was wrong when the first key was made, or is now.
+        let due = newest.is_none_or(|key| {
+            let next = add(key.signs_from, self.settings.period.saturating_sub(self.settings.lead));
             next <= now
         });
         if due {
@@ -326,16 +332,43 @@ impl Mint {
         _changing: &MutexGuard<'_, ()>,
     ) -> Result<String, MintError> {
         let keys = self.keys.load_full();
-        if let Some(waiting) = keys.last().filter(|key| key.signs_from > now) {
+        if let Some(waiting) = keys.iter().find(|key| self.waits(key, now)) {
             return Ok(waiting.id.clone());
+        }
+        for key in keys.iter().filter(|key| key.signs_from > now) {
+            tracing::warn!(
+                key = key.id,
+                signs_from = %key.signs_from,
+                "a signing key is for a time far ahead: the clock is wrong now, or was when it was made; it is not waited for"
+            );
         }
         // On disk before anybody sees it: a key that was published must survive a crash.
         let key = Key::make(&self.settings.folder, add(now, self.settings.lead))?;
         let id = key.id.clone();
         let mut grown = keys.as_ref().clone();
         grown.push(Arc::new(key));
+        grown.sort_by_key(|key| key.signs_from);
         self.keys.store(Arc::new(grown));
         Ok(id)
+    }
+
+    /// The key that signs at `now`: the newest whose moment has come. When the clock was set back before all of
+    /// them, the oldest that is not just about to sign: verifiers have known it longest.
+    fn signing<'a>(&self, keys: &'a [Arc<Key>], now: Timestamp) -> &'a Key {
+        let come = keys.iter().rev().find(|key| key.signs_from <= now);
+        let signing = come
+            .or_else(|| keys.iter().find(|key| !self.waits(key, now)))
+            .or_else(|| keys.first());
+        #[expect(
+            clippy::expect_used,
+            reason = "the list begins with one key and only ever drops keys that have a successor"
+        )]
+        signing.expect("a mint has at least one key")
+    }
+
+    /// Whether the key is published and about to sign: its moment is as near as a rotation puts it.
+    fn waits(&self, key: &Key, now: Timestamp) -> bool {
+        key.signs_from > now && key.signs_from <= add(now, self.settings.lead + CLOCK_SKEW)
     }
 
     /// How many of the oldest keys have signed nothing that could still be valid.
@@ -343,17 +376,6 @@ impl Mint {
         let kept = self.settings.lifetime + CLOCK_SKEW;
         keys.iter().skip(1).take_while(|successor| add(successor.signs_from, kept) <= now).count()
     }
-}
-
-/// The key that signs at `now`: the newest whose moment has come. When the clock was set back before all of
-/// them, the oldest, which verifiers have known longest.
-fn signing(keys: &[Arc<Key>], now: Timestamp) -> &Key {
-    let signing = keys.iter().rev().find(|key| key.signs_from <= now).or_else(|| keys.first());
-    #[expect(
-        clippy::expect_used,
-        reason = "the list begins with one key and only ever drops keys that have a successor"
-    )]
-    signing.expect("a mint has at least one key")
 }
 
 impl Key {
@@ -545,6 +567,56 @@ mod tests {
         let mint = mint(folder.path());
         let token = token(&mint, at(-86_400));
         assert!(mint.check(&token, ISSUER, "data-intelligence", at(-86_400)).is_ok());
+    }
+
+    #[test]
+    fn a_glimpse_of_a_clock_far_ahead_does_not_end_the_rotation() {
+        let folder = tempfile::tempdir().unwrap();
+        let mint = mint(folder.path());
+        let old = kid(&token(&mint, at(0)));
+        let (lead, century) = (15 * 60, 100 * 365 * 86_400);
+        mint.tend(at(century)).unwrap();
+        assert_eq!(fs::read_dir(folder.path().join("keys")).unwrap().count(), 2);
+        // Right again: the key of that day is no answer to whoever asks for another one.
+        let again = |mint: &Mint, now: i64| {
+            mint.tend(at(now)).unwrap();
+            let new = mint.rotate(at(now)).unwrap();
+            assert_eq!(mint.rotate(at(now + 60)).unwrap(), new, "one key waits at a time");
+            assert_eq!(kid(&token(mint, at(now + lead))), new);
+            new
+        };
+        let first = again(&mint, 100);
+        assert_ne!(first, old);
+        // Nor is it after a restart, and time rotates keys by itself.
+        let reopened = Mint::open(MintSettings::new(folder.path().join("keys")), at(5000)).unwrap();
+        let second = again(&reopened, 6000);
+        let period = 30 * 86_400;
+        reopened.tend(at(6000 + lead + period - lead)).unwrap();
+        assert_ne!(kid(&token(&reopened, at(6000 + lead + period))), second);
+    }
+
+    #[test]
+    fn a_first_key_that_was_made_under_a_clock_far_ahead_signs_until_the_next_has_been_published() {
+        let folder = tempfile::tempdir().unwrap();
+        let settings = || MintSettings::new(folder.path().join("keys"));
+        let century = 100 * 365 * 86_400;
+        let first = kid(&token(&Mint::open(settings(), at(century)).unwrap(), at(century)));
+        let mint = Mint::open(settings(), at(0)).unwrap();
+        assert_eq!(published(&mint, at(0)).len(), 2);
+        assert_eq!(kid(&token(&mint, at(15 * 60 - 1))), first);
+        assert_ne!(kid(&token(&mint, at(15 * 60))), first);
+    }
+
+    #[test]
+    fn a_glimpse_of_a_clock_far_behind_takes_no_key_away() {
+        let folder = tempfile::tempdir().unwrap();
+        let mint = mint(folder.path());
+        mint.rotate(at(0)).unwrap();
+        let (before, lead) = (token(&mint, at(1000)), 15 * 60);
+        mint.tend(at(-20 * 86_400)).unwrap();
+        mint.tend(at(1000)).unwrap();
+        assert!(mint.check(&before, ISSUER, "data-intelligence", at(1000)).is_ok());
+        assert_eq!(kid(&token(&mint, at(lead + 1))), kid(&before));
     }
 
     #[test]
