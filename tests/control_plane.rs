@@ -171,7 +171,7 @@ async fn a_granted_caller_gets_a_token_that_any_library_can_check() {
     let folder = tempfile::tempdir().unwrap();
     let running = start(folder.path()).await;
     let answer = client(&running).token(&web(), "data-intelligence", None).await.unwrap();
-    assert_eq!(answer.expires_in, Duration::from_secs(3600));
+    assert_eq!(answer.expires_in, Some(Duration::from_secs(3600)));
     assert_eq!(answer.scope, scopes("read:data write:query"));
 
     let claims = checked(&running, answer.access_token.expose_secret(), "data-intelligence").await;

@@ -253,7 +253,7 @@ impl Client {
         };
         Ok(TokenAnswer {
             access_token: SecretString::from(reply.access_token),
-            expires_in: Duration::from_secs(reply.expires_in),
+            expires_in: reply.expires_in.map(Duration::from_secs),
             scope,
         })
     }

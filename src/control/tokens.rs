@@ -82,7 +82,7 @@ impl Desk<'_> {
         Ok(TokenReply {
             access_token: minted.token.expose_secret().to_owned(),
             token_type: "Bearer".to_owned(),
-            expires_in: minted.expires_in.as_secs(),
+            expires_in: Some(minted.expires_in.as_secs()),
             scope: Some(scopes.to_string()),
         })
     }

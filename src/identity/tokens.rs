@@ -18,10 +18,17 @@ use std::{
 };
 
 use arc_swap::ArcSwapOption;
+use base64::{
+    Engine, alphabet,
+    engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig},
+};
 use futures_util::{FutureExt, future::BoxFuture};
 use http::HeaderValue;
 use secrecy::{ExposeSecret, SecretString};
-use serde::{Deserialize, Serialize};
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{DeserializeOwned, IgnoredAny, MapAccess, Visitor},
+};
 use tokio::{
     runtime::Handle,
     sync::watch,
@@ -31,7 +38,7 @@ use tracing::{debug, info, warn};
 
 use crate::{
     api::{Client, ClientError, Credential, TokenAnswer},
-    identity::verify::peek_expiry,
+    identity::{json::Seconds, verify::Parts},
     model::{Project, ScopeSet, ServiceName},
     runtime::{Backoff, Clock},
 };
@@ -46,6 +53,8 @@ const RETRY: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_s
 const CLOCK_EVERY: Duration = Duration::from_secs(1);
 /// How often a token file is looked at.
 const FILE_EVERY: Duration = Duration::from_secs(1);
+/// The life of a bearer that nobody says anything about: short, so that it is asked for again before it can have ended.
+const UNSAID: Duration = Duration::from_secs(300);
 /// The life of a bearer from a file that does not say when it ends; the file is watched anyway.
 const NO_EXPIRY: Duration = Duration::from_secs(365 * 86_400);
 /// The largest token file that is read.
@@ -177,27 +186,19 @@ impl TokenSource for NoTokens {
 /// A bearer from elsewhere, in a file. Its life is that of the JWT in it, if it is one.
 struct TokenFile {
     path: PathBuf,
-    clock: Clock,
 }
 
 impl TokenSource for TokenFile {
     fn ask(&self, _: &ServiceName) -> BoxFuture<'static, Result<TokenAnswer, TokenUnavailable>> {
-        let (path, clock) = (self.path.clone(), self.clock);
+        let path = self.path.clone();
         async move {
             let fault = |source: io::Error| TokenUnavailable::File {
                 path: path.clone(),
                 source: Arc::new(source),
             };
             let text = read_small(&path).await.map_err(fault)?;
-            let text = text.trim();
-            let left =
-                peek_expiry(text.as_bytes()).map(|at| at.saturating_sub(clock.unix_seconds()));
-            let expires_in = match left {
-                None => NO_EXPIRY,
-                Some(left) => Duration::from_secs(u64::try_from(left).unwrap_or(0)),
-            };
-            let scope = ScopeSet::default();
-            Ok(TokenAnswer { access_token: SecretString::from(text), expires_in, scope })
+            let access_token = SecretString::from(text.trim());
+            Ok(TokenAnswer { access_token, expires_in: Some(NO_EXPIRY), scope: ScopeSet::default() })
         }
         .boxed()
     }
@@ -272,8 +273,11 @@ impl Bearer {
         now < self.usable_until
     }
 
-    /// `None` when it cannot stand in a header or is in its last seconds already. `asked` is before the
-    /// question left, so that its way is not counted as life.
+    /// `None` when it cannot stand in a header, is in its last seconds already, or is a JWT of which nobody can read
+    /// when it ends. `asked` and `issued_at` are the same moment, before the question left, so that its way is not
+    /// counted as life.
+    ///
+    /// It lives as long as the answer and the token itself both say.
     fn new(answer: &TokenAnswer, asked: Instant, issued_at: i64) -> Option<Self> {
         let text = answer.access_token.expose_secret();
         if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
@@ -281,7 +285,10 @@ impl Bearer {
         }
         let mut header = HeaderValue::try_from(format!("Bearer {text}")).ok()?;
         header.set_sensitive(true);
-        let life = answer.expires_in.min(NO_EXPIRY);
+        let end = expiry(text.as_bytes()).ok()?;
+        let left = end.map(|end| u64::try_from(end.saturating_sub(issued_at)).unwrap_or(0));
+        let said = [answer.expires_in, left.map(Duration::from_secs)];
+        let life = said.into_iter().flatten().min().unwrap_or(UNSAID).min(NO_EXPIRY);
         let usable_until = asked + life.checked_sub(MARGIN).filter(|left| !left.is_zero())?;
         // From half of its life, a little later for some, so that proxies do not renew together.
         let renew_at = asked + life.mul_f64(0.5 + 0.1 * fastrand::f64());
@@ -289,6 +296,69 @@ impl Bearer {
             issued_at.saturating_add(i64::try_from(life.as_secs()).unwrap_or(i64::MAX));
         let scope = answer.scope.clone();
         Some(Self { header, scope, renew_at, usable_until, issued_at, expires_at })
+    }
+}
+
+/// A JWT whose claims cannot be read.
+#[derive(Debug, PartialEq, Eq)]
+struct Unreadable;
+
+/// Other implementations may fill up with `=` or leave bits behind the last byte.
+const LENIENT: GeneralPurpose = GeneralPurpose::new(
+    &alphabet::URL_SAFE,
+    GeneralPurposeConfig::new()
+        .with_decode_allow_trailing_bits(true)
+        .with_decode_padding_mode(DecodePaddingMode::Indifferent),
+);
+
+/// When a token ends that is about to be sent, by itself: unverified, for its own bearer's planning and nothing else.
+/// `None` when it does not say, or is no JWT. Everything but `exp` is passed over, whatever it is: what this reader
+/// does not understand its audience may.
+fn expiry(token: &[u8]) -> Result<Option<i64>, Unreadable> {
+    let Some(parts) = Parts::split(token) else { return Ok(None) };
+    // Three parts alone make no JWT: other tokens have dots too.
+    if read::<Members<IgnoredAny>>(parts.head).is_none() {
+        return Ok(None);
+    }
+    read::<Expiry>(parts.payload).map(|Expiry(end)| end).ok_or(Unreadable)
+}
+
+fn read<T: DeserializeOwned>(part: &[u8]) -> Option<T> {
+    serde_json::from_slice(&LENIENT.decode(part).ok()?).ok()
+}
+
+/// The members of any JSON object.
+type Members<T> = HashMap<String, T>;
+
+/// The earliest `exp` of an object.
+struct Expiry(Option<i64>);
+
+impl<'de> Deserialize<'de> for Expiry {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(ExpiryVisitor)
+    }
+}
+
+struct ExpiryVisitor;
+
+impl<'de> Visitor<'de> for ExpiryVisitor {
+    type Value = Expiry;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the claims of a token")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Expiry, A::Error> {
+        let mut end: Option<i64> = None;
+        while let Some(name) = map.next_key::<String>()? {
+            if name == "exp" {
+                let exp = map.next_value::<Seconds>()?.floor;
+                end = Some(end.map_or(exp, |known| known.min(exp)));
+            } else {
+                map.next_value::<IgnoredAny>()?;
+            }
+        }
+        Ok(Expiry(end))
     }
 }
 
@@ -376,7 +446,7 @@ impl Tokens {
         let file = desk.files.get(callee);
         let source = file.map_or_else(
             || self.source.clone(),
-            |path| Arc::new(TokenFile { path: path.clone(), clock: self.shared.clock }),
+            |path| Arc::new(TokenFile { path: path.clone() }),
         );
         let slot = Slot::new(callee.clone(), source, file.is_some(), self.shared.clone());
         if let Some(path) = file {
@@ -432,7 +502,7 @@ impl Tokens {
             let left = token.expires_at.saturating_sub(today).min(life);
             let answer = TokenAnswer {
                 access_token: SecretString::from(token.token),
-                expires_in: Duration::from_secs(u64::try_from(left).unwrap_or(0)),
+                expires_in: Some(Duration::from_secs(u64::try_from(left).unwrap_or(0))),
                 scope: token.scope,
             };
             let slot = self.slot(&token.callee);
@@ -804,7 +874,7 @@ mod tests {
                     return Err(TokenUnavailable::Deadline);
                 }
                 let scope = ScopeSet::parse_list("read:data").unwrap();
-                Ok(TokenAnswer { access_token: text.into(), expires_in: LIFE, scope })
+                Ok(TokenAnswer { access_token: text.into(), expires_in: Some(LIFE), scope })
             }
             .boxed()
         }
@@ -1059,6 +1129,53 @@ mod tests {
         let left = slot.bearer().await.unwrap().usable_until() - Instant::now();
         assert!(left < Duration::from_secs(600), "{left:?}");
         assert!(tokens.slot(&gone).bearer().await.is_ok());
+    }
+
+    #[test]
+    fn what_is_odd_in_a_token_makes_it_not_eternal() {
+        let jwt = |payload: &str| format!("{}.{}.AA", base64url("{}"), base64url(payload));
+        for (payload, end) in [
+            (r#"{"exp":1700000000}"#, Ok(Some(1_700_000_000))),
+            (r#"{"exp":1700000000.5}"#, Ok(Some(1_700_000_000))),
+            (r#"{"exp":1.7e9,"scope":42,"aud":{}}"#, Ok(Some(1_700_000_000))),
+            (r#"{"exp":1900000000,"exp":1700000000}"#, Ok(Some(1_700_000_000))),
+            (r#"{"scope":42}"#, Ok(None)),
+            (r#"{"exp":"1700000000"}"#, Err(Unreadable)),
+            (r#"{"exp":null}"#, Err(Unreadable)),
+            (r#"{"exp":1700000000"#, Err(Unreadable)),
+            ("[]", Err(Unreadable)),
+        ] {
+            assert_eq!(expiry(jwt(payload).as_bytes()), end, "{payload}");
+        }
+        let padded = format!("{}.eyJleHAiOjF9Cg==.AA", base64url("{}"));
+        assert_eq!(expiry(padded.as_bytes()), Ok(Some(1)));
+        // Not JWTs, although there are dots.
+        for opaque in ["first", "v4.public.eyJleHAiOjF9", "a.b.c", "a..b", &base64url("{}")] {
+            assert_eq!(expiry(opaque.as_bytes()), Ok(None), "{opaque}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_token_lives_as_long_as_its_issuer_and_the_token_itself_both_say() {
+        let issued = 1_800_000_000;
+        let jwt = |left: i64| {
+            let payload = format!(r#"{{"exp":{}}}"#, issued + left);
+            format!("{}.{}.AA", base64url("{}"), base64url(payload))
+        };
+        let life = |token: String, said: Option<u64>| {
+            let answer = TokenAnswer {
+                access_token: token.into(),
+                expires_in: said.map(Duration::from_secs),
+                scope: ScopeSet::default(),
+            };
+            Bearer::new(&answer, Instant::now(), issued).map(|bearer| bearer.expires_at - issued)
+        };
+        assert_eq!(life(jwt(600), Some(3600)), Some(600));
+        assert_eq!(life(jwt(3600), Some(600)), Some(600));
+        assert_eq!(life(jwt(600), None), Some(600));
+        assert_eq!(life("opaque".to_owned(), Some(600)), Some(600));
+        assert_eq!(life("opaque".to_owned(), None), Some(300));
+        assert_eq!(life(jwt(-1), Some(3600)), None);
     }
 
     #[tokio::test(start_paused = true)]

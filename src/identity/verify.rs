@@ -382,12 +382,6 @@ impl Verifier {
     }
 }
 
-/// `exp` of a token that is about to be sent, unverified: for its own bearer's planning and nothing else.
-pub(super) fn peek_expiry(token: &[u8]) -> Option<i64> {
-    let body = unbase64(Parts::split(token)?.payload).ok()?;
-    strict::<Body<'_>>(&body).ok()?.expires_at
-}
-
 /// Our own subjects are names that `permissions` can hold; others any printable text behind their issuer's.
 fn read_caller(subject: &str, trusted: &Trusted) -> Result<Caller, TokenFault> {
     if trusted.ours {
@@ -401,15 +395,15 @@ fn read_caller(subject: &str, trusted: &Trusted) -> Result<Caller, TokenFault> {
 }
 
 /// The three parts of a compact JWS (RFC 7515 §7.1).
-struct Parts<'a> {
-    head: &'a [u8],
-    payload: &'a [u8],
+pub(super) struct Parts<'a> {
+    pub(super) head: &'a [u8],
+    pub(super) payload: &'a [u8],
     signature: &'a [u8],
     signed: &'a [u8],
 }
 
 impl<'a> Parts<'a> {
-    fn split(token: &'a [u8]) -> Option<Self> {
+    pub(super) fn split(token: &'a [u8]) -> Option<Self> {
         let mut parts = token.split(|byte| *byte == b'.');
         let (head, payload, signature) = (parts.next()?, parts.next()?, parts.next()?);
         let signed = token.get(..head.len() + 1 + payload.len())?;
@@ -536,8 +530,8 @@ impl<'de> Visitor<'de> for BodyVisitor {
                 "iss" => body.issuer = Some(map.next_value()?),
                 "sub" => body.subject = Some(map.next_value()?),
                 "aud" => body.audience = map.next_value()?,
-                "exp" => body.expires_at = Some(map.next_value::<Seconds>()?.0),
-                "nbf" => body.not_before = Some(map.next_value::<Seconds>()?.0),
+                "exp" => body.expires_at = Some(map.next_value::<Seconds>()?.floor),
+                "nbf" => body.not_before = Some(map.next_value::<Seconds>()?.ceiling),
                 "scope" => body.scope = map.next_value()?,
                 "scopes" => body.scopes = map.next_value()?,
                 "scp" => body.scp = map.next_value()?,
@@ -804,10 +798,12 @@ mod tests {
             ("exp", remove, TokenFault::NoExpiry),
             ("exp", json!(u64::MAX), TokenFault::Malformed),
             ("exp", json!("1900000000"), TokenFault::Malformed),
-            ("exp", json!(1_900_000_000.5), TokenFault::Malformed),
+            ("exp", json!(1_700_000_000.5), TokenFault::Expired),
             ("exp", json!(1e300), TokenFault::Malformed),
             ("exp", json!(null), TokenFault::Malformed),
             ("nbf", json!(NOW + 31), TokenFault::NotYetValid),
+            ("nbf", json!(1_800_000_030.5), TokenFault::NotYetValid),
+            ("nbf", json!(-1e19), TokenFault::Malformed),
             ("nbf", json!(i64::MAX), TokenFault::NotYetValid),
             ("nbf", json!("0"), TokenFault::Malformed),
             ("scope", json!("read:data \"quoted\""), TokenFault::Malformed),
@@ -863,6 +859,20 @@ mod tests {
         ] {
             assert_eq!(verifier.verify(token.as_bytes(), HERE, now).err(), fault, "{now}");
         }
+    }
+
+    #[test]
+    fn times_may_have_fractions_and_are_taken_for_the_narrower_span() {
+        let key = Forge::new("k1", Algorithm::EdDsa);
+        let verifier = trusting(&[&key]);
+        let mut payload = body();
+        payload["exp"] = json!(1_800_000_100.75);
+        payload["nbf"] = json!(1_799_999_999.25);
+        let token = key.sign(&key.header().to_string(), &payload.to_string());
+        let at = |now: i64| verifier.verify(token.as_bytes(), HERE, now);
+        assert_eq!(at(NOW).unwrap().expires_at(), NOW + 100);
+        assert_eq!(at(NOW - 31).err(), Some(TokenFault::NotYetValid));
+        assert!(at(NOW - 30).is_ok());
     }
 
     #[test]
