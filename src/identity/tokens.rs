@@ -698,35 +698,36 @@ impl Slot {
     /// What the keeper should do, or `None` when there is nothing left to keep.
     fn next_step(self: &Arc<Self>) -> Option<Step> {
         let now = Instant::now();
+        // Listened to before the token is looked at, so that none falls between.
+        let ended = self.ended.subscribe();
+        let sleep = |until: Instant| Some(Step { ended: ended.clone(), until: Some(until) });
         let Some(bearer) = self.bearer.load_full().filter(|bearer| bearer.is_usable(now)) else {
             let mut state = self.lock();
             // Another token may have come before the lock.
             if self.bearer.load().as_ref().is_some_and(|bearer| bearer.is_usable(now)) {
-                return Some(Step::Sleep(now));
+                return sleep(now);
             }
             self.bearer.store(None);
             state.keeping = false;
             return None;
         };
         if now < bearer.renew_at {
-            return Some(Step::Sleep(bearer.renew_at.min(bearer.usable_until)));
+            return sleep(bearer.renew_at.min(bearer.usable_until));
         }
         if !self.used.load(Ordering::Relaxed) {
             let look = bearer.usable_until.duration_since(now) / 8;
             let look = look.clamp(Duration::from_millis(250), Duration::from_secs(15));
-            return Some(Step::Sleep((now + look).min(bearer.usable_until)));
+            return sleep((now + look).min(bearer.usable_until));
         }
         let mut state = self.lock();
         if !state.asking {
             let early = state.failed.as_ref().map(|(_, until)| *until).filter(|until| now < *until);
             if let Some(until) = early {
-                return Some(Step::Sleep(until.min(bearer.usable_until)));
+                return sleep(until.min(bearer.usable_until));
             }
-            let ended = self.ended.subscribe();
             self.begin(&mut state);
-            return Some(Step::Wait(ended));
         }
-        Some(Step::Wait(self.ended.subscribe()))
+        Some(Step { ended, until: None })
     }
 }
 
@@ -739,21 +740,27 @@ impl State {
     }
 }
 
-/// What keeps a token fresh does next.
-enum Step {
-    Sleep(Instant),
-    Wait(watch::Receiver<u64>),
+/// What keeps a token fresh does next: it waits for a question to end, or no longer than until then.
+struct Step {
+    ended: watch::Receiver<u64>,
+    until: Option<Instant>,
 }
 
 /// Renews a slot's token while it is used; ends when there is nothing left to renew.
 async fn keep(slot: Weak<Slot>) {
     loop {
         let Some(step) = slot.upgrade().and_then(|slot| slot.next_step()) else { return };
-        match step {
-            Step::Sleep(until) => sleep_until(until).await,
-            Step::Wait(mut ended) => {
-                let _told = ended.changed().await;
+        let Step { mut ended, until } = step;
+        let due = async {
+            match until {
+                Some(until) => sleep_until(until).await,
+                None => std::future::pending().await,
             }
+        };
+        // Another token may have come that must be renewed sooner than the one before.
+        tokio::select! {
+            _told = ended.changed() => {}
+            () = due => {}
         }
     }
 }
@@ -851,6 +858,8 @@ mod tests {
     struct Issuer {
         asked: AtomicU32,
         down: AtomicBool,
+        /// The life of its tokens, if it is not the usual one.
+        seconds: AtomicU64,
     }
 
     impl Issuer {
@@ -874,7 +883,11 @@ mod tests {
                     return Err(TokenUnavailable::Deadline);
                 }
                 let scope = ScopeSet::parse_list("read:data").unwrap();
-                Ok(TokenAnswer { access_token: text.into(), expires_in: Some(LIFE), scope })
+                let life = match issuer.seconds.load(Ordering::SeqCst) {
+                    0 => LIFE,
+                    seconds => Duration::from_secs(seconds),
+                };
+                Ok(TokenAnswer { access_token: text.into(), expires_in: Some(life), scope })
             }
             .boxed()
         }
@@ -1061,6 +1074,23 @@ mod tests {
         sleep(Duration::from_secs(1)).await;
         assert_eq!(issuer.asked(), 2);
         assert_eq!(slot.current(Instant::now()).unwrap().header(), "Bearer data-2");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_token_that_lives_shorter_than_the_one_before_is_renewed_ahead_too() {
+        let (tokens, issuer) = tokens(&[]);
+        issuer.seconds.store(86_400, Ordering::SeqCst);
+        let slot = tokens.slot(&data());
+        slot.bearer().await.unwrap();
+        issuer.seconds.store(300, Ordering::SeqCst);
+        slot.ask();
+        sleep(Duration::from_secs(1)).await;
+        // In use without a gap, as requests see it.
+        for _ in 0..600 {
+            assert!(slot.current(Instant::now()).is_some(), "{} were asked for", issuer.asked());
+            sleep(Duration::from_secs(1)).await;
+        }
+        assert!(issuer.asked() > 4, "{}", issuer.asked());
     }
 
     #[tokio::test(start_paused = true)]
