@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc};
 
 use arc_swap::ArcSwap;
 use serde_json::Value;
-use tokio::{runtime::Handle, sync::Notify};
+use tokio::sync::Notify;
 use url::Url;
 
 use crate::{
@@ -167,7 +167,7 @@ impl Trust {
             .get(issuer)
             .and_then(|json| KeySet::from_json(json).ok())
             .unwrap_or_default();
-        let keys = Jwks::fetched(name, initial, fetch, Handle::current());
+        let keys = Jwks::fetched(name, initial, fetch, supervisor.clone());
         supervisor.spawn_until_end("jwks", keys.follow());
         Some(keys)
     }
@@ -193,6 +193,7 @@ fn place(issuer: &Issuer) -> Option<Place> {
 #[cfg(test)]
 mod tests {
     use serde_json::json;
+    use tokio::runtime::Handle;
 
     use super::*;
     use crate::api::ClientSettings;

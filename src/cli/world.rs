@@ -9,7 +9,7 @@ use std::{
 
 use futures_util::{FutureExt, future::BoxFuture};
 use secrecy::SecretString;
-use tokio::{runtime::Handle, sync::Notify};
+use tokio::sync::Notify;
 use zeroize::Zeroizing;
 
 use super::{
@@ -119,7 +119,7 @@ impl World {
         let tokens = Tokens::new(
             Arc::new(NoTokens),
             Self::token_files(file),
-            Handle::current(),
+            Supervisor::clone(supervisor),
             Clock::system(),
         );
         Ok(Self {
@@ -152,7 +152,7 @@ impl World {
         let tokens = Tokens::new(
             Arc::new(source),
             Self::token_files(file),
-            Handle::current(),
+            Supervisor::clone(supervisor),
             Clock::system(),
         );
         let tokens = Arc::new(tokens);

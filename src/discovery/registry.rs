@@ -165,6 +165,7 @@ mod tests {
     use super::*;
     use crate::{
         api::{Catalog, ClientSettings},
+        runtime::Supervisor,
         telemetry::overhear,
     };
 
@@ -243,10 +244,10 @@ mod tests {
             .with_state(plane.clone());
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let client = client(listener.local_addr().unwrap());
-        let here = Handle::current();
-        here.spawn(async move { axum::serve(listener, router).await.unwrap() });
+        let here = Supervisor::new(Handle::current());
+        here.spawn("plane", async move { axum::serve(listener, router).await.unwrap() });
         let directory = Arc::new(Directory::default());
-        here.spawn(Registry::new(client, pass(), directory.clone()).follow());
+        here.spawn("registry", Registry::new(client, pass(), directory.clone()).follow());
         (plane, directory)
     }
 

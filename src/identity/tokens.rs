@@ -30,7 +30,6 @@ use serde::{
     de::{DeserializeOwned, IgnoredAny, MapAccess, Visitor},
 };
 use tokio::{
-    runtime::Handle,
     sync::watch,
     time::{Instant, sleep, sleep_until, timeout},
 };
@@ -40,7 +39,7 @@ use crate::{
     api::{Client, ClientError, Credential, TokenAnswer},
     identity::{json::Seconds, verify::Parts},
     model::{Project, ScopeSet, ServiceName},
-    runtime::{Backoff, Clock},
+    runtime::{Backoff, Clock, Supervisor},
 };
 
 /// A token is not used in its last seconds: it must still be good when it arrives.
@@ -397,7 +396,7 @@ struct Desk {
 }
 
 struct Shared {
-    side: Handle,
+    supervisor: Supervisor,
     clock: Clock,
     changes: watch::Sender<u64>,
     received: AtomicU64,
@@ -416,12 +415,12 @@ impl Tokens {
     pub fn new(
         source: Arc<dyn TokenSource>,
         files: HashMap<ServiceName, PathBuf>,
-        side: Handle,
+        supervisor: Supervisor,
         clock: Clock,
     ) -> Self {
         let changes = watch::Sender::new(0);
         let (received, failures) = (AtomicU64::new(0), AtomicU64::new(0));
-        let shared = Arc::new(Shared { side, clock, changes, received, failures });
+        let shared = Arc::new(Shared { supervisor, clock, changes, received, failures });
         Self { shared, source, desk: Mutex::new(Desk { files, slots: HashMap::new() }) }
     }
 
@@ -450,7 +449,8 @@ impl Tokens {
         );
         let slot = Slot::new(callee.clone(), source, file.is_some(), self.shared.clone());
         if let Some(path) = file {
-            self.shared.side.spawn(watch_file(Arc::downgrade(&slot), path.clone()));
+            let watching = watch_file(Arc::downgrade(&slot), path.clone());
+            self.shared.supervisor.spawn_until_end("token-file", watching);
         }
         desk.slots.insert(callee.clone(), slot.clone());
         slot
@@ -677,7 +677,8 @@ impl Slot {
     fn begin(self: &Arc<Self>, state: &mut State) {
         state.asking = true;
         // On the side runtime whoever asked, so that a worker or request that goes away does not take it along.
-        self.shared.side.spawn(Asking { slot: self.clone(), outcome: None }.carry());
+        let asking = Asking { slot: self.clone(), outcome: None };
+        self.shared.supervisor.spawn_until_end("token", asking.carry());
     }
 
     fn put(self: &Arc<Self>, bearer: Bearer) {
@@ -687,7 +688,7 @@ impl Slot {
         (state.failures, state.failed) = (0, None);
         if !state.keeping && !self.from_file {
             state.keeping = true;
-            self.shared.side.spawn(keep(Arc::downgrade(self)));
+            self.shared.supervisor.spawn_until_end("token-keeper", keep(Arc::downgrade(self)));
         }
     }
 
@@ -847,7 +848,7 @@ impl Drop for Asking {
 mod tests {
     use std::sync::atomic::AtomicU32;
 
-    use tokio::time::advance;
+    use tokio::{runtime::Handle, time::advance};
 
     use super::*;
     use crate::identity::forge::base64url;
@@ -893,13 +894,17 @@ mod tests {
         }
     }
 
+    fn here() -> Supervisor {
+        Supervisor::new(Handle::current())
+    }
+
     fn tokens(files: &[(&str, PathBuf)]) -> (Tokens, Arc<Issuer>) {
         let issuer = Arc::new(Issuer::default());
         let files =
             files.iter().map(|(name, path)| (name.parse().unwrap(), path.clone())).collect();
         let clock = Clock::starting_at(jiff::Timestamp::from_second(1_800_000_000).unwrap());
         let source = Arc::new(Source(issuer.clone()));
-        (Tokens::new(source, files, Handle::current(), clock), issuer)
+        (Tokens::new(source, files, here(), clock), issuer)
     }
 
     fn data() -> ServiceName {
@@ -1015,7 +1020,7 @@ mod tests {
             }
         }
         let clock = Clock::system();
-        let tokens = Tokens::new(Arc::new(Broken), HashMap::new(), Handle::current(), clock);
+        let tokens = Tokens::new(Arc::new(Broken), HashMap::new(), here(), clock);
         let answer = tokens.slot(&data()).bearer().await;
         assert!(matches!(answer, Err(TokenUnavailable::Unusable)));
     }
@@ -1032,7 +1037,7 @@ mod tests {
             let start = jiff::Timestamp::from_second(1_800_000_000 + after).unwrap();
             let source = Arc::new(Source(issuer.clone()));
             let clock = Clock::starting_at(start);
-            let tokens = Tokens::new(source, HashMap::new(), Handle::current(), clock);
+            let tokens = Tokens::new(source, HashMap::new(), here(), clock);
             tokens.restore(serde_json::from_str(&written).unwrap());
             tokens
         };
@@ -1233,7 +1238,7 @@ mod tests {
             let client = Client::new(crate::api::ClientSettings::new(vec![url], None)).unwrap();
             let credential = Credential { client_id: data(), secret: "secret".into() };
             let source = Arc::new(ControlTokens::new(client, credential));
-            let tokens = Tokens::new(source, HashMap::new(), Handle::current(), Clock::system());
+            let tokens = Tokens::new(source, HashMap::new(), here(), Clock::system());
             let (first, second) = (tokens.slot(&data()), tokens.slot(&"reports".parse().unwrap()));
             let looking_up_a_name = async {
                 // Both questions have arrived, so both wait for their answers.
