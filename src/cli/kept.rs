@@ -147,7 +147,7 @@ async fn keep_secrets(
     mut changes: watch::Receiver<u64>,
     mut last: HashMap<String, Value>,
 ) {
-    let followed = lock(&trust).followed();
+    let mut followed = lock(&trust).followed();
     loop {
         // Listened to before they are read, so that no change falls between.
         let sets = lock(&trust).sets();
@@ -172,7 +172,7 @@ async fn keep_secrets(
                 keep(&state, TOKENS, tokens.snapshot()).await;
             }
             Some(_changed) = keys.into_future().map(|(first, _)| first) => {}
-            () = followed.notified() => {}
+            Ok(()) = followed.changed() => {}
         }
     }
 }

@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc};
 
 use arc_swap::ArcSwap;
 use serde_json::Value;
-use tokio::sync::Notify;
+use tokio::sync::watch;
 use url::Url;
 
 use crate::{
@@ -36,7 +36,7 @@ pub(super) struct Trust {
     has_control: bool,
     /// Keys of an earlier run, by issuer.
     remembered: HashMap<String, Value>,
-    followed: Arc<Notify>,
+    followed: watch::Sender<u64>,
 }
 
 impl Trust {
@@ -55,7 +55,7 @@ impl Trust {
             client,
             has_control,
             remembered,
-            followed: Arc::default(),
+            followed: watch::Sender::new(0),
         }
     }
 
@@ -107,7 +107,7 @@ impl Trust {
             }));
         }
         self.verifier.store(Arc::new(Verifier::new(trusted)));
-        self.followed.notify_one();
+        self.followed.send_modify(|count| *count += 1);
     }
 
     /// Fetches keys by another client from now on, because it believes other certificates. Those that are known serve
@@ -121,9 +121,14 @@ impl Trust {
         self.follow(catalog, supervisor);
     }
 
-    /// Tells one listener that the key sets may be others.
-    pub(super) fn followed(&self) -> Arc<Notify> {
-        Arc::clone(&self.followed)
+    /// Tells that the key sets may be others; the number is of no further meaning.
+    pub(super) fn followed(&self) -> watch::Receiver<u64> {
+        self.followed.subscribe()
+    }
+
+    /// The keys of the project's own issuer, once it is known.
+    pub(super) fn own(&self) -> Option<Arc<Jwks>> {
+        self.own.clone()
     }
 
     /// The keys of an issuer: those in use already, or new ones.

@@ -5,11 +5,15 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use futures_util::{FutureExt, future::BoxFuture};
-use secrecy::SecretString;
-use tokio::sync::Notify;
+use secrecy::{ExposeSecret, SecretString};
+use tokio::{
+    sync::Notify,
+    time::{Instant, sleep},
+};
 use zeroize::Zeroizing;
 
 use super::{
@@ -20,12 +24,15 @@ use super::{
 use crate::{
     api::{CONTROL_AUDIENCE, Catalog, Client, ClientSettings, Credential, TokenAnswer},
     config::{self, ProxyFile},
-    discovery::{AskBearer, Directory, Registry as Source},
-    identity::{ControlTokens, NoTokens, TokenSource, TokenUnavailable, Tokens},
+    discovery::{Directory, Passes, Registry as Source},
+    identity::{ControlTokens, NoTokens, Slot, TokenSource, TokenUnavailable, Tokens},
     model::{Project, ServiceName},
     proxy,
     runtime::{Clock, Supervisor},
 };
+
+/// When keys are asked for again while a token names one that nobody knows: just after that is allowed again.
+const KEYS_AGAIN: Duration = Duration::from_secs(31);
 
 /// What a proxy knows of the world beyond its listeners: the project, tokens, keys, and the folder that keeps them.
 pub(super) struct World {
@@ -176,12 +183,8 @@ impl World {
             directory.adopt(catalog, age);
         }
         let name: ServiceName = CONTROL_AUDIENCE.parse()?;
-        let slot = tokens.slot(&name);
-        let bearer: AskBearer = Arc::new(move || {
-            let slot = Arc::clone(&slot);
-            async move { Ok(slot.bearer().await?.token()) }.boxed()
-        });
-        let source = Source::new(client, bearer, Arc::clone(directory));
+        let passes = Arc::new(ControlPasses(tokens.slot(&name)));
+        let source = Source::new(client, passes, Arc::clone(directory));
         Ok(Self {
             me: file.service.clone(),
             directory: Arc::clone(directory),
@@ -237,11 +240,16 @@ impl World {
             while changes.changed().await.is_ok() {
                 if let Some(catalog) = known.load() {
                     lock(&follower).follow(&catalog, &keeping);
+                    granted.issued_by(&catalog.issuer);
                     granted.reconcile(&catalog.project, &me);
                 }
             }
         });
         supervisor.spawn_until_end("token-clock", tokens.follow_clock());
+        if source.is_some() {
+            let following = follow_keys(Arc::clone(&trust), Arc::clone(&tokens));
+            supervisor.spawn_until_end("token-keys", following);
+        }
         if let Some(keeper) = keeper {
             keeper.live(supervisor, Arc::clone(&directory), trust, tokens);
         }
@@ -257,6 +265,72 @@ impl World {
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Bearers for the control plane, from the slot that has its name.
+struct ControlPasses(Arc<Slot>);
+
+impl Passes for ControlPasses {
+    fn bearer(
+        &self,
+    ) -> BoxFuture<'static, Result<SecretString, Box<dyn std::error::Error + Send + Sync>>> {
+        let slot = Arc::clone(&self.0);
+        async move { Ok(slot.bearer().await?.token()) }.boxed()
+    }
+
+    fn refused(&self, bearer: &SecretString) {
+        let current = self.0.current(Instant::now());
+        let same = current
+            .filter(|current| current.token().expose_secret() == bearer.expose_secret());
+        if let Some(bearer) = same {
+            self.0.refused(&bearer);
+        }
+    }
+}
+
+/// Drops tokens whose key the project's own issuer has no more: after it has lost its keys nobody can verify them,
+/// however long they may live. A token that names a key which is not known here has the keys fetched, so that the older
+/// of both is told apart.
+async fn follow_keys(trust: Arc<Mutex<Trust>>, tokens: Arc<Tokens>) {
+    // Listened to before they are looked at, so that no change falls between.
+    let mut received = tokens.changes();
+    let mut followed = lock(&trust).followed();
+    loop {
+        let own = lock(&trust).own();
+        let mut changed = own.as_ref().map(|own| own.changes());
+        let mut again = None;
+        // Before the first fetch nothing is known of any key.
+        if let Some(own) = own.filter(|own| !own.load().is_empty()) {
+            let unknown = tokens.unknown_key(&own.load());
+            if let Some(kid) = unknown {
+                let _told_by_the_keys = own.refresh_for(&kid).await;
+            }
+            // In this order, as its doc says.
+            if let Some(as_of) = own.as_of() {
+                tokens.signed_by(&own.load(), as_of);
+            }
+            again = tokens.unknown_key(&own.load()).map(|_kid| KEYS_AGAIN);
+        }
+        let keys_changed = async {
+            match &mut changed {
+                Some(changed) => changed.changed().await.is_ok(),
+                None => std::future::pending().await,
+            }
+        };
+        let due = async {
+            match again {
+                Some(again) => sleep(again).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            Ok(()) = received.changed() => {}
+            Ok(()) = followed.changed() => {}
+            true = keys_changed => {}
+            () = due => {}
+            else => return,
+        }
+    }
 }
 
 /// Re-reads a project file when it changes, or when told to; one with faults changes nothing.

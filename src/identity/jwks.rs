@@ -143,6 +143,8 @@ struct State {
     /// Whether the log has told that keys cannot be fetched.
     told: bool,
     fetched_at: Option<Instant>,
+    /// When the last fetch that worked was begun.
+    as_of: Option<Instant>,
     asked_at: Option<Instant>,
     unknown: VecDeque<(Box<str>, Instant)>,
 }
@@ -197,6 +199,13 @@ impl Jwks {
     #[must_use]
     pub fn load(&self) -> Guard<Arc<KeySet>> {
         self.keys.load()
+    }
+
+    /// A moment at or after which the issuer had the keys that [`load`](Self::load) gives afterwards, and no others;
+    /// `None` before the first fetch that worked.
+    #[must_use]
+    pub fn as_of(&self) -> Option<Instant> {
+        self.lock().as_of
     }
 
     /// Rises with every change of the keys. Cheap enough for every request.
@@ -318,21 +327,27 @@ impl Jwks {
     fn begin(self: &Arc<Self>, state: &mut State, fetch: &Fetch, supervisor: &Supervisor) {
         state.fetching = true;
         self.fetches.fetch_add(1, Ordering::Relaxed);
-        let (running, answer) = (Running { keys: self.clone(), worked: false }, fetch());
+        let (running, answer) = (Running { keys: self.clone(), began: Instant::now(), worked: false }, fetch());
         // On the side runtime whoever asked, so that a worker that goes away does not take the fetch along.
         supervisor.spawn_until_end("jwks-fetch", running.carry(answer));
     }
 
-    fn take(&self, fetched: Result<Value, FetchFault>) -> Result<(), FetchFault> {
+    fn take(&self, fetched: Result<Value, FetchFault>, began: Instant) -> Result<(), FetchFault> {
         let fresh = KeySet::from_json(&fetched?)?;
-        self.lock().fetched_at = Some(Instant::now());
-        if self.load().same_as(&fresh) {
-            return Ok(());
+        let changed = !self.load().same_as(&fresh);
+        if changed {
+            info!(issuer = %self.issuer, keys = fresh.len(), "the issuer's keys changed");
+            self.keys.store(Arc::new(fresh));
+            self.generation.fetch_add(1, Ordering::Release);
         }
-        info!(issuer = %self.issuer, keys = fresh.len(), "the issuer's keys changed");
-        self.keys.store(Arc::new(fresh));
-        self.generation.fetch_add(1, Ordering::Release);
-        self.changes.send_modify(|count| *count += 1);
+        // After the keys: whoever reads this first and the keys then never takes old ones for new.
+        {
+            let mut state = self.lock();
+            (state.fetched_at, state.as_of) = (Some(Instant::now()), Some(began));
+        }
+        if changed {
+            self.changes.send_modify(|count| *count += 1);
+        }
         Ok(())
     }
 
@@ -364,13 +379,14 @@ impl State {
 /// A fetch under way; whatever ends it, those who wait are told.
 struct Running {
     keys: Arc<Jwks>,
+    began: Instant,
     worked: bool,
 }
 
 impl Running {
     async fn carry(mut self, answer: BoxFuture<'static, Result<Value, FetchFault>>) {
         let fetched = timeout(FETCH_LIMIT, answer).await.unwrap_or(Err(FetchFault::Deadline));
-        let (issuer, outcome) = (&self.keys.issuer, self.keys.take(fetched));
+        let (issuer, outcome) = (&self.keys.issuer, self.keys.take(fetched, self.began));
         let told = std::mem::replace(&mut self.keys.lock().told, outcome.is_err());
         match outcome {
             Ok(()) if told => info!(%issuer, "keys are fetched again"),

@@ -29,6 +29,7 @@ use serde::{
     Deserialize, Deserializer, Serialize,
     de::{DeserializeOwned, IgnoredAny, MapAccess, Visitor},
 };
+use serde_json::Value;
 use tokio::{
     sync::watch,
     time::{Instant, sleep, sleep_until, timeout},
@@ -37,7 +38,7 @@ use tracing::{debug, info, warn};
 
 use crate::{
     api::{Client, ClientError, Credential, TokenAnswer},
-    identity::{json::Seconds, verify::Parts},
+    identity::{json::Seconds, keys::KeySet, verify::Parts},
     model::{Project, ScopeSet, ServiceName},
     runtime::{Backoff, Clock, Supervisor},
 };
@@ -214,6 +215,12 @@ async fn read_small(path: &Path) -> io::Result<String> {
 pub struct Bearer {
     header: HeaderValue,
     scope: ScopeSet,
+    /// Whose it says it is.
+    issuer: Option<Box<str>>,
+    /// The key by which it says it is signed.
+    kid: Option<Box<str>>,
+    /// When the question for it left.
+    asked: Instant,
     renew_at: Instant,
     usable_until: Instant,
     issued_at: i64,
@@ -268,6 +275,11 @@ impl Bearer {
         self.issued_at
     }
 
+    /// The key by which it is signed, if `keys` have no such key.
+    fn unknown_key(&self, keys: &KeySet) -> Option<&str> {
+        self.kid.as_deref().filter(|kid| !keys.knows(kid))
+    }
+
     fn is_usable(&self, now: Instant) -> bool {
         now < self.usable_until
     }
@@ -284,7 +296,7 @@ impl Bearer {
         }
         let mut header = HeaderValue::try_from(format!("Bearer {text}")).ok()?;
         header.set_sensitive(true);
-        let end = expiry(text.as_bytes()).ok()?;
+        let Peeked { end, issuer, kid } = peek(text.as_bytes()).ok()?;
         let left = end.map(|end| u64::try_from(end.saturating_sub(issued_at)).unwrap_or(0));
         let said = [answer.expires_in, left.map(Duration::from_secs)];
         let life = said.into_iter().flatten().min().unwrap_or(UNSAID).min(NO_EXPIRY);
@@ -294,7 +306,8 @@ impl Bearer {
         let expires_at =
             issued_at.saturating_add(i64::try_from(life.as_secs()).unwrap_or(i64::MAX));
         let scope = answer.scope.clone();
-        Some(Self { header, scope, renew_at, usable_until, issued_at, expires_at })
+        let (issuer, kid) = (issuer.map(Into::into), kid.map(Into::into));
+        Some(Self { header, scope, issuer, kid, asked, renew_at, usable_until, issued_at, expires_at })
     }
 }
 
@@ -310,54 +323,61 @@ const LENIENT: GeneralPurpose = GeneralPurpose::new(
         .with_decode_padding_mode(DecodePaddingMode::Indifferent),
 );
 
-/// When a token ends that is about to be sent, by itself: unverified, for its own bearer's planning and nothing else.
-/// `None` when it does not say, or is no JWT. Everything but `exp` is passed over, whatever it is: what this reader
+/// What a token that is about to be sent says of itself: unverified, for its own bearer's planning and nothing else.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Peeked {
+    /// `exp`, the earliest if there are several.
+    end: Option<i64>,
+    issuer: Option<String>,
+    /// The key that has signed it.
+    kid: Option<String>,
+}
+
+/// Nothing is known of what is no JWT. Everything but these members is passed over, whatever it is: what this reader
 /// does not understand its audience may.
-fn expiry(token: &[u8]) -> Result<Option<i64>, Unreadable> {
-    let Some(parts) = Parts::split(token) else { return Ok(None) };
+fn peek(token: &[u8]) -> Result<Peeked, Unreadable> {
+    let Some(parts) = Parts::split(token) else { return Ok(Peeked::default()) };
     // Three parts alone make no JWT: other tokens have dots too.
-    if read::<Members<IgnoredAny>>(parts.head).is_none() {
-        return Ok(None);
-    }
-    read::<Expiry>(parts.payload).map(|Expiry(end)| end).ok_or(Unreadable)
+    let Some(head) = read::<HashMap<String, Value>>(parts.head) else {
+        return Ok(Peeked::default());
+    };
+    let kid = head.get("kid").and_then(Value::as_str).map(str::to_owned);
+    let claims = read::<Peeked>(parts.payload).ok_or(Unreadable)?;
+    Ok(Peeked { kid, ..claims })
 }
 
 fn read<T: DeserializeOwned>(part: &[u8]) -> Option<T> {
     serde_json::from_slice(&LENIENT.decode(part).ok()?).ok()
 }
 
-/// The members of any JSON object.
-type Members<T> = HashMap<String, T>;
-
-/// The earliest `exp` of an object.
-struct Expiry(Option<i64>);
-
-impl<'de> Deserialize<'de> for Expiry {
+impl<'de> Deserialize<'de> for Peeked {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(ExpiryVisitor)
+        deserializer.deserialize_map(PeekedVisitor)
     }
 }
 
-struct ExpiryVisitor;
+struct PeekedVisitor;
 
-impl<'de> Visitor<'de> for ExpiryVisitor {
-    type Value = Expiry;
+impl<'de> Visitor<'de> for PeekedVisitor {
+    type Value = Peeked;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("the claims of a token")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Expiry, A::Error> {
-        let mut end: Option<i64> = None;
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Peeked, A::Error> {
+        let mut peeked = Peeked::default();
         while let Some(name) = map.next_key::<String>()? {
-            if name == "exp" {
-                let exp = map.next_value::<Seconds>()?.floor;
-                end = Some(end.map_or(exp, |known| known.min(exp)));
-            } else {
-                map.next_value::<IgnoredAny>()?;
+            match name.as_str() {
+                "exp" => {
+                    let end = map.next_value::<Seconds>()?.floor;
+                    peeked.end = Some(peeked.end.map_or(end, |known| known.min(end)));
+                }
+                "iss" => peeked.issuer = map.next_value::<Value>()?.as_str().map(str::to_owned),
+                _ => _ = map.next_value::<IgnoredAny>()?,
             }
         }
-        Ok(Expiry(end))
+        Ok(peeked)
     }
 }
 
@@ -468,7 +488,43 @@ impl Tokens {
         }
     }
 
-    /// Tells of every new token, so that they can be kept on disk when received.
+    /// Drops tokens of another issuer than `issuer`, which the project has now: nobody accepts them any more.
+    pub fn issued_by(&self, issuer: &str) {
+        self.discard("another issuer's", |bearer| {
+            bearer.issuer.as_deref().is_some_and(|other| other != issuer)
+        });
+    }
+
+    /// Drops tokens whose key is none of `keys`, if those are all the keys that the issuer had at `as_of` or later:
+    /// nobody can verify them any more.
+    pub fn signed_by(&self, keys: &KeySet, as_of: Instant) {
+        self.discard("its key is gone", |bearer| {
+            bearer.asked < as_of && bearer.unknown_key(keys).is_some()
+        });
+    }
+
+    /// A key by which a token is signed and that `keys` do not have, if there is any.
+    #[must_use]
+    pub fn unknown_key(&self, keys: &KeySet) -> Option<String> {
+        self.issued().into_iter().find_map(|(_, bearer)| bearer.unknown_key(keys).map(str::to_owned))
+    }
+
+    fn discard(&self, why: &'static str, is_worthless: impl Fn(&Bearer) -> bool) {
+        for (slot, bearer) in self.issued() {
+            if is_worthless(&bearer) {
+                slot.discard(&bearer, why);
+            }
+        }
+    }
+
+    /// The tokens that the issuer gave, as far as any are there.
+    fn issued(&self) -> Vec<(Arc<Slot>, Arc<Bearer>)> {
+        let desk = self.lock();
+        let slots = desk.slots.values().filter(|slot| !slot.from_file);
+        slots.filter_map(|slot| Some((slot.clone(), slot.bearer.load_full()?))).collect()
+    }
+
+    /// Tells of every token that comes or is found worthless, so that they can be kept on disk as they are.
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.shared.changes.subscribe()
@@ -478,17 +534,13 @@ impl Tokens {
     #[must_use]
     pub fn snapshot(&self) -> Vec<StoredToken> {
         let now = Instant::now();
-        let slots: Vec<_> =
-            self.lock().slots.values().filter(|slot| !slot.from_file).cloned().collect();
-        let stored = slots.iter().filter_map(|slot| {
-            let bearer = slot.bearer.load_full().filter(|bearer| bearer.is_usable(now))?;
-            Some(StoredToken {
-                callee: slot.callee.clone(),
-                token: bearer.token().expose_secret().to_owned(),
-                scope: bearer.scope.clone(),
-                issued_at: bearer.issued_at,
-                expires_at: bearer.expires_at,
-            })
+        let usable = self.issued().into_iter().filter(|(_, bearer)| bearer.is_usable(now));
+        let stored = usable.map(|(slot, bearer)| StoredToken {
+            callee: slot.callee.clone(),
+            token: bearer.token().expose_secret().to_owned(),
+            scope: bearer.scope.clone(),
+            issued_at: bearer.issued_at,
+            expires_at: bearer.expires_at,
         });
         stored.collect()
     }
@@ -664,6 +716,28 @@ impl Slot {
         }
         let failed = self.lock().failed.clone();
         Err(failed.map_or(TokenUnavailable::Unusable, |(fault, _)| fault))
+    }
+
+    /// Told that its audience refuses this very token: it is dropped, and another one asked for. A token that has taken
+    /// its place meanwhile stays.
+    pub fn refused(self: &Arc<Self>, bearer: &Arc<Bearer>) {
+        if self.discard(bearer, "its audience refuses it") {
+            self.ask();
+        }
+    }
+
+    /// Drops this very token, and asks for another if it was in use; says whether it was still there.
+    fn discard(self: &Arc<Self>, bearer: &Arc<Bearer>, why: &'static str) -> bool {
+        let found = self.bearer.compare_and_swap(bearer, None);
+        let dropped = found.as_ref().is_some_and(|found| Arc::ptr_eq(found, bearer));
+        if dropped {
+            info!(callee = %self.callee, why, "a token is dropped before its end");
+            self.shared.changes.send_modify(|count| *count += 1);
+            if self.used.load(Ordering::Relaxed) {
+                self.ask();
+            }
+        }
+        dropped
     }
 
     /// Asks for a fresh token now, unless a question is under way.
@@ -861,6 +935,8 @@ mod tests {
         down: AtomicBool,
         /// The life of its tokens, if it is not the usual one.
         seconds: AtomicU64,
+        /// The key that signs, for tokens that are JWTs.
+        kid: Mutex<Option<&'static str>>,
     }
 
     impl Issuer {
@@ -877,7 +953,15 @@ mod tests {
             audience: &ServiceName,
         ) -> BoxFuture<'static, Result<TokenAnswer, TokenUnavailable>> {
             let turn = self.0.asked.fetch_add(1, Ordering::SeqCst) + 1;
-            let (issuer, text) = (self.0.clone(), format!("{audience}-{turn}"));
+            let issuer = self.0.clone();
+            let text = match *issuer.kid.lock().unwrap() {
+                None => format!("{audience}-{turn}"),
+                Some(kid) => {
+                    let head = base64url(format!(r#"{{"kid":"{kid}"}}"#));
+                    let claims = format!(r#"{{"iss":"https://i","jti":"{turn}","exp":1900000000}}"#);
+                    format!("{head}.{}.AA", base64url(claims))
+                }
+            };
             async move {
                 sleep(Duration::from_millis(50)).await;
                 if issuer.down.load(Ordering::SeqCst) {
@@ -1180,13 +1264,13 @@ mod tests {
             (r#"{"exp":1700000000"#, Err(Unreadable)),
             ("[]", Err(Unreadable)),
         ] {
-            assert_eq!(expiry(jwt(payload).as_bytes()), end, "{payload}");
+            assert_eq!(peek(jwt(payload).as_bytes()).map(|said| said.end), end, "{payload}");
         }
         let padded = format!("{}.eyJleHAiOjF9Cg==.AA", base64url("{}"));
-        assert_eq!(expiry(padded.as_bytes()), Ok(Some(1)));
+        assert_eq!(peek(padded.as_bytes()).unwrap().end, Some(1));
         // Not JWTs, although there are dots.
         for opaque in ["first", "v4.public.eyJleHAiOjF9", "a.b.c", "a..b", &base64url("{}")] {
-            assert_eq!(expiry(opaque.as_bytes()), Ok(None), "{opaque}");
+            assert_eq!(peek(opaque.as_bytes()), Ok(Peeked::default()), "{opaque}");
         }
     }
 
@@ -1211,6 +1295,54 @@ mod tests {
         assert_eq!(life("opaque".to_owned(), Some(600)), Some(600));
         assert_eq!(life("opaque".to_owned(), None), Some(300));
         assert_eq!(life(jwt(-1), Some(3600)), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_token_that_its_audience_refuses_is_given_to_nobody_again() {
+        let (tokens, issuer) = tokens(&[]);
+        let slot = tokens.slot(&data());
+        let dead = slot.bearer().await.unwrap();
+        let mut changes = tokens.changes();
+        for _ in 0..100 {
+            slot.refused(&dead);
+        }
+        assert!(changes.has_changed().unwrap(), "what lies on disk is no longer right");
+        changes.mark_unchanged();
+        assert!(slot.current(Instant::now()).is_none() && tokens.snapshot().is_empty());
+        let fresh = slot.bearer().await.unwrap();
+        assert_eq!((fresh.header().to_str().unwrap(), issuer.asked()), ("Bearer data-2", 2));
+        // Whoever still holds the old one says nothing about the new one.
+        slot.refused(&dead);
+        assert_eq!(slot.current(Instant::now()).unwrap().header(), "Bearer data-2");
+        assert_eq!(issuer.asked(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_token_goes_with_its_key_and_with_its_issuer() {
+        let (tokens, issuer) = tokens(&[]);
+        let keys = |kid: &str| {
+            let key = crate::identity::forge::Forge::new(kid, crate::identity::Algorithm::EdDsa);
+            KeySet::from_json(&crate::identity::forge::set(&[&key])).unwrap()
+        };
+        let slot = tokens.slot(&data());
+        *issuer.kid.lock().unwrap() = Some("k1");
+        let first = slot.bearer().await.unwrap();
+        let received = Instant::now();
+        assert_eq!(tokens.unknown_key(&keys("k1")), None);
+        assert_eq!(tokens.unknown_key(&keys("k2")).as_deref(), Some("k1"));
+        // Keys that are older than the token prove nothing against it.
+        tokens.signed_by(&keys("k2"), received - LIFE / 2);
+        tokens.signed_by(&keys("k1"), received);
+        tokens.issued_by("https://i");
+        assert!(Arc::ptr_eq(&slot.current(received).unwrap(), &first));
+        *issuer.kid.lock().unwrap() = Some("k2");
+        tokens.signed_by(&keys("k2"), received);
+        assert!(slot.current(received).is_none());
+        let second = slot.bearer().await.unwrap();
+        assert_eq!((tokens.unknown_key(&keys("k2")), issuer.asked()), (None, 2));
+        tokens.issued_by("https://moved");
+        assert!(slot.current(received).is_none());
+        assert!(!Arc::ptr_eq(&slot.bearer().await.unwrap(), &second));
     }
 
     #[tokio::test(start_paused = true)]
