@@ -19,7 +19,7 @@ use std::{
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use http::HeaderValue;
-use quick_cache::{UnitWeighter, unsync::Cache};
+use quick_cache::{Weighter, unsync::Cache};
 use serde::{
     Deserialize, Deserializer,
     de::{MapAccess, Visitor},
@@ -225,6 +225,16 @@ impl Claims {
     #[must_use]
     pub fn claims_header(&self) -> &HeaderValue {
         &self.claims_header
+    }
+
+    /// What it takes in memory, about.
+    fn bytes(&self) -> usize {
+        let headers = [&self.caller_header, &self.scopes_header, &self.claims_header];
+        let headers = headers.into_iter().map(HeaderValue::len).sum::<usize>();
+        let audiences = self.audiences().map(str::len).sum::<usize>();
+        let scopes = self.scopes.iter().map(|scope| scope.as_str().len() + 32).sum::<usize>();
+        // Beside its own size, the fingerprint twice and what the cache notes of each entry.
+        size_of::<Self>() + 128 + headers + self.caller.as_str().len() + audiences + scopes
     }
 
     /// Whether it may be used at `now`, seconds since 1970.
@@ -545,9 +555,27 @@ impl<'de> Visitor<'de> for BodyVisitor {
 /// The SHA-256 of a token: what a cache knows of it, so that no bearer is kept in memory.
 type Fingerprint = [u8; 32];
 
-/// One worker's verified tokens. Bounded; of those that are full the rarely used go first.
+/// What a remembered token may take on average, or a cache of long tokens holds fewer of them.
+const BYTES_PER_TOKEN: u64 = 1024;
+
+/// What a remembered token takes: at least the average, so that a cache never holds more tokens than it was made for.
+#[derive(Clone)]
+struct Bytes;
+
+impl Weighter<Fingerprint, Rc<Claims>> for Bytes {
+    fn weight(&self, _: &Fingerprint, claims: &Rc<Claims>) -> u64 {
+        u64::try_from(claims.bytes()).unwrap_or(u64::MAX).max(BYTES_PER_TOKEN)
+    }
+}
+
+/// One worker's verified tokens. Bounded in number and in bytes; when it is full the rarely used go first.
+///
+/// A token that was refused is not remembered, so each time it comes its signature is looked at again. That is decided:
+/// whoever wants to spend our time sends another token each time, which no memory helps against, and limits on requests
+/// and connections are what does. A memory of bad tokens would be filled by strangers, and would have to forget at
+/// every change of keys what it knew.
 pub struct TokenCache {
-    cache: Option<Cache<Fingerprint, Rc<Claims>, UnitWeighter, foldhash::fast::RandomState>>,
+    cache: Option<Cache<Fingerprint, Rc<Claims>, Bytes, foldhash::fast::RandomState>>,
     generation: (u64, u64),
 }
 
@@ -558,7 +586,7 @@ impl fmt::Debug for TokenCache {
 }
 
 impl TokenCache {
-    /// A cache for at most `capacity` tokens; 0 verifies every time.
+    /// A cache for at most `capacity` tokens, and as many KiB of them; 0 verifies every time.
     #[must_use]
     pub fn new(capacity: usize) -> Self {
         // Room for the first few; it grows with use, so that an idle proxy stays small.
@@ -566,8 +594,8 @@ impl TokenCache {
         let cache = (capacity > 0).then(|| {
             Cache::with(
                 first,
-                capacity as u64,
-                UnitWeighter,
+                (capacity as u64).saturating_mul(BYTES_PER_TOKEN),
+                Bytes,
                 foldhash::fast::RandomState::default(),
                 quick_cache::unsync::DefaultLifecycle::default(),
             )
@@ -1044,6 +1072,21 @@ mod tests {
         assert!(small.len() <= 8, "{}", small.len());
         assert!(off.is_empty());
         assert!(off.verify(&verifier, b"x.y.z", HERE, NOW).is_err());
+    }
+
+    #[test]
+    fn long_tokens_take_no_more_memory_than_short_ones() {
+        let key = Forge::new("k1", Algorithm::EdDsa);
+        let verifier = trusting(&[&key]);
+        let mut cache = TokenCache::new(64);
+        for at in 0..80 {
+            let mut payload = body();
+            payload["jti"] = at.into();
+            payload["groups"] = "g".repeat(4096).into();
+            let token = key.sign(&key.header().to_string(), &payload.to_string());
+            cache.verify(&verifier, token.as_bytes(), HERE, NOW).unwrap();
+        }
+        assert!((1..=64 / 5).contains(&cache.len()), "{}", cache.len());
     }
 
     #[test]
