@@ -173,9 +173,10 @@ impl World {
             .transpose()?;
         let (mut remembered, mut catalog) = (HashMap::new(), None);
         if let Some(keeper) = &mut keeper {
+            // In this order: whose the snapshot is says whose the others must be.
+            catalog = keeper.snapshot();
             remembered = keeper.keys();
             tokens.restore(keeper.tokens());
-            catalog = keeper.snapshot();
         }
         let mut trust = Trust::new(client.clone(), true, remembered);
         if let Some((catalog, age)) = catalog {

@@ -10,4 +10,4 @@ mod state;
 
 pub use directory::Directory;
 pub use registry::{Passes, Registry};
-pub use state::{Seal, State, StateFault, Stored};
+pub use state::{Origin, Seal, State, StateFault, Stored};

@@ -49,6 +49,8 @@ const MARGIN: Duration = Duration::from_secs(5);
 const ASK_LIMIT: Duration = Duration::from_secs(20);
 /// Pauses after failures.
 const RETRY: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
+/// Keys that were kept so many seconds after a token was issued, were fetched after it was.
+const ORPHANED_AFTER: i64 = 60;
 /// How often the wall clock is looked at.
 const CLOCK_EVERY: Duration = Duration::from_secs(1);
 /// How often a token file is looked at.
@@ -389,6 +391,16 @@ pub struct StoredToken {
     scope: ScopeSet,
     issued_at: i64,
     expires_at: i64,
+}
+
+impl StoredToken {
+    /// Whether it was signed by a key that is none of `keys`, which its issuer had long after it was issued: nobody can
+    /// verify it any more. `fetched` is when, seconds since 1970.
+    #[must_use]
+    pub fn is_orphan(&self, keys: &KeySet, fetched: i64) -> bool {
+        let Ok(Peeked { kid: Some(kid), .. }) = peek(self.token.as_bytes()) else { return false };
+        self.issued_at.saturating_add(ORPHANED_AFTER) < fetched && !keys.knows(&kid)
+    }
 }
 
 /// Numbers for `infrar_token_*`.
