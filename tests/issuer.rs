@@ -275,3 +275,21 @@ async fn a_control_plane_that_has_lost_its_keys_or_has_another_name_takes_no_cal
     let heads = app.heads();
     assert_eq!(heads.last().and_then(|head| header(head, "authorization")), Some(&*third));
 }
+
+#[tokio::test]
+async fn a_project_that_names_a_secret_which_comes_later_is_in_force_when_it_has_come() {
+    let app = Origin::plain("ok").await;
+    let pair = Pair::open(app.at, "", "").await;
+    let project = Pair::project(pair.inbound, "");
+    let later = project.replace("identities: {", "identities: { late: { client_secret_file: secrets/late },");
+    assert_ne!(project, later);
+    pair.folder.write("project.yaml", &later);
+    let refused = || pair.processes.control.log().matches("was not taken over").count();
+    support::until("the fault is told", async || refused() == 1).await;
+    pair.folder.write("secrets/late", "the secret of the late one\n");
+    support::until("it is in force", async || {
+        pair.processes.control.log().contains("the project is in force")
+    })
+    .await;
+    assert_eq!(refused(), 1, "{}", pair.logs());
+}

@@ -19,7 +19,7 @@ use zeroize::Zeroizing;
 use super::{
     kept::Keeper,
     trust::Trust,
-    watch::{WatchedFile, changed},
+    watch::{Told, WatchedFile, changed},
 };
 use crate::{
     api::{CONTROL_AUDIENCE, Catalog, Client, ClientSettings, Credential, TokenAnswer},
@@ -341,20 +341,25 @@ async fn follow_file(
     directory: Arc<Directory>,
     again: Arc<Notify>,
 ) {
+    let mut told = Told::default();
     loop {
         tokio::select! {
             () = changed(&mut watched) => {}
-            () = again.notified() => {}
+            () = again.notified() => told = Told::default(),
         }
         match config::load_registry(&path) {
             Ok(file) => {
                 if let Some(watched) = &mut watched {
                     watched.refers_to(file.referred_files());
                 }
+                told = Told::default();
                 take_over(&directory, file.project);
             }
             Err(faults) => {
-                tracing::error!("the project was not taken over, the old one stays:\n{faults}")
+                if let Some(watched) = &mut watched {
+                    watched.failed(faults.referred_files());
+                }
+                told.not_taken_over(faults.to_string());
             }
         }
     }
