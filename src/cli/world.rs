@@ -31,6 +31,8 @@ use crate::{
     runtime::{Clock, Supervisor},
 };
 
+/// How often `control.ca_file` is looked at.
+const CA_LOOK: Duration = Duration::from_secs(5);
 /// When keys are asked for again while a token names one that nobody knows: just after that is allowed again.
 const KEYS_AGAIN: Duration = Duration::from_secs(31);
 
@@ -44,6 +46,8 @@ pub(super) struct World {
     source: Option<Source>,
     /// A project that is read from a file, and its watch unless the system gives none.
     file: Option<(PathBuf, Option<WatchedFile>)>,
+    /// The way to the control plane, if the project comes from there.
+    control: Option<Client>,
     /// Told when that file is to be read although nobody edited it: what it points at may have changed.
     again: Arc<Notify>,
 }
@@ -53,6 +57,7 @@ pub(super) struct Reins {
     directory: Arc<Directory>,
     tokens: Arc<Tokens>,
     trust: Arc<Mutex<Trust>>,
+    control: Option<Client>,
     again: Arc<Notify>,
 }
 
@@ -65,9 +70,13 @@ impl Reins {
         }
     }
 
-    /// Reads the project again, where that is a file.
+    /// Reads again what the settings point at: the project, where that is a file, or whom the control plane's client
+    /// trusts.
     pub(super) fn look_again(&self) {
         self.again.notify_one();
+        if let Some(control) = &self.control {
+            reread(control);
+        }
     }
 
     /// Without a control plane, the keys of issuers are fetched from whoever `trust.ca_file` vouches for.
@@ -136,6 +145,7 @@ impl World {
             trust: Arc::new(Mutex::new(trust)),
             keeper: None,
             source: None,
+            control: None,
             file: Some((path.to_owned(), watched)),
             again: Arc::default(),
         })
@@ -185,7 +195,7 @@ impl World {
         }
         let name: ServiceName = CONTROL_AUDIENCE.parse()?;
         let passes = Arc::new(ControlPasses(tokens.slot(&name)));
-        let source = Source::new(client, passes, Arc::clone(directory));
+        let source = Source::new(client.clone(), passes, Arc::clone(directory));
         Ok(Self {
             me: file.service.clone(),
             directory: Arc::clone(directory),
@@ -193,6 +203,7 @@ impl World {
             trust: Arc::new(Mutex::new(trust)),
             keeper,
             source: Some(source),
+            control: Some(client),
             file: None,
             again: Arc::default(),
         })
@@ -208,6 +219,7 @@ impl World {
             directory: Arc::clone(&self.directory),
             tokens: Arc::clone(&self.tokens),
             trust: Arc::clone(&self.trust),
+            control: self.control.clone(),
             again: Arc::clone(&self.again),
         }
     }
@@ -229,7 +241,7 @@ impl World {
 
     /// Starts everything that keeps it current.
     pub(super) fn live(self, supervisor: &Arc<Supervisor>) {
-        let Self { me, directory, tokens, trust, keeper, source, file, again } = self;
+        let Self { me, directory, tokens, trust, keeper, source, control, file, again } = self;
         // Whoever listens comes before whoever speaks.
         let mut changes = directory.changes();
         let (keeping, follower) = (Arc::clone(supervisor), Arc::clone(&trust));
@@ -257,6 +269,9 @@ impl World {
         if let Some(source) = source {
             supervisor.spawn_until_end("registry", source.follow());
         }
+        if let Some(control) = control {
+            supervisor.spawn_until_end("control-ca", follow_ca(control));
+        }
         if let Some((path, watched)) = file {
             let following = follow_file(path, watched, directory, again);
             supervisor.spawn_until_end("project-file", following);
@@ -266,6 +281,28 @@ impl World {
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Takes up other certificates in `control.ca_file` by itself.
+async fn follow_ca(control: Client) {
+    loop {
+        sleep(CA_LOOK).await;
+        let control = control.clone();
+        if tokio::task::spawn_blocking(move || reread(&control)).await.is_err() {
+            return;
+        }
+    }
+}
+
+fn reread(control: &Client) {
+    match control.reread() {
+        Ok(true) => tracing::info!("new certificates in control.ca_file are trusted"),
+        Ok(false) => {}
+        Err(error) => tracing::error!(
+            error = &error as &dyn std::error::Error,
+            "control.ca_file cannot be used; the old certificates stay trusted"
+        ),
+    }
 }
 
 /// Bearers for the control plane, from the slot that has its name.
