@@ -109,7 +109,8 @@ fn parts() -> Parts {
         access: None,
     };
     let supervisor = Supervisor::new(Handle::current());
-    let tokens = Tokens::new(Arc::new(NoTokens), Default::default(), supervisor.clone(), Clock::system());
+    let tokens =
+        Tokens::new(Arc::new(NoTokens), Default::default(), supervisor.clone(), Clock::system());
     Parts {
         settings: watch::channel(Arc::new(settings)).1,
         directory,

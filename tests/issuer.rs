@@ -235,7 +235,8 @@ async fn a_new_control_plane(pair: &mut Pair, further: &[&str]) {
 
 /// Waits until calls are served with another token than `before`, and gives it.
 async fn another_token(pair: &Pair, app: &Origin, before: Option<&str>) -> String {
-    let token = || app.heads().last().and_then(|head| header(head, "authorization").map(str::to_owned));
+    let token =
+        || app.heads().last().and_then(|head| header(head, "authorization").map(str::to_owned));
     support::until("calls are served with another token", async || {
         let said = get(pair.out, "data", "/").await;
         said.status() == 200 && token().as_deref() != before
@@ -281,7 +282,8 @@ async fn a_project_that_names_a_secret_which_comes_later_is_in_force_when_it_has
     let app = Origin::plain("ok").await;
     let pair = Pair::open(app.at, "", "").await;
     let project = Pair::project(pair.inbound, "");
-    let later = project.replace("identities: {", "identities: { late: { client_secret_file: secrets/late },");
+    let later = project
+        .replace("identities: {", "identities: { late: { client_secret_file: secrets/late },");
     assert_ne!(project, later);
     pair.folder.write("project.yaml", &later);
     let refused = || pair.processes.control.log().matches("was not taken over").count();

@@ -203,9 +203,9 @@ impl Client {
         let ClientSettings { urls, ca_file, timeout } = settings;
         let pem = ca_file.as_deref().map(read_ca).transpose()?;
         let http = http(trust(ca_file.as_deref().zip(pem.as_deref()))?, timeout);
-        let ca = ca_file.zip(pem).map(|(path, pem)| {
-            Mutex::new(CaFile { path, seen: Some(sha256(&pem)) })
-        });
+        let ca = ca_file
+            .zip(pem)
+            .map(|(path, pem)| Mutex::new(CaFile { path, seen: Some(sha256(&pem)) }));
         let (http, preferred) = (ArcSwap::from_pointee(http), AtomicUsize::new(0));
         Ok(Self { shared: Arc::new(Shared { http, ca, urls, preferred, timeout }) })
     }
@@ -694,8 +694,8 @@ mod tests {
         std::fs::write(&ca, old.pem()).unwrap();
         std::fs::write(&cert, leaf.pem()).unwrap();
         std::fs::write(&secret, key.serialize_pem()).unwrap();
-        let tls =
-            crate::net::ServerTls::from_files(&cert, &secret, crate::net::MinVersion::Tls13).unwrap();
+        let tls = crate::net::ServerTls::from_files(&cert, &secret, crate::net::MinVersion::Tls13)
+            .unwrap();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = url(&format!("https://localhost:{}", listener.local_addr().unwrap().port()));
         let serving = async {
@@ -713,8 +713,7 @@ mod tests {
             }
         };
         let asking = async {
-            let client =
-                Client::new(ClientSettings::new(vec![address], Some(ca.clone()))).unwrap();
+            let client = Client::new(ClientSettings::new(vec![address], Some(ca.clone()))).unwrap();
             let other = client.clone();
             assert!(client.own_jwks().await.is_err(), "the old authority vouches for nobody here");
             assert!(!client.reread().unwrap());

@@ -70,7 +70,8 @@ impl Keeper {
 
     /// The snapshot of an earlier run, and how long ago it was current.
     pub(super) fn snapshot(&mut self) -> Option<(Catalog, Duration)> {
-        let found: Result<Option<Stored<Catalog>>, _> = self.state.kept(SNAPSHOT, Some(self.oldest));
+        let found: Result<Option<Stored<Catalog>>, _> =
+            self.state.kept(SNAPSHOT, Some(self.oldest));
         let Stored { content, age, seal } = usable(found)?;
         self.seal = Some(seal);
         self.origin = Some(Origin::of(&content));

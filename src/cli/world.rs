@@ -318,8 +318,8 @@ impl Passes for ControlPasses {
 
     fn refused(&self, bearer: &SecretString) {
         let current = self.0.current(Instant::now());
-        let same = current
-            .filter(|current| current.token().expose_secret() == bearer.expose_secret());
+        let same =
+            current.filter(|current| current.token().expose_secret() == bearer.expose_secret());
         if let Some(bearer) = same {
             self.0.refused(&bearer);
         }

@@ -181,12 +181,7 @@ fn published(shape: &shape::Shape, title: &str, about: &str) -> serde_json::Valu
 }
 
 /// What was read, unless a fault was found. A reader that gives up without a fault is itself at fault.
-fn finish<T>(
-    read: Option<T>,
-    faults: Vec<Fault>,
-    file: &Path,
-    files: &Files,
-) -> Result<T, Faults> {
+fn finish<T>(read: Option<T>, faults: Vec<Fault>, file: &Path, files: &Files) -> Result<T, Faults> {
     Faults::unless_none(faults, files.named())?;
     read.ok_or_else(|| {
         let unread = Fault {

@@ -152,8 +152,7 @@ impl Registry {
         let known = self.directory.load();
         // An ETag says nothing about a snapshot that another source has put in force meanwhile.
         let (client, tag) = (&self.client, known.as_ref().and(etag.as_deref()));
-        let answer =
-            self.with_pass(|pass| async move { client.catalog(&pass, tag).await }).await?;
+        let answer = self.with_pass(|pass| async move { client.catalog(&pass, tag).await }).await?;
         if let Some((catalog, new)) = answer {
             if let Some(known) = known.filter(|known| known.project.name != catalog.project.name) {
                 return Err(Interrupted::OtherProject {

@@ -399,7 +399,10 @@ mod tests {
             Origin { issuer: "https://j".to_owned(), ..ours() },
         ] {
             let fault = state.kept_of::<u8>("tokens", &other).unwrap_err();
-            assert!(matches!(&fault, StateFault::Elsewhere { found, .. } if *found == ours()), "{fault}");
+            assert!(
+                matches!(&fault, StateFault::Elsewhere { found, .. } if *found == ours()),
+                "{fault}"
+            );
         }
         assert_eq!(state.kept_of::<u8>("none", &ours()).unwrap(), None);
     }

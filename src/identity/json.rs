@@ -133,7 +133,10 @@ impl Visitor<'_> for SecondsVisitor {
         if !(-9e18..=9e18).contains(&number) {
             return Err(E::custom("a time beyond all time"));
         }
-        #[expect(clippy::cast_possible_truncation, reason = "a whole number within i64, as was checked")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "a whole number within i64, as was checked"
+        )]
         let whole = |number: f64| number as i64;
         Ok(Seconds { floor: whole(number.floor()), ceiling: whole(number.ceil()) })
     }

@@ -327,7 +327,8 @@ impl Jwks {
     fn begin(self: &Arc<Self>, state: &mut State, fetch: &Fetch, supervisor: &Supervisor) {
         state.fetching = true;
         self.fetches.fetch_add(1, Ordering::Relaxed);
-        let (running, answer) = (Running { keys: self.clone(), began: Instant::now(), worked: false }, fetch());
+        let (running, answer) =
+            (Running { keys: self.clone(), began: Instant::now(), worked: false }, fetch());
         // On the side runtime whoever asked, so that a worker that goes away does not take the fetch along.
         supervisor.spawn_until_end("jwks-fetch", running.carry(answer));
     }

@@ -356,9 +356,8 @@ impl Mint {
     /// them, the oldest that is not just about to sign: verifiers have known it longest.
     fn signing<'a>(&self, keys: &'a [Arc<Key>], now: Timestamp) -> &'a Key {
         let come = keys.iter().rev().find(|key| key.signs_from <= now);
-        let signing = come
-            .or_else(|| keys.iter().find(|key| !self.waits(key, now)))
-            .or_else(|| keys.first());
+        let signing =
+            come.or_else(|| keys.iter().find(|key| !self.waits(key, now))).or_else(|| keys.first());
         #[expect(
             clippy::expect_used,
             reason = "the list begins with one key and only ever drops keys that have a successor"
@@ -647,7 +646,10 @@ mod tests {
         let theirs = fs::read_dir(other.path().join("keys")).unwrap().next().unwrap().unwrap();
         fs::copy(theirs.path(), &path).unwrap();
         let error = open().unwrap_err();
-        assert!(matches!(&error, MintError::BrokenKey { path: named } if *named == path), "{error}");
+        assert!(
+            matches!(&error, MintError::BrokenKey { path: named } if *named == path),
+            "{error}"
+        );
     }
 
     #[test]

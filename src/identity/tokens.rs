@@ -200,7 +200,11 @@ impl TokenSource for TokenFile {
             };
             let text = read_small(&path).await.map_err(fault)?;
             let access_token = SecretString::from(text.trim());
-            Ok(TokenAnswer { access_token, expires_in: Some(NO_EXPIRY), scope: ScopeSet::default() })
+            Ok(TokenAnswer {
+                access_token,
+                expires_in: Some(NO_EXPIRY),
+                scope: ScopeSet::default(),
+            })
         }
         .boxed()
     }
@@ -309,7 +313,17 @@ impl Bearer {
             issued_at.saturating_add(i64::try_from(life.as_secs()).unwrap_or(i64::MAX));
         let scope = answer.scope.clone();
         let (issuer, kid) = (issuer.map(Into::into), kid.map(Into::into));
-        Some(Self { header, scope, issuer, kid, asked, renew_at, usable_until, issued_at, expires_at })
+        Some(Self {
+            header,
+            scope,
+            issuer,
+            kid,
+            asked,
+            renew_at,
+            usable_until,
+            issued_at,
+            expires_at,
+        })
     }
 }
 
@@ -475,10 +489,8 @@ impl Tokens {
             return slot.clone();
         }
         let file = desk.files.get(callee);
-        let source = file.map_or_else(
-            || self.source.clone(),
-            |path| Arc::new(TokenFile { path: path.clone() }),
-        );
+        let source = file
+            .map_or_else(|| self.source.clone(), |path| Arc::new(TokenFile { path: path.clone() }));
         let slot = Slot::new(callee.clone(), source, file.is_some(), self.shared.clone());
         if let Some(path) = file {
             let watching = watch_file(Arc::downgrade(&slot), path.clone());
@@ -518,7 +530,9 @@ impl Tokens {
     /// A key by which a token is signed and that `keys` do not have, if there is any.
     #[must_use]
     pub fn unknown_key(&self, keys: &KeySet) -> Option<String> {
-        self.issued().into_iter().find_map(|(_, bearer)| bearer.unknown_key(keys).map(str::to_owned))
+        self.issued()
+            .into_iter()
+            .find_map(|(_, bearer)| bearer.unknown_key(keys).map(str::to_owned))
     }
 
     fn discard(&self, why: &'static str, is_worthless: impl Fn(&Bearer) -> bool) {
@@ -970,7 +984,8 @@ mod tests {
                 None => format!("{audience}-{turn}"),
                 Some(kid) => {
                     let head = base64url(format!(r#"{{"kid":"{kid}"}}"#));
-                    let claims = format!(r#"{{"iss":"https://i","jti":"{turn}","exp":1900000000}}"#);
+                    let claims =
+                        format!(r#"{{"iss":"https://i","jti":"{turn}","exp":1900000000}}"#);
                     format!("{head}.{}.AA", base64url(claims))
                 }
             };

@@ -106,7 +106,9 @@ mod tests {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
         assert!(matches!(read_private(&path, 6), Err(PrivateFault::Exposed)));
         let gone = read_private(&folder.path().join("none"), 6);
-        assert!(matches!(gone, Err(PrivateFault::Io(error)) if error.kind() == io::ErrorKind::NotFound));
+        assert!(
+            matches!(gone, Err(PrivateFault::Io(error)) if error.kind() == io::ErrorKind::NotFound)
+        );
     }
 
     #[test]
