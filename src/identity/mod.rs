@@ -4,6 +4,7 @@
 //! immutable snapshot behind; a worker reads snapshots and decides with arithmetic alone. Nothing here knows
 //! HTTP messages, and no secret is ever printed.
 
+mod bearer;
 #[cfg(test)]
 mod forge;
 mod json;
@@ -11,9 +12,12 @@ mod jwks;
 mod keys;
 mod mint;
 mod policy;
+mod slot;
+mod source;
 mod tokens;
 mod verify;
 
+pub use bearer::{Bearer, StoredToken};
 pub use jwks::{Fetch, FetchFault, Jwks, JwksStats, Refreshed, control_keys, keys_at};
 pub use keys::{Algorithm, KeyId, KeySet, KeySetError};
 pub use mint::{Mint, MintError, MintSettings, Minted, OwnClaims};
@@ -21,10 +25,9 @@ pub use policy::{
     Access, Action, Grant, NotPermitted, PathFault, PathRule, Refused, Rule, RuleFault, Rules,
     Strictness, admit, normalise, outside, permits,
 };
-pub use tokens::{
-    Bearer, ControlTokens, NoTokens, Slot, StoredToken, TokenSource, TokenStats, TokenUnavailable,
-    Tokens,
-};
+pub use slot::Slot;
+pub use source::{ControlTokens, NoTokens, TokenSource, TokenUnavailable};
+pub use tokens::{TokenStats, Tokens};
 pub use verify::{
     Caller, Claims, LEEWAY_SECONDS, MAX_TOKEN_BYTES, TokenCache, TokenFault, Trusted, Verifier,
 };
