@@ -147,14 +147,14 @@ impl State {
     /// The folder, made if it is not there.
     ///
     /// # Errors
-    /// [`StateFault::Io`] when it cannot be made, or what a killed process left half written cannot be removed.
+    /// [`StateFault::Io`] when it cannot be made.
     pub fn open(folder: &Path, service: ServiceName, clock: Clock) -> Result<Self, StateFault> {
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(folder)
-            .and_then(|()| clear_leftovers(folder))
             .map_err(|source| StateFault::Io { path: folder.to_owned(), source })?;
+        clear_leftovers(folder);
         Ok(Self { folder: folder.to_owned(), service, clock })
     }
 

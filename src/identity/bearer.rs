@@ -19,7 +19,7 @@ use tokio::time::Instant;
 
 use crate::{
     api::TokenAnswer,
-    identity::{json::Seconds, keys::KeySet, verify::Parts},
+    identity::{json::Seconds, jws::Parts, keys::KeySet},
     model::{ScopeSet, ServiceName},
 };
 

@@ -25,7 +25,12 @@ use tokio::{runtime::Handle, time::sleep};
 
 use crate::{
     api::TokenAnswer,
-    identity::{TokenSource, TokenUnavailable, Tokens, keys::Algorithm},
+    identity::{
+        TokenSource, TokenUnavailable, Tokens,
+        jwks::Jwks,
+        keys::{Algorithm, KeySet},
+        verify::{Trusted, Verifier},
+    },
     model::{ScopeSet, ServiceName},
     runtime::{Clock, Supervisor},
 };
@@ -200,4 +205,42 @@ pub(super) fn tokens(files: &[(&str, PathBuf)]) -> (Tokens, Arc<Issuer>) {
 /// The callee of most tests.
 pub(super) fn data() -> ServiceName {
     "data".parse().unwrap()
+}
+
+/// Who issues what [`body`] says.
+pub(super) const ISSUER: &str = "https://control.example:7070";
+/// When it does.
+pub(super) const NOW: i64 = 1_800_000_000;
+/// For whom.
+pub(super) const HERE: &[&str] = &["data-intelligence"];
+
+/// Proper claims.
+pub(super) fn body() -> Value {
+    json!({
+        "iss": ISSUER, "sub": "web-application", "aud": "data-intelligence",
+        "exp": NOW + 3600, "iat": NOW, "nbf": NOW, "jti": "1",
+        "scope": "write:query read:data", "scopes": ["read:data", "write:query"],
+    })
+}
+
+/// Trusts the issuer with these keys, as the project's own.
+pub(super) fn trusting(keys: &[&Forge]) -> Verifier {
+    let keys = KeySet::from_json(&set(keys)).unwrap();
+    verifier(ISSUER, true, keys, &[])
+}
+
+/// Trusts one issuer.
+pub(super) fn verifier(issuer: &str, ours: bool, keys: KeySet, audiences: &[&str]) -> Verifier {
+    let issuer: Arc<str> = issuer.into();
+    Verifier::new(vec![Trusted {
+        issuer: issuer.clone(),
+        ours,
+        audiences: audiences.iter().map(|&name| name.to_owned()).collect(),
+        keys: Jwks::fixed(issuer, keys),
+    }])
+}
+
+/// Has no keys at all.
+pub(super) fn trusting_nobody() -> Verifier {
+    verifier(ISSUER, true, KeySet::default(), &[])
 }

@@ -201,7 +201,7 @@ impl Mint {
             .mode(0o700)
             .create(&settings.folder)
             .map_err(storage)?;
-        clear_leftovers(&settings.folder).map_err(storage)?;
+        clear_leftovers(&settings.folder);
         let mut keys = Vec::new();
         for entry in fs::read_dir(&settings.folder).map_err(storage)? {
             let path = entry.map_err(storage)?.path();

@@ -5,10 +5,13 @@
 //! HTTP messages, and no secret is ever printed.
 
 mod bearer;
+mod cache;
+mod claims;
 #[cfg(test)]
 mod forge;
 mod json;
 mod jwks;
+mod jws;
 mod keys;
 mod mint;
 mod policy;
@@ -18,7 +21,10 @@ mod tokens;
 mod verify;
 
 pub use bearer::{Bearer, StoredToken};
+pub use cache::TokenCache;
+pub use claims::{Caller, Claims, LEEWAY_SECONDS};
 pub use jwks::{Fetch, FetchFault, Jwks, JwksStats, Refreshed, control_keys, keys_at};
+pub use jws::MAX_TOKEN_BYTES;
 pub use keys::{Algorithm, KeyId, KeySet, KeySetError};
 pub use mint::{KeptKey, Mint, MintError, MintSettings, Minted, OwnClaims};
 pub use policy::{
@@ -28,6 +34,4 @@ pub use policy::{
 pub use slot::Slot;
 pub use source::{ControlTokens, NoTokens, TokenSource, TokenUnavailable};
 pub use tokens::{TokenStats, Tokens};
-pub use verify::{
-    Caller, Claims, LEEWAY_SECONDS, MAX_TOKEN_BYTES, TokenCache, TokenFault, Trusted, Verifier,
-};
+pub use verify::{TokenFault, Trusted, Verifier};

@@ -42,20 +42,20 @@ pub fn read_private(path: &Path, limit: u64) -> Result<Vec<u8>, PrivateFault> {
 }
 
 /// Removes what a [`write_private`] into `folder` left behind when its process was killed: a half-written file may hold
-/// a secret. Only for a folder into which no other process writes.
-///
-/// # Errors
-/// Those of the file system.
-pub fn clear_leftovers(folder: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(folder)? {
-        let entry = entry?;
-        let name = entry.file_name();
-        let id = name.to_str().and_then(|name| name.strip_prefix('.')?.strip_suffix(".tmp"));
-        if id.is_some_and(|id| Uuid::try_parse(id).is_ok()) && entry.file_type()?.is_file() {
-            fs::remove_file(entry.path())?;
+/// a secret. Only for a folder into which no other process writes. What cannot be removed is told, and keeps nobody from
+/// going on.
+pub fn clear_leftovers(folder: &Path) {
+    let Ok(entries) = fs::read_dir(folder) else { return };
+    for path in entries.filter_map(Result::ok).map(|entry| entry.path()) {
+        let name = path.file_name().and_then(|name| name.to_str());
+        let id = name.and_then(|name| name.strip_prefix('.')?.strip_suffix(".tmp"));
+        if id.is_none_or(|id| Uuid::try_parse(id).is_err()) {
+            continue;
+        }
+        if let Err(error) = fs::remove_file(&path) {
+            tracing::warn!(%error, path = %path.display(), "a half-written file cannot be removed");
         }
     }
-    Ok(())
 }
 
 /// Writes a file that only its owner may read, whole or not at all: beside its place first, synced, then
@@ -118,7 +118,7 @@ mod tests {
         for name in [leftover.as_str(), "secret", ".hidden", ".other.tmp", "x.tmp"] {
             fs::write(folder.path().join(name), "secret").unwrap();
         }
-        clear_leftovers(folder.path()).unwrap();
+        clear_leftovers(folder.path());
         assert!(!folder.path().join(leftover).exists());
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 4);
     }
