@@ -801,7 +801,7 @@ proxy.yaml:32:18: admin.listen: found \"0.0.0.0:15000\"; write a loopback addres
 proxy.yaml:33:19: trust.ca_file: found \"/credentials/client-secret\", which holds no certificate; write the path of a certificate in PEM
 proxy.yaml:34:11: shutdown: found a grace that is not shorter than the deadline; write a grace below the deadline
 proxy.yaml:35:20: limits.streams: found \"0\"; write a whole number from 1 to 1000000
-proxy.yaml:35:37: limits.header_bytes: found \"many\"; write a number of bytes, such as 65536, 60KiB or 10MiB
+proxy.yaml:35:37: limits.header_bytes: found \"many\"; write at least 1KiB, such as 16KiB or 60KiB: no smaller head has room for a token
 proxy.yaml:35:57: limits.idle_timeout: found \"999999d\"; write a length of time above zero, such as 25ms, 5s or 7d (at most 366d)
 proxy.yaml:36:10: workers: found \"0\"; write auto, or a number from 1 to 1024
 ";
