@@ -25,6 +25,7 @@ use crate::{
     identity::Grant,
     net::Stream,
     proxy::{
+        complaint,
         record::Record,
         reject::Rejection,
         view::{Cluster, Target, Ward},
@@ -217,10 +218,12 @@ impl<'a> Forward<'a> {
                     forward.record.carried_by(flight);
                     return Ok(stream);
                 }
-                Err(error) if !forward.may_go_on(None).await => {
-                    return Err(refuse_connect(cluster, &error));
+                Err(error) => {
+                    complaint::no_connection(cluster, &target, &error);
+                    if !forward.may_go_on(None).await {
+                        return Err(refuse_connect(cluster, &error));
+                    }
                 }
-                Err(_error) => {}
             }
         }
     }
@@ -231,7 +234,7 @@ impl<'a> Forward<'a> {
     /// The [`Rejection`] of the last attempt.
     pub(super) async fn send(mut self) -> Result<Received, Rejection> {
         if self.cluster.targets.is_empty() {
-            let (service, why) = (self.cluster.service.clone(), self.cluster.absence);
+            let (service, why) = (self.cluster.callee.clone(), self.cluster.absence);
             return Err(Rejection::NoHealthyEndpoint { service, why });
         }
         self.cluster.budget.deposit(self.ward.tick(self.record.started()));
@@ -322,7 +325,7 @@ impl<'a> Forward<'a> {
 
     fn choose(&mut self, now: Instant) -> Result<(Rc<Target>, Chosen), Rejection> {
         let cluster = self.cluster;
-        let service = || cluster.service.clone();
+        let service = || cluster.callee.clone();
         let tick = self.ward.tick(now);
         let mut rng = fastrand::Rng::with_seed(tick.0);
         let chosen = cluster
@@ -423,10 +426,7 @@ impl<'a> Forward<'a> {
         let lease = match kept {
             Some(lease) => lease,
             None => target.pool.lease(want, limit).await.map_err(|error| {
-                tracing::debug!(
-                    service = %self.cluster.service, endpoint = %target.id,
-                    error = &error as &dyn std::error::Error, "no connection to an endpoint"
-                );
+                complaint::no_connection(self.cluster, target, &error);
                 (refuse_connect(self.cluster, &error), true)
             })?,
         };
@@ -459,7 +459,7 @@ impl<'a> Forward<'a> {
 
     /// The refusal of an attempt whose endpoint had its time, and whether another may follow.
     fn overdue(&self, patience: &Patience, deadline: Instant) -> (Rejection, bool) {
-        let service = self.cluster.service.clone();
+        let service = self.cluster.callee.clone();
         let limit = match (patience.deadline, patience.uploaded) {
             (None, _) => patience.stall,
             (Some(_), Some(_)) => patience.limit,
@@ -547,7 +547,7 @@ impl<'a> Forward<'a> {
 
     /// What a failed exchange means for the client, and whether another may follow.
     fn refuse(&self, failure: &Failure) -> (Rejection, bool) {
-        let service = self.cluster.service.clone();
+        let service = self.cluster.callee.clone();
         let whole = self.is_whole();
         tracing::debug!(
             %service, error = &failure.error as &dyn std::error::Error, answered = failure.answered,
@@ -648,7 +648,7 @@ fn retry_after(fields: &Fields) -> Option<Duration> {
 }
 
 fn refuse_connect(cluster: &Cluster, error: &ConnectError) -> Rejection {
-    let service = cluster.service.clone();
+    let service = cluster.callee.clone();
     match error {
         ConnectError::Resolve => {
             Rejection::ConnectFailed { service, why: "its name does not resolve", timeout: false }
