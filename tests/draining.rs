@@ -190,6 +190,7 @@ async fn what_hangs_is_ended_by_the_deadline() {
     assert!(took < deadline + Duration::from_secs(3), "{took:?}");
     let log = sidecar.infrar.log();
     assert!(log.contains("shutdown.deadline has passed"), "{log}");
+    assert!(log.contains("requests of callers"), "{log}");
     // Nobody takes half an answer for a whole one.
     assert_eq!(slow.rest().await, "\r\n");
     assert_eq!(streams.end().await, Some(NO_ERROR));

@@ -444,9 +444,9 @@ async fn our_own_time_does_not_include_that_of_the_endpoint_nor_of_tunnels() {
         sidecar.sum_of("infrar_request_duration_seconds_count").await >= 2.0
     })
     .await;
-    assert!(sidecar.sum_of("infrar_request_duration_seconds_sum").await >= 1.4);
+    let duration = sidecar.sum_of("infrar_request_duration_seconds_sum").await;
     let overhead = sidecar.sum_of("infrar_proxy_overhead_seconds_sum").await;
-    assert!(overhead < 0.5, "{overhead}");
+    assert!(overhead < duration / 2.0, "{overhead} of {duration}");
     let count = sidecar.sum_of("infrar_proxy_overhead_seconds_count").await;
     assert!((count - 1.0).abs() < 0.1, "{count}");
 }
