@@ -359,6 +359,29 @@ fn the_environment_of_every_manifest_makes_a_right_proxy() {
 }
 
 #[test]
+fn manifests_keep_to_what_their_platforms_allow() {
+    let read = |file: &str| fs::read_to_string(repository("deploy/sidecar").join(file)).unwrap();
+    // Container Apps: a failureThreshold from 1 to 10, and an identity that is there before the app.
+    let azure = read("azure-container-apps.yaml");
+    for rest in azure.split("failureThreshold: ").skip(1) {
+        let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
+        assert!((1..=10).contains(&digits.parse().unwrap()), "{rest}");
+    }
+    assert!(azure.contains("type: UserAssigned") && !azure.contains("identity: system"), "{azure}");
+    // Compose: whoever lends its network starts first and is stopped last.
+    let compose = read("compose.yaml");
+    let (application, infrar) = compose.split_once("\n  infrar:\n").unwrap();
+    assert!(application.contains("network_mode: service:infrar"), "{compose}");
+    assert!(!infrar.contains("network_mode"), "{compose}");
+    // ECS: a secret's ARN ends in six characters of its own.
+    let ecs = read("ecs-fargate.json");
+    for rest in ecs.split(":secret:").skip(1) {
+        let name = rest.split(['"', ':']).next().unwrap();
+        assert_eq!(name.rsplit('-').next().map(str::len), Some(6), "{name}");
+    }
+}
+
+#[test]
 fn the_systemd_unit_makes_a_right_proxy() {
     let machine = Machine::new();
     let unit = fs::read_to_string(repository("deploy/sidecar/infrar.service")).unwrap();

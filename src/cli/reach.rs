@@ -140,6 +140,10 @@ fn unreached(host: &str, source: &(dyn std::error::Error + 'static)) -> Option<S
             "UnknownIssuer",
             "its certificate is signed by nobody whom this machine trusts: give --ca-file",
         ),
+        (
+            "CaUsedAsEndEntity",
+            "its certificate is that of a CA: it needs one of its own (basicConstraints=CA:FALSE)",
+        ),
         ("NotValidForName", "its certificate is for another name"),
         ("Expired", "its certificate has expired"),
         ("Connection refused", "nothing listens there"),
@@ -219,6 +223,20 @@ mod tests {
         for bad in ["", "control:7070", "ftp://a", "https://a,", "http://control.example:7070"] {
             assert!(bad.parse::<Replicas>().is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn what_libraries_say_becomes_advice() {
+        for (said, advice) in [
+            ("invalid HTTP version parsed", "h:1: it speaks TLS: write https://"),
+            ("received corrupt message of type InvalidContentType", "does not speak TLS"),
+            ("invalid peer certificate: UnknownIssuer", "give --ca-file"),
+            ("tcp connect error: Connection refused (os error 111)", "nothing listens there"),
+        ] {
+            let told = unreached("h:1", &io::Error::other(io::Error::other(said))).unwrap();
+            assert!(told.contains(advice), "{told}");
+        }
+        assert_eq!(unreached("h:1", &io::Error::other("something else")), None);
     }
 
     #[test]

@@ -83,7 +83,7 @@ pub const CIRCUIT_STATE: Name =
 /// Labels: `service`, `endpoint`, `mode`.
 pub const ENDPOINT_LATENCY: Name = gauge(
     "infrar_endpoint_latency_seconds",
-    "Peak EWMA of an endpoint's response time, as the balancer sees it: a failure counts as 5 s, and what was seen fades with the next answer only.",
+    "Peak EWMA of an endpoint's response time, as the balancer sees it: a failure counts as 5 s at least, and an old value fades with the next answer only.",
 );
 /// Labels: `direction`, `caller`, `callee`.
 pub const LEARNED_GRANTS: Name = counter(
