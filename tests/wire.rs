@@ -776,8 +776,10 @@ async fn a_streamed_post_that_the_peer_says_it_has_not_seen_is_sent_again() {
 async fn an_endpoint_that_refuses_connections_is_passed_over() {
     let [nobody] = free_ports();
     let service = Origin::plain("second").await;
-    let sidecar =
-        Sidecar::open(&[("data", &[nobody, service.at], ""), ("gone", &[nobody], "")]).await;
+    // Each worker has its own line about an endpoint.
+    let services: &[(&str, &[_], &str)] =
+        &[("data", &[nobody, service.at], ""), ("gone", &[nobody], "")];
+    let sidecar = Sidecar::with(services, "workers: 1\n").await;
     for n in 0..6 {
         let said = sidecar
             .says(

@@ -1,7 +1,7 @@
 //! What the log is told of endpoints that cannot be reached: the address and the cause, which no answer may name.
 //!
-//! Many requests meet the same fault, so each endpoint has its line once in a while; how often it was met stands in the
-//! metrics. Each worker keeps its own count of what it has said, so that no request waits for another worker.
+//! Many requests meet the same fault, so each endpoint has its line once in a while and on each worker, which shares no
+//! memory of what was said with the others; how often it was met stands in the metrics.
 
 use std::{cell::RefCell, collections::HashMap, error::Error, time::Duration};
 
