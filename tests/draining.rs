@@ -115,8 +115,8 @@ async fn it_serves_through_the_grace_finishes_what_it_has_and_calls_out_until_th
     calling.say("GET /slow HTTP/1.1\r\nhost: far\r\n\r\n").await;
     calling.hear("first").await;
 
-    sidecar.infrar.signal("TERM");
     let told = Instant::now();
+    sidecar.infrar.signal("TERM");
     until("it is not ready", async || readyz(sidecar.admin).await == Some(503)).await;
     // Within the grace everything is served, for whoever has not heard yet.
     assert_eq!(get(inbound, "data", "/").await.body, "app");
