@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, OnceLock},
+    time::Duration,
 };
 
 use super::{
@@ -13,7 +14,7 @@ use crate::{
     balance::CircuitState,
     cost::{Meter, PriceBook, PriceClass},
     discovery::Directory,
-    model::Place,
+    model::{EndpointId, NetworkMode, Place, ServiceName},
     proxy,
     telemetry::{AccessLog, Registry, names, process_lines_dropped},
 };
@@ -102,22 +103,39 @@ pub(super) fn settings(found: &mut crate::telemetry::Families, reloads: &Reloads
 
 /// Circuits and latencies by endpoint.
 pub(super) fn conditions(found: &mut crate::telemetry::Families, ward: &proxy::Ward) {
-    for condition in ward.conditions() {
+    for ((service, endpoint, mode), (circuit, latency)) in worst(ward.conditions()) {
         let labels = [
-            ("service", condition.service.as_str()),
-            ("endpoint", condition.endpoint.as_str()),
-            ("mode", condition.mode.as_str()),
+            ("service", service.as_str()),
+            ("endpoint", endpoint.as_str()),
+            ("mode", mode.as_str()),
         ];
-        let state = match condition.circuit {
-            CircuitState::Closed => 0.0,
-            CircuitState::HalfOpen => 1.0,
-            CircuitState::Open => 2.0,
-        };
-        found.gauge(names::CIRCUIT_STATE, &labels, state);
-        if let Some(latency) = condition.latency {
+        found.gauge(names::CIRCUIT_STATE, &labels, f64::from(circuit));
+        if let Some(latency) = latency {
             found.gauge(names::ENDPOINT_LATENCY, &labels, latency.as_secs_f64());
         }
     }
+}
+
+/// What tells one series from another.
+type Labels = (ServiceName, EndpointId, NetworkMode);
+
+/// The worst circuit and the highest latency of each set of labels. While an endpoint moves to another address it is known
+/// under both, and one must not hide the other.
+fn worst(
+    conditions: impl IntoIterator<Item = proxy::Condition>,
+) -> BTreeMap<Labels, (u8, Option<Duration>)> {
+    let mut worst = BTreeMap::new();
+    for condition in conditions {
+        let circuit = match condition.circuit {
+            CircuitState::Closed => 0,
+            CircuitState::HalfOpen => 1,
+            CircuitState::Open => 2,
+        };
+        let labels = (condition.service, condition.endpoint, condition.mode);
+        let series: &mut (u8, Option<Duration>) = worst.entry(labels).or_default();
+        *series = (series.0.max(circuit), series.1.max(condition.latency));
+    }
+    worst
 }
 
 /// What the price book says nothing about, each told once.
@@ -193,10 +211,7 @@ fn to_f64(count: usize) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        cost::{Kind, Leg, PathKey},
-        model::NetworkMode,
-    };
+    use crate::cost::{Kind, Leg, PathKey};
 
     #[test]
     fn an_unknown_price_is_left_out_and_not_shown_as_nothing() {
@@ -224,5 +239,24 @@ mod tests {
         assert!(has("infrar_egress_usd_total", "priced"), "{text}");
         assert!(has("infrar_egress_bytes_total", "unpriced"), "{text}");
         assert!(!has("infrar_egress_usd_total", "unpriced"), "{text}");
+    }
+
+    #[test]
+    fn two_addresses_of_one_endpoint_show_the_worse_of_both() {
+        let condition = |endpoint: &str, circuit, millis: Option<u64>| proxy::Condition {
+            service: "data".parse().unwrap(),
+            endpoint: endpoint.parse().unwrap(),
+            mode: NetworkMode::Public,
+            circuit,
+            latency: millis.map(Duration::from_millis),
+        };
+        let all = [
+            condition("one", CircuitState::Open, None),
+            condition("one", CircuitState::Closed, Some(7)),
+            condition("one", CircuitState::HalfOpen, Some(3)),
+            condition("two", CircuitState::Closed, None),
+        ];
+        let shown: Vec<_> = worst(all).into_values().collect();
+        assert_eq!(shown, [(2, Some(Duration::from_millis(7))), (0, None)]);
     }
 }
