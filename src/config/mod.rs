@@ -145,7 +145,7 @@ fn proxy_with(
             referred_project(files, &path, node, faults)
         })
     });
-    finish(settings, faults, file.unwrap_or_else(|| Path::new("settings")), &files)
+    finish(settings, faults, file.unwrap_or_else(|| Path::new("settings")), files)
 }
 
 /// The form of log lines that [`load_proxy`] would find, wherever it is written, without a look at anything else: what
