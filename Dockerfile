@@ -6,6 +6,8 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 WORKDIR /build
 COPY Cargo.toml Cargo.lock ./
+# How the allocator is compiled: without it an idle proxy is 3.5 MiB larger.
+COPY .cargo ./.cargo
 COPY src ./src
 COPY benches ./benches
 COPY config ./config

@@ -1,4 +1,5 @@
-//! What commands say and how they end: what is wrong with a command line or a port is told at once, with exit code 2.
+//! What commands say and how they end: what is wrong with a command line or a port is told at once, with exit code 2; and
+//! what they print works when it is pasted.
 #![allow(
     clippy::expect_used,
     clippy::indexing_slicing,
@@ -7,28 +8,43 @@
     reason = "a story may fail"
 )]
 
+mod support;
+
 use std::{
     net::TcpListener,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Output, Stdio},
 };
 
-/// A command that ends by itself.
+use support::{Folder, Infrar, Origin, Visit, free_ports, until};
+
+/// A command that ends by itself: its exit code, and what it says to people.
 fn infrar(folder: &Path, variables: &[(&str, &str)], arguments: &[&str]) -> (Option<i32>, String) {
+    let (code, _out, said) = whole(folder, variables, arguments);
+    (code, said)
+}
+
+/// The same with its standard output in the middle.
+fn whole(
+    folder: &Path,
+    variables: &[(&str, &str)],
+    arguments: &[&str],
+) -> (Option<i32>, String, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_infrar"));
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("INFRAR_") {
             command.env_remove(name);
         }
     }
-    let Output { status, stderr, .. } = command
+    let Output { status, stdout, stderr } = command
         .args(arguments)
         .envs(variables.iter().copied())
         .current_dir(folder)
         .stdin(Stdio::null())
         .output()
         .expect("the binary starts");
-    (status.code(), String::from_utf8_lossy(&stderr).into_owned())
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (status.code(), text(&stdout), text(&stderr))
 }
 
 /// Ports that are taken as long as these live.
@@ -101,4 +117,185 @@ fn wrong_usage_ends_with_2_and_says_what_to_write() {
         assert_eq!(code, Some(2), "{arguments:?}: {said}");
         assert!(said.contains(advice), "{arguments:?}: {said}");
     }
+}
+
+#[test]
+fn wrong_addresses_and_files_are_answered_with_an_example() {
+    let folder = tempfile::tempdir().unwrap();
+    let web = &["--client-id", "web", "--client-secret-file", "nowhere"][..];
+    for (arguments, advice) in [
+        (&["control", "--listen", "33070"][..], "such as 127.0.0.1:7070"),
+        (&["control", "--public-url", "foo"], "such as https://control.example:7070"),
+        (&["up", "--admin-listen", "15000"], "such as 127.0.0.1:7070"),
+        (&["up", "--control-listen", "0.0.0.0:0"], "--control-listen 0.0.0.0:0 is open to others"),
+        (&[&["token", "get"], web].concat(), "--client-secret-file: nowhere cannot be read"),
+    ] {
+        let (code, said) = infrar(folder.path(), &[], arguments);
+        assert_eq!(code, Some(2), "{arguments:?}: {said}");
+        assert!(said.contains(advice), "{arguments:?}: {said}");
+    }
+}
+
+#[test]
+fn a_sidecar_that_lives_by_its_environment_alone_is_checked_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut variables = vec![
+        ("INFRAR_SERVICE", "web"),
+        ("INFRAR_PLACE", "aws_us_east_1"),
+        ("INFRAR_CONTROL_URL", "https://control.example:7070"),
+        ("INFRAR_CONTROL_CREDENTIAL_CLIENT_SECRET_FILE", "/run/secrets/infrar"),
+    ];
+    let (code, settings, said) = whole(folder.path(), &variables, &["check", "--skip-files"]);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(settings.contains("control.example:7070"), "{settings}");
+    variables.push(("INFRAR_OUTBOUND_LISTEN", "zzz"));
+    let (code, said) = infrar(folder.path(), &variables, &["check", "--skip-files"]);
+    assert_eq!(code, Some(2), "{said}");
+    assert!(said.starts_with("INFRAR_OUTBOUND_LISTEN: outbound.listen: found \"zzz\""), "{said}");
+}
+
+#[test]
+fn the_examples_are_checked_without_the_files_they_name() {
+    let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("config");
+    for file in ["sidecar.yaml", "edge.yaml", "dev.yaml", "project.example.yaml"] {
+        let (code, said) = infrar(&examples, &[], &["check", "--skip-files", file]);
+        assert_eq!(code, Some(0), "{file}: {said}");
+    }
+}
+
+#[test]
+fn shells_and_manuals_are_told_of_every_command() {
+    let folder = tempfile::tempdir().unwrap();
+    for shell in ["bash", "zsh", "fish"] {
+        let (code, script, said) = whole(folder.path(), &[], &["completions", shell]);
+        assert_eq!(code, Some(0), "{said}");
+        assert!(script.contains("services") && script.contains("demo"), "{shell}: {script}");
+    }
+    let (code, page, said) = whole(folder.path(), &[], &["man"]);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(page.contains("EXIT STATUS") && page.contains("ENVIRONMENT"), "{page}");
+    let (code, said) = infrar(folder.path(), &[], &["man", "--dir", "new/man1"]);
+    assert_eq!(code, Some(0), "{said}");
+    for page in ["infrar.1", "infrar-token-get.1", "infrar-services-list.1"] {
+        assert!(folder.path().join("new/man1").join(page).exists(), "{page}");
+    }
+}
+
+#[tokio::test]
+async fn up_is_asked_by_the_commands_that_it_is_there_for() {
+    let folder = Folder::new();
+    let [control, out, admin] = free_ports::<3>().map(|at| at.to_string());
+    let arguments =
+        ["up", "--control-listen", &control, "--outbound-listen", &out, "--admin-listen", &admin];
+    let mut up = Infrar::start(&folder, "up", &arguments);
+    up.ready(admin.parse().unwrap()).await;
+    let here = folder.path("");
+    let health = ["health", "--admin", &format!("http://{admin}")];
+    assert_eq!(infrar(&here, &[], &health), (Some(0), String::new()));
+
+    let reach = ("INFRAR_CONTROL_URL", &*format!("http://{control}"));
+    let get = ["token", "get", "--client-id", "web-application", "--client-secret-file"];
+    let get = [&get[..], &[".infrar/secret"]].concat();
+    let (code, token, said) = whole(&here, &[reach], &get);
+    assert_eq!(code, Some(0), "{said}");
+    let token = ("INFRAR_TOKEN", token.trim());
+
+    let (code, listed, said) = whole(&here, &[reach, token], &["services", "list"]);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(listed.lines().any(|line| line.starts_with("hello  ")), "{listed}");
+    let (_, listed, _) = whole(&here, &[reach, token], &["services", "list", "--json"]);
+    let listed: serde_json::Value = serde_json::from_str(&listed).unwrap();
+    assert_eq!(listed["services"][0]["name"], "hello");
+    let (code, shown, said) = whole(&here, &[reach, token], &["services", "show", "hello"]);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(shown.contains("http://127.0.0.1:8080") && shown.contains("read:hello"), "{shown}");
+    let (_, shown, _) = whole(&here, &[reach, token], &["services", "show", "hello", "--json"]);
+    let shown: serde_json::Value = serde_json::from_str(&shown).unwrap();
+    assert_eq!(shown["name"], "hello");
+
+    // A token that is none, and a server that is no control plane, are told with what to do.
+    let (code, said) = infrar(&here, &[reach, ("INFRAR_TOKEN", "a.b.c")], &["services", "list"]);
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("INFRAR_TOKEN is not accepted") && said.contains("token get"), "{said}");
+    let wrong = ("INFRAR_CONTROL_URL", &*format!("http://{admin}"));
+    let (code, said) = infrar(&here, &[wrong, token], &["services", "list"]);
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains(&format!("no infrar control plane answers at http://{admin}")), "{said}");
+    let wrong = ("INFRAR_CONTROL_URL", &*format!("https://{control}"));
+    let (code, said) = infrar(&here, &[wrong, token], &["services", "list"]);
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("it does not speak TLS: write http://"), "{said}");
+
+    up.signal("INT");
+    assert_eq!(up.ended().await.code(), Some(0), "{}", up.log());
+}
+
+#[tokio::test]
+async fn what_is_not_infrar_is_unhealthy_in_one_line() {
+    let other = Origin::scripted(|mut visit: Visit| async move {
+        let _asked = visit.head().await;
+        let page = format!("<html>{}</html>", "x".repeat(2000));
+        let head = format!("HTTP/1.1 404 Not Found\r\ncontent-length: {}\r\n\r\n", page.len());
+        visit.say(head + &page).await;
+    })
+    .await;
+    let folder = Folder::new();
+    let (here, at) = (folder.path(""), format!("http://{}", other.at));
+    let asked =
+        tokio::task::spawn_blocking(move || infrar(&here, &[], &["health", "--admin", &at]));
+    let (code, said) = asked.await.unwrap();
+    assert_eq!((code, said.lines().count()), (Some(1), 1), "{said}");
+    assert!(said.contains("no infrar proxy answers at"), "{said}");
+}
+
+/// The lines of the demonstration that are there to be pasted.
+fn commands(welcome: &str) -> Vec<String> {
+    let lines = welcome.lines().map(str::trim);
+    lines.filter(|line| line.starts_with("curl ")).map(str::to_owned).collect()
+}
+
+#[tokio::test]
+async fn every_line_that_the_demonstration_prints_works_and_nothing_of_it_is_left() {
+    if Command::new("curl").arg("--version").output().is_err() {
+        assert_ne!(std::env::var_os("CI").as_deref(), Some("true".as_ref()), "curl is missing");
+        eprintln!("skipped: curl is missing");
+        return;
+    }
+    let folder = Folder::new();
+    let mut demo = Infrar::start(&folder, "demo", &["demo"]);
+    until("it is on", async || demo.log().contains("Live traffic")).await;
+    let printed = commands(&demo.log());
+    assert!(printed.len() > 6, "{}", demo.log());
+    let mut files = None;
+    for line in &printed {
+        let status = "\\n%{http_code}";
+        let run = line.replacen("curl ", &format!("curl -sS --max-time 20 -w '{status}' "), 1);
+        let ran =
+            tokio::task::spawn_blocking(move || Command::new("sh").args(["-c", &run]).output());
+        let Output { status, stdout, stderr } = ran.await.unwrap().unwrap();
+        let (out, err) = (String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
+        assert!(status.success(), "{line}: {err}\n{}", demo.log());
+        // Which refusal a line is there to show stands above it: "403 scope-missing: …".
+        let shows = shown_by(&demo.log(), line);
+        let expected = shows.split(' ').next().filter(|word| word.parse::<u16>().is_ok());
+        assert_eq!(out.lines().last(), Some(expected.unwrap_or("200")), "{line}: {out}");
+        if let Some(code) = shows.split([' ', ':']).nth(1).filter(|_| expected.is_some()) {
+            assert!(out.contains(code), "{line}: {out}");
+        }
+        files = files.or_else(|| {
+            line.split(' ').find(|word| word.ends_with("/tls/ca.pem")).map(PathBuf::from)
+        });
+    }
+    let files = files.expect("a line names the CA");
+    assert!(files.exists());
+    demo.signal("INT");
+    assert_eq!(demo.ended().await.code(), Some(0), "{}", demo.log());
+    assert!(!files.parent().and_then(Path::parent).unwrap().exists(), "{}", demo.log());
+}
+
+/// What the line above a command says of it.
+fn shown_by(welcome: &str, command: &str) -> String {
+    let lines: Vec<_> = welcome.lines().map(str::trim).collect();
+    let at = lines.iter().position(|line| *line == command).unwrap_or_default();
+    lines[..at].last().copied().unwrap_or_default().trim_start_matches("# ").to_owned()
 }

@@ -360,6 +360,29 @@ fn the_environment_of_every_manifest_makes_a_right_proxy() {
 }
 
 #[test]
+fn manifests_keep_to_what_their_platforms_allow() {
+    let read = |file: &str| fs::read_to_string(repository("deploy/sidecar").join(file)).unwrap();
+    // Container Apps: a failureThreshold from 1 to 10, and an identity that is there before the app.
+    let azure = read("azure-container-apps.yaml");
+    for rest in azure.split("failureThreshold: ").skip(1) {
+        let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
+        assert!((1..=10).contains(&digits.parse().unwrap()), "{rest}");
+    }
+    assert!(azure.contains("type: UserAssigned") && !azure.contains("identity: system"), "{azure}");
+    // Compose: whoever lends its network starts first and is stopped last.
+    let compose = read("compose.yaml");
+    let (application, infrar) = compose.split_once("\n  infrar:\n").unwrap();
+    assert!(application.contains("network_mode: service:infrar"), "{compose}");
+    assert!(!infrar.contains("network_mode"), "{compose}");
+    // ECS: a secret's ARN ends in six characters of its own.
+    let ecs = read("ecs-fargate.json");
+    for rest in ecs.split(":secret:").skip(1) {
+        let name = rest.split(['"', ':']).next().unwrap();
+        assert_eq!(name.rsplit('-').next().map(str::len), Some(6), "{name}");
+    }
+}
+
+#[test]
 fn the_systemd_unit_makes_a_right_proxy() {
     let machine = Machine::new();
     let unit = fs::read_to_string(repository("deploy/sidecar/infrar.service")).unwrap();
@@ -868,7 +891,7 @@ proxy.yaml:32:18: admin.listen: found \"0.0.0.0:15000\"; write a loopback addres
 proxy.yaml:33:19: trust.ca_file: found \"/credentials/client-secret\", which holds no certificate; write the path of a certificate in PEM
 proxy.yaml:34:11: shutdown: found a grace that is not shorter than the deadline; write a grace below the deadline
 proxy.yaml:35:20: limits.streams: found \"0\"; write a whole number from 1 to 1000000
-proxy.yaml:35:37: limits.header_bytes: found \"many\"; write a number of bytes, such as 65536, 60KiB or 10MiB
+proxy.yaml:35:37: limits.header_bytes: found \"many\"; write at least 1KiB, such as 16KiB or 60KiB: no smaller head has room for a token
 proxy.yaml:35:57: limits.idle_timeout: found \"999999d\"; write a length of time above zero, such as 25ms, 5s or 7d (at most 366d)
 proxy.yaml:36:10: workers: found \"0\"; write auto, or a number from 1 to 1024
 ";

@@ -115,8 +115,8 @@ async fn it_serves_through_the_grace_finishes_what_it_has_and_calls_out_until_th
     calling.say("GET /slow HTTP/1.1\r\nhost: far\r\n\r\n").await;
     calling.hear("first").await;
 
-    sidecar.infrar.signal("TERM");
     let told = Instant::now();
+    sidecar.infrar.signal("TERM");
     until("it is not ready", async || readyz(sidecar.admin).await == Some(503)).await;
     // Within the grace everything is served, for whoever has not heard yet.
     assert_eq!(get(inbound, "data", "/").await.body, "app");
@@ -190,6 +190,7 @@ async fn what_hangs_is_ended_by_the_deadline() {
     assert!(took < deadline + Duration::from_secs(3), "{took:?}");
     let log = sidecar.infrar.log();
     assert!(log.contains("shutdown.deadline has passed"), "{log}");
+    assert!(log.contains("requests of callers"), "{log}");
     // Nobody takes half an answer for a whole one.
     assert_eq!(slow.rest().await, "\r\n");
     assert_eq!(streams.end().await, Some(NO_ERROR));

@@ -304,12 +304,18 @@ async fn a_client_that_takes_nothing_for_too_long_is_given_up() {
 
 #[tokio::test]
 async fn after_an_upload_in_chunks_the_answer_may_take_longer_than_a_stall() {
-    let service = Origin::scripted(|mut visit: Visit| async move {
-        while let Some(head) = visit.head().await {
-            visit.body(&head).await;
-            // A service that computes.
-            sleep(Duration::from_millis(1200)).await;
-            visit.say("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await;
+    let (told, released) = signal();
+    // A service that computes.
+    let service = Origin::scripted(move |mut visit: Visit| {
+        let released = Arc::clone(&released);
+        async move {
+            while let Some(head) = visit.head().await {
+                if visit.whole_body(&head).await.is_none() {
+                    return;
+                }
+                released.notified().await;
+                visit.say("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await;
+            }
         }
     })
     .await;
@@ -317,6 +323,11 @@ async fn after_an_upload_in_chunks_the_answer_may_take_longer_than_a_stall() {
     let mut line = Line::to(sidecar.out).await;
     line.say(format!("{CHUNKED}3\r\nabc\r\n")).await;
     line.say("0\r\n\r\n").await;
+    // Meanwhile others stall, one after the other: so much time has passed.
+    for _ in 0..3 {
+        assert_eq!(sidecar.says(&format!("{CHUNKED}3\r\nabc\r\n")).await.status(), 408);
+    }
+    told.notify_one();
     assert_eq!(line.answer().await.body, "ok");
 }
 
@@ -444,9 +455,9 @@ async fn our_own_time_does_not_include_that_of_the_endpoint_nor_of_tunnels() {
         sidecar.sum_of("infrar_request_duration_seconds_count").await >= 2.0
     })
     .await;
-    assert!(sidecar.sum_of("infrar_request_duration_seconds_sum").await >= 1.4);
+    let duration = sidecar.sum_of("infrar_request_duration_seconds_sum").await;
     let overhead = sidecar.sum_of("infrar_proxy_overhead_seconds_sum").await;
-    assert!(overhead < 0.5, "{overhead}");
+    assert!(overhead < duration / 2.0, "{overhead} of {duration}");
     let count = sidecar.sum_of("infrar_proxy_overhead_seconds_count").await;
     assert!((count - 1.0).abs() < 0.1, "{count}");
 }

@@ -344,6 +344,8 @@ async fn a_host_outside_the_project_is_named_metered_and_forgotten_before_the_bu
     .await;
     let sidecar = Sidecar::with_way_out(&[], ", unknown_hosts: allow", "").await;
     assert_eq!(get(sidecar.out, &outside.at.to_string(), "/").await.body, "0");
+    let line = sidecar.line_of_path("/").await;
+    assert!(line.contains(&format!("\"endpoint\":\"{}\"", outside.at)), "{line}");
     let counted = ["callee=\"infrar-outside\"", "caller=\"web\"", "code=\"200\""];
     until("it is counted by name", async || {
         sidecar.metric("infrar_requests_total", &counted).await == Some(1.0)
@@ -388,7 +390,9 @@ async fn a_host_outside_the_project_is_named_metered_and_forgotten_before_the_bu
     for n in 0..600 {
         let host = format!("127.0.{}.{}:{}", 1 + n / 200, 1 + n % 200, outside.at.port());
         line.say(format!("GET / HTTP/1.1\r\nhost: {host}\r\n\r\n")).await;
-        assert_eq!(line.answer().await.status(), 502);
+        let said = line.answer().await;
+        assert_eq!(said.status(), 502);
+        assert!(said.body.contains(&format!("no connection to {host} could be made")), "{said:?}");
         if n % 100 == 0 {
             line.say(&busy).await;
             assert_eq!(line.answer().await.body, number, "a busy connection was thrown away");
@@ -772,8 +776,10 @@ async fn a_streamed_post_that_the_peer_says_it_has_not_seen_is_sent_again() {
 async fn an_endpoint_that_refuses_connections_is_passed_over() {
     let [nobody] = free_ports();
     let service = Origin::plain("second").await;
-    let sidecar =
-        Sidecar::open(&[("data", &[nobody, service.at], ""), ("gone", &[nobody], "")]).await;
+    // Each worker has its own line about an endpoint.
+    let services: &[(&str, &[_], &str)] =
+        &[("data", &[nobody, service.at], ""), ("gone", &[nobody], "")];
+    let sidecar = Sidecar::with(services, "workers: 1\n").await;
     for n in 0..6 {
         let said = sidecar
             .says(
@@ -784,6 +790,16 @@ async fn an_endpoint_that_refuses_connections_is_passed_over() {
     }
     let said = get(sidecar.out, "gone", "/").await;
     assert_refused(&said, 502, "connect-failed", "connection_refused");
+    assert!(said.body.contains("no connection to gone could be made"), "{said:?}");
+    // Where that was, the log knows, once and not for each call.
+    get(sidecar.out, "gone", "/").await;
+    let told = || {
+        let log = sidecar.infrar.log();
+        let lines = log.lines().filter(|line| line.contains("no connection to an endpoint"));
+        let lines = lines.filter(|line| line.contains("\"service\":\"gone\""));
+        lines.filter(|line| line.contains(&format!("http://{nobody}"))).count()
+    };
+    until("the log names the address", async || told() == 1).await;
 }
 
 #[tokio::test]

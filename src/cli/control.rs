@@ -7,7 +7,10 @@ use jiff::SignedDuration;
 use secrecy::{ExposeSecret, SecretString};
 use url::Url;
 
-use super::watch::{Told, WatchedFile};
+use super::{
+    flags::{listen, public_url},
+    watch::{Told, WatchedFile},
+};
 use crate::{
     config,
     control::{self, Control, Identities, Running, TlsFiles},
@@ -23,10 +26,10 @@ pub(crate) struct ControlArgs {
     #[arg(long, env = "INFRAR_PROJECT", value_name = "FILE")]
     project: Option<PathBuf>,
     /// Where it listens; without a certificate on loopback only.
-    #[arg(long, env = "INFRAR_LISTEN", default_value = "127.0.0.1:7070")]
+    #[arg(long, env = "INFRAR_LISTEN", default_value = "127.0.0.1:7070", value_parser = listen)]
     listen: SocketAddr,
     /// The `iss` of its tokens and the way to it for others [default: scheme and address of --listen].
-    #[arg(long, env = "INFRAR_PUBLIC_URL")]
+    #[arg(long, env = "INFRAR_PUBLIC_URL", value_parser = public_url)]
     public_url: Option<Url>,
     /// Its certificate, PEM, leaf first.
     #[arg(long, env = "INFRAR_CERT_FILE", requires = "key_file", value_name = "FILE")]

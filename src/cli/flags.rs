@@ -1,6 +1,8 @@
 //! The flags of a proxy: the few settings that are worth a flag of their own, and `--set` for every other.
 
-use std::path::PathBuf;
+use std::{net::SocketAddr, path::PathBuf};
+
+use url::Url;
 
 use crate::{config, telemetry::Format};
 
@@ -28,6 +30,17 @@ pub(crate) struct ProxyFlags {
     /// What `--log-format` says, which every command has.
     #[arg(skip)]
     pub(crate) log_format: Option<Format>,
+}
+
+/// Where something listens; the system's own words for what is no address give no example.
+pub(crate) fn listen(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_no_address| "write ADDRESS:PORT, such as 127.0.0.1:7070".to_owned())
+}
+
+/// The address that others know something by.
+pub(crate) fn public_url(text: &str) -> Result<Url, String> {
+    let url = text.parse::<Url>().ok().filter(Url::has_host);
+    url.ok_or_else(|| "write https://HOST:PORT, such as https://control.example:7070".to_owned())
 }
 
 fn pair(text: &str) -> Result<(String, String), String> {

@@ -10,6 +10,7 @@ use tokio::{
 };
 use url::Url;
 
+use super::{flags::listen, reach::tame};
 use crate::config::defaults::ADMIN_LISTEN;
 
 /// 0 when the proxy is ready.
@@ -19,7 +20,7 @@ pub(crate) struct Health {
     #[arg(long, env = "INFRAR_ADMIN_URL", value_name = "URL", value_parser = address)]
     admin: Option<Url>,
     /// The proxy's own setting, from the environment that a container's commands share.
-    #[arg(long, env = "INFRAR_ADMIN_LISTEN", hide = true)]
+    #[arg(long, env = "INFRAR_ADMIN_LISTEN", hide = true, value_parser = listen)]
     admin_listen: Option<SocketAddr>,
 }
 
@@ -48,8 +49,7 @@ impl Health {
         if answer.starts_with("HTTP/1.1 200") {
             return Ok(ExitCode::SUCCESS);
         }
-        let why = answer.split("\r\n\r\n").nth(1).unwrap_or_default().trim();
-        eprintln!("infrar: not ready: {why}");
+        eprintln!("infrar: {}", refused(&at, &answer));
         Ok(ExitCode::FAILURE)
     }
 
@@ -60,6 +60,16 @@ impl Health {
             (None, None) => Ok(format!("http://{ADMIN_LISTEN}").parse()?),
         }
     }
+}
+
+/// Why `answer` is none of a proxy that is ready. Of what others answer only the first line is shown.
+fn refused(at: &Url, answer: &str) -> String {
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((answer, ""));
+    let line: String = head.lines().next().unwrap_or_default().chars().take(60).collect();
+    if line.starts_with("HTTP/1.1 503") && body.len() < 1024 {
+        return format!("not ready: {}", tame(body.trim()));
+    }
+    format!("no infrar proxy answers at {at} (it said {:?})", line)
 }
 
 async fn ask(host: &str, port: u16) -> std::io::Result<String> {
@@ -82,6 +92,19 @@ mod tests {
     struct Alone {
         #[command(flatten)]
         health: Health,
+    }
+
+    #[test]
+    fn another_server_is_told_in_one_line() {
+        let at: Url = "http://127.0.0.1:1".parse().unwrap();
+        let page = format!("HTTP/1.1 404 Not Found\r\nserver: x\r\n\r\n<html>{}", "x".repeat(9999));
+        let said = refused(&at, &page);
+        assert_eq!(
+            said,
+            "no infrar proxy answers at http://127.0.0.1:1/ (it said \"HTTP/1.1 404 Not Found\")"
+        );
+        let waits = "HTTP/1.1 503 Service Unavailable\r\n\r\nno snapshot yet\n";
+        assert_eq!(refused(&at, waits), "not ready: no snapshot yet");
     }
 
     #[test]

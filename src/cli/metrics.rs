@@ -1,8 +1,8 @@
 //! The metrics that are worked out when somebody scrapes.
 
 use std::{
-    collections::BTreeMap,
-    sync::{Arc, OnceLock},
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex, OnceLock},
     time::Duration,
 };
 
@@ -12,11 +12,11 @@ use super::{
 };
 use crate::{
     balance::CircuitState,
-    cost::{Meter, PriceBook},
+    cost::{Meter, PriceBook, PriceClass},
     discovery::{Directory, Report, Sources},
-    model::{EndpointId, NetworkMode, ServiceName},
+    model::{EndpointId, NetworkMode, Place, ServiceName},
     proxy,
-    telemetry::{AccessLog, Registry, names},
+    telemetry::{AccessLog, Registry, names, process_lines_dropped},
 };
 
 /// The values that are worked out when somebody scrapes.
@@ -31,6 +31,7 @@ pub(super) fn expose(
     let (directory, meter, spread) =
         (Arc::clone(directory), Arc::clone(meter), running.connections());
     let (tokens, trust) = (Arc::clone(&world.tokens), Arc::clone(&world.trust));
+    let unpriced = Unpriced::default();
     registry.register_collector(Box::new(move |found| {
         found.gauge(names::CONNECTIONS, &[], to_f64(spread.total()));
         if let Some(age) = directory.age() {
@@ -81,10 +82,11 @@ pub(super) fn expose(
                 found.gauge(names::JWKS_AGE, &labels, age.as_secs_f64());
             }
         }
-        if let Some(log) = log.get() {
-            found.counter(names::LOG_DROPPED, &[], to_f64(log.dropped().dropped_lines()));
+        let access = log.get().map_or(0, |log| log.dropped().dropped_lines());
+        for (log, dropped) in [("access", access), ("process", process_lines_dropped())] {
+            found.counter(names::LOG_DROPPED, &[("log", log)], to_f64(dropped));
         }
-        egress(found, &meter);
+        egress(found, &meter, &unpriced);
     }));
 }
 
@@ -162,10 +164,27 @@ fn worst(
     worst
 }
 
-/// Bytes by path, and what they cost in the marginal band.
-fn egress(found: &mut crate::telemetry::Families, meter: &Meter) {
+/// What the price book says nothing about, each told once.
+#[derive(Default)]
+struct Unpriced(Mutex<BTreeSet<(String, &'static str)>>);
+
+impl Unpriced {
+    fn note(&self, from: &Place, class: PriceClass) {
+        let (provider, class) = (from.provider().to_string(), class.as_str());
+        if lock(&self.0).insert((provider.clone(), class)) {
+            tracing::warn!(
+                provider,
+                class,
+                "the price book has no rate for this; infrar_egress_usd_total leaves it out"
+            );
+        }
+    }
+}
+
+/// Bytes by path, and what they cost in the marginal band; where no rate is known there is no cost, rather than one of zero.
+fn egress(found: &mut crate::telemetry::Families, meter: &Meter, unpriced: &Unpriced) {
     use crate::cost::Leg;
-    let mut sums: BTreeMap<[String; 6], (u64, i64)> = BTreeMap::new();
+    let mut sums: BTreeMap<[String; 6], (u64, Option<i64>)> = BTreeMap::new();
     for row in meter.read() {
         // Whoever sends pays: the answer's bytes are priced at the callee's place.
         let (here, there) = (Some(&row.path.from), row.path.to.as_ref());
@@ -173,9 +192,17 @@ fn egress(found: &mut crate::telemetry::Families, meter: &Meter) {
             Leg::Request => (here, there),
             Leg::Response => (there, here),
         };
-        // What a host outside the project pays is not our bill.
-        let rate = from.and_then(|from| PriceBook::shipped().rate(row.path.class, from, to));
-        let cost = rate.map_or(0, |rate| rate.cost(row.bytes).0);
+        let cost = match from {
+            // What a host outside the project pays is not our bill.
+            None => Some(0),
+            Some(from) => {
+                let rate = PriceBook::shipped().rate(row.path.class, from, to);
+                if rate.is_none() && row.bytes.0 > 0 {
+                    unpriced.note(from, row.path.class);
+                }
+                rate.map(|rate| rate.cost(row.bytes).0)
+            }
+        };
         let labels = [
             row.path.callee.to_string(),
             row.path.from.to_string(),
@@ -184,8 +211,8 @@ fn egress(found: &mut crate::telemetry::Families, meter: &Meter) {
             row.leg.as_str().to_owned(),
             row.kind.as_str().to_owned(),
         ];
-        let sum = sums.entry(labels).or_default();
-        *sum = (sum.0 + row.bytes.0, sum.1 + cost);
+        let sum = sums.entry(labels).or_insert((0, Some(0)));
+        *sum = (sum.0 + row.bytes.0, sum.1.zip(cost).map(|(sum, cost)| sum + cost));
     }
     for (values, (bytes, cost)) in &sums {
         let names_of = ["callee", "from", "to", "mode", "leg", "kind"];
@@ -195,8 +222,10 @@ fn egress(found: &mut crate::telemetry::Families, meter: &Meter) {
             &labels,
             to_f64(usize::try_from(*bytes).unwrap_or(usize::MAX)),
         );
-        let dollars = to_f64(usize::try_from(*cost).unwrap_or(0)) / 1e9;
-        found.counter(names::EGRESS_USD, &labels, dollars);
+        if let Some(cost) = cost {
+            let dollars = to_f64(usize::try_from(*cost).unwrap_or(0)) / 1e9;
+            found.counter(names::EGRESS_USD, &labels, dollars);
+        }
     }
 }
 
@@ -208,6 +237,35 @@ fn to_f64(count: usize) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cost::{Kind, Leg, PathKey};
+
+    #[test]
+    fn an_unknown_price_is_left_out_and_not_shown_as_nothing() {
+        let meter = Meter::default();
+        let place = |text: &str| text.parse::<Place>().unwrap();
+        for (callee, from) in [("priced", "aws_us_east_1"), ("unpriced", "nobody_knows")] {
+            let path = meter.path(PathKey {
+                callee: callee.parse().unwrap(),
+                from: place(from),
+                to: Some(place("azure_eastus")),
+                mode: NetworkMode::Public,
+                class: PriceClass::OtherCloud,
+            });
+            path.add(Leg::Request, Kind::Http, 1_000_000_000);
+        }
+        let registry = Registry::default();
+        let unpriced = Unpriced::default();
+        registry.register_collector(Box::new(move |found| egress(found, &meter, &unpriced)));
+        let text = registry.expose();
+        let has = |name: &str, callee: &str| {
+            let callee = format!("callee=\"{callee}\"");
+            let mut lines = text.lines().filter(|line| line.contains("leg=\"request\""));
+            lines.any(|line| line.starts_with(name) && line.contains(&callee))
+        };
+        assert!(has("infrar_egress_usd_total", "priced"), "{text}");
+        assert!(has("infrar_egress_bytes_total", "unpriced"), "{text}");
+        assert!(!has("infrar_egress_usd_total", "unpriced"), "{text}");
+    }
 
     #[test]
     fn two_addresses_of_one_endpoint_show_the_worse_of_both() {

@@ -25,7 +25,7 @@ mod up;
 mod watch;
 mod world;
 
-use std::process::ExitCode;
+use std::{borrow::Cow, process::ExitCode};
 
 use anyhow::Context;
 use clap::{CommandFactory, Parser, Subcommand};
@@ -104,7 +104,13 @@ impl Cli {
 /// The command line lacks something; says what to write.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
-struct Usage(&'static str);
+struct Usage(Cow<'static, str>);
+
+impl Usage {
+    fn new(text: impl Into<Cow<'static, str>>) -> Self {
+        Self(text.into())
+    }
+}
 
 fn log_format(text: &str) -> Result<Format, String> {
     match text {

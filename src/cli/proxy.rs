@@ -3,7 +3,7 @@
 //! This is where the rooms meet: settings become parts, sources feed the directory, and signals become the order in
 //! which everything ends.
 
-use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
+use std::{cell::Cell, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use tokio::{
@@ -64,7 +64,12 @@ impl Proxy {
         let file = load()?;
         let mut signals = Signals::listen().context("signals cannot be listened to")?;
         let mut running = start(&file)?;
-        tracing::info!(listeners = ?running.listeners(), "the proxy serves");
+        let listeners = running.listeners().iter().map(|(what, at)| format!("{what} {at}"));
+        let listeners = listeners.collect::<Vec<_>>().join(", ");
+        tracing::info!(listeners, "the proxy serves");
+        for note in file.notes() {
+            tracing::warn!("{note}");
+        }
         loop {
             tokio::select! {
                 signal = signals.next() => match signal {
@@ -237,6 +242,7 @@ impl RunningProxy {
         if let Some(presence) = &self.presence {
             presence.leave();
         }
+        let awaited = Cell::new("requests of callers");
         let ended = async {
             tokio::time::sleep(grace).await;
             inbound.advance(Phase::StopAccepting);
@@ -244,12 +250,19 @@ impl RunningProxy {
             inbound.advance(Phase::Drain);
             inbound.wait_idle().await;
             self.take_leave().await;
+            awaited.set("the application to end: it still accepts connections, or calls out");
             self.application_ended().await;
+            awaited.set("calls of the application");
             outbound.advance(Phase::Drain);
             outbound.wait_idle().await;
         };
         if tokio::time::timeout_at(deadline, ended).await.is_err() {
-            tracing::warn!("shutdown.deadline has passed with connections still open");
+            tracing::warn!(
+                awaited = awaited.get(),
+                calls_in = inbound.in_flight(),
+                calls_out = outbound.in_flight(),
+                "shutdown.deadline has passed: ending without what was awaited"
+            );
         }
     }
 

@@ -77,6 +77,41 @@ impl Reach {
         Client::new(ClientSettings::new(self.control.0.clone(), self.ca_file.clone()))
     }
 
+    /// What became of a question, with what to do about it where that is known.
+    ///
+    /// # Errors
+    /// The one it was given, with advice before its causes.
+    pub(crate) fn advised<T>(&self, answer: Result<T, ClientError>) -> anyhow::Result<T> {
+        answer.map_err(|error| match self.advice(&error) {
+            Some(advice) => anyhow::Error::from(error).context(advice),
+            None => error.into(),
+        })
+    }
+
+    fn advice(&self, error: &ClientError) -> Option<String> {
+        match error {
+            // A control plane has every path that is asked here.
+            ClientError::Refused { status, code, .. }
+                if matches!(code.as_str(), "" | "not-found") =>
+            {
+                Some(format!(
+                    "no infrar control plane answers at {} (status {status})",
+                    self.address()
+                ))
+            }
+            ClientError::Refused { code, .. }
+                if matches!(code.as_str(), "token-invalid" | "token-expired") =>
+            {
+                Some(format!("INFRAR_TOKEN is not accepted; {GET_ONE}"))
+            }
+            ClientError::Unreachable { host, source } => unreached(host, &**source),
+            ClientError::Malformed { .. } => {
+                Some(format!("no infrar control plane answers at {}", self.address()))
+            }
+            ClientError::Refused { .. } | ClientError::Settings { .. } => None,
+        }
+    }
+
     /// The address that is asked first.
     pub(crate) fn address(&self) -> String {
         let first = self.control.0.first().map(Url::as_str).unwrap_or_default();
@@ -85,11 +120,37 @@ impl Reach {
 }
 
 /// What to do without one.
-const NO_TOKEN: Usage = Usage(
-    "the control plane answers whoever has a token; get one and ask again:\n  \
+const GET_ONE: &str = "get one and ask again:\n  \
      export INFRAR_TOKEN=$(infrar token get --client-id NAME --client-secret-file FILE)\n\
-     (with `infrar up`: the caller it speaks for, and the file `secret` in its --data-dir)",
-);
+     (with `infrar up`: the caller it speaks for, and the file `secret` in its --data-dir)";
+
+/// What keeps a connection from being one, where the cause says so. Libraries tell it in their own words, by which alone
+/// some of these can be told apart.
+fn unreached(host: &str, source: &(dyn std::error::Error + 'static)) -> Option<String> {
+    let mut causes = source.to_string();
+    let mut next = source.source();
+    while let Some(cause) = next {
+        causes = format!("{causes}: {cause}");
+        next = cause.source();
+    }
+    let known = [
+        ("invalid HTTP version", "it speaks TLS: write https://"),
+        ("InvalidContentType", "it does not speak TLS: write http:// (to this machine only)"),
+        (
+            "UnknownIssuer",
+            "its certificate is signed by nobody whom this machine trusts: give --ca-file",
+        ),
+        (
+            "CaUsedAsEndEntity",
+            "its certificate is that of a CA: it needs one of its own (basicConstraints=CA:FALSE)",
+        ),
+        ("NotValidForName", "its certificate is for another name"),
+        ("Expired", "its certificate has expired"),
+        ("Connection refused", "nothing listens there"),
+    ];
+    let (_, advice) = known.iter().find(|(mark, _)| causes.contains(mark))?;
+    Some(format!("{host}: {advice}"))
+}
 
 /// A bearer for the audience `infrar-control`.
 #[derive(Clone, Debug, clap::Args)]
@@ -105,7 +166,9 @@ impl Bearer {
     /// # Errors
     /// [`Usage`] says how to get one.
     pub(crate) fn secret(&self) -> Result<&SecretString, Usage> {
-        self.token.as_ref().ok_or(NO_TOKEN)
+        self.token.as_ref().ok_or_else(|| {
+            Usage::new(format!("the control plane answers whoever has a token; {GET_ONE}"))
+        })
     }
 }
 
@@ -160,6 +223,20 @@ mod tests {
         for bad in ["", "control:7070", "ftp://a", "https://a,", "http://control.example:7070"] {
             assert!(bad.parse::<Replicas>().is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn what_libraries_say_becomes_advice() {
+        for (said, advice) in [
+            ("invalid HTTP version parsed", "h:1: it speaks TLS: write https://"),
+            ("received corrupt message of type InvalidContentType", "does not speak TLS"),
+            ("invalid peer certificate: UnknownIssuer", "give --ca-file"),
+            ("tcp connect error: Connection refused (os error 111)", "nothing listens there"),
+        ] {
+            let told = unreached("h:1", &io::Error::other(io::Error::other(said))).unwrap();
+            assert!(told.contains(advice), "{told}");
+        }
+        assert_eq!(unreached("h:1", &io::Error::other("something else")), None);
     }
 
     #[test]

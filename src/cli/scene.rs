@@ -194,7 +194,7 @@ workers: 1
             (
                 "401 token-missing: past the sidecar, without a token",
                 format!(
-                    "curl -i --cacert {}/tls/ca.pem https://{}:{}/query -d '{{}}'",
+                    "curl -i -X POST --cacert {}/tls/ca.pem https://{}:{}/query",
                     self.folder.display(),
                     callee.host,
                     data.inbound.port()

@@ -61,11 +61,13 @@ impl Services {
     pub async fn run(self) -> anyhow::Result<()> {
         let text = match self.verb {
             Verb::List { form } => {
-                let list = form.reach.client()?.services(form.bearer.secret()?).await?;
+                let list = form.reach.client()?.services(form.bearer.secret()?).await;
+                let list = form.reach.advised(list)?;
                 if form.json { serde_json::to_string_pretty(&list)? } else { listed(&list) }
             }
             Verb::Show { service, form } => {
-                let shown = form.reach.client()?.service(form.bearer.secret()?, &service).await?;
+                let shown = form.reach.client()?.service(form.bearer.secret()?, &service).await;
+                let shown = form.reach.advised(shown)?;
                 if form.json { serde_json::to_string_pretty(&shown)? } else { told(&shown) }
             }
             Verb::Register(register) => return register.run().await,

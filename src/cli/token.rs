@@ -7,14 +7,17 @@ use std::{
     process::ExitCode,
 };
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use jiff::Timestamp;
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::{Value, json};
 use url::Url;
 
-use super::reach::{Reach, keys_url, print, tame};
+use super::{
+    Usage,
+    reach::{Reach, keys_url, print, tame},
+};
 use crate::{
     api::{CONTROL_AUDIENCE, Credential},
     identity::{Claims, Jwks, KeySet, MAX_TOKEN_BYTES, TokenFault, Trusted, Verifier},
@@ -81,14 +84,11 @@ fn scopes(text: &str) -> Result<ScopeSet, String> {
 
 impl Get {
     async fn run(self) -> anyhow::Result<ExitCode> {
-        let secret = read_text(&self.client_secret_file)?;
-        let secret = SecretString::from(secret.expose_secret().trim_end());
-        if secret.expose_secret().is_empty() {
-            bail!("{} is empty", self.client_secret_file.display());
-        }
+        let secret = self.secret()?;
         let credential = Credential { client_id: self.client_id, secret };
         let client = self.reach.client()?;
-        let answer = client.token(&credential, &self.audience, self.scope.as_ref()).await?;
+        let answer = client.token(&credential, &self.audience, self.scope.as_ref()).await;
+        let answer = self.reach.advised(answer)?;
         let token = answer.access_token.expose_secret();
         if self.json {
             let reply = json!({
@@ -102,6 +102,18 @@ impl Get {
             print(token)?;
         }
         Ok(ExitCode::SUCCESS)
+    }
+
+    /// A file without one is wrong usage, like any other flag that leads nowhere.
+    fn secret(&self) -> Result<SecretString, Usage> {
+        let file = &self.client_secret_file;
+        let wrong = |what: String| Usage::new(format!("--client-secret-file: {what}"));
+        let text = read_text(file).map_err(|error| wrong(format!("{error:#}")))?;
+        let secret = text.expose_secret().trim_end();
+        if secret.is_empty() {
+            return Err(wrong(format!("{} is empty", file.display())));
+        }
+        Ok(SecretString::from(secret))
     }
 }
 
@@ -192,7 +204,7 @@ impl Verify {
         let token = given(self.token.clone())?;
         let issuer = match &self.issuer {
             Some(issuer) => issuer.clone(),
-            None => self.reach.client()?.own_issuer().await?,
+            None => self.reach.advised(self.reach.client()?.own_issuer().await)?,
         };
         let keys = KeySet::from_json(&self.keys().await?)
             .with_context(|| format!("the keys of {issuer} cannot be used"))?;
@@ -208,9 +220,8 @@ impl Verify {
             &[&self.audience],
             Clock::system().unix_seconds(),
         );
-        let said =
-            decoded(token.expose_secret()).and_then(|(_, claims)| claims.get("iss").cloned());
-        self.report(&verdict, &issuer, said.as_ref().and_then(Value::as_str))
+        let said = decoded(token.expose_secret()).map(|(_, claims)| Said::of(&claims));
+        self.report(&verdict, &issuer, &said.unwrap_or_default())
     }
 
     async fn keys(&self) -> anyhow::Result<Value> {
@@ -221,8 +232,8 @@ impl Verify {
         }
         let client = self.reach.client()?;
         let keys = match &self.jwks_uri {
-            Some(url) => client.jwks(url).await,
-            None => client.own_jwks().await,
+            Some(url) => client.jwks(url).await.map_err(anyhow::Error::from),
+            None => self.reach.advised(client.own_jwks().await),
         };
         keys.context("the issuer's keys cannot be had")
     }
@@ -232,7 +243,7 @@ impl Verify {
         &self,
         verdict: &Result<Claims, TokenFault>,
         issuer: &str,
-        said: Option<&str>,
+        said: &Said,
     ) -> anyhow::Result<ExitCode> {
         let (answer, text, code) = match verdict {
             Ok(claims) => {
@@ -262,11 +273,17 @@ impl Verify {
                     "fault": fault.label(),
                     "reason": fault.to_string(),
                     "issuer": issuer,
-                    "token_issuer": said,
+                    "token_issuer": said.issuer,
+                    "token_audience": said.audience,
                 });
                 let mut text = format!("not valid: {fault}");
-                if let Some(said) = said.filter(|said| *said != issuer) {
+                if let Some(said) = said.issuer.as_deref().filter(|said| *said != issuer) {
                     text = format!("{text}\nthe token's issuer is {said}, asked for was {issuer}");
+                }
+                let asked = self.audience.as_str();
+                if !said.audience.is_empty() && !said.audience.iter().any(|aud| aud == asked) {
+                    let audience = said.audience.join(", ");
+                    text = format!("{text}\nthe token is for {audience}, asked for was {asked}");
                 }
                 (answer, text, ExitCode::FAILURE)
             }
@@ -279,6 +296,24 @@ impl Verify {
             eprintln!("{}", tame(&text));
         }
         Ok(code)
+    }
+}
+
+/// What an unverified token says of where it comes from and whom it is for.
+#[derive(Default)]
+struct Said {
+    issuer: Option<String>,
+    audience: Vec<String>,
+}
+
+impl Said {
+    fn of(claims: &Value) -> Self {
+        let text = |value: &Value| value.as_str().map(str::to_owned);
+        let audience = match claims.get("aud") {
+            Some(Value::Array(all)) => all.iter().filter_map(text).collect(),
+            one => one.and_then(text).into_iter().collect(),
+        };
+        Self { issuer: claims.get("iss").and_then(text), audience }
     }
 }
 

@@ -17,8 +17,9 @@ use secrecy::SecretString;
 
 use crate::{
     cli::{
+        Usage,
         demo::{secret, wait_until_ready},
-        flags::log_format,
+        flags::{listen, log_format},
         proxy::{self, RunningProxy},
         watch::WatchedFile,
     },
@@ -63,13 +64,13 @@ pub(crate) struct Up {
     #[arg(long, default_value = "local_laptop")]
     place: Place,
     /// The control plane's address.
-    #[arg(long, default_value = "127.0.0.1:7070")]
+    #[arg(long, default_value = "127.0.0.1:7070", value_parser = listen)]
     control_listen: SocketAddr,
     /// The address that applications call services through.
-    #[arg(long, default_value = "127.0.0.1:15001")]
+    #[arg(long, default_value = "127.0.0.1:15001", value_parser = listen)]
     outbound_listen: SocketAddr,
     /// The proxy's admin address.
-    #[arg(long, default_value = "127.0.0.1:15000")]
+    #[arg(long, default_value = "127.0.0.1:15000", value_parser = listen)]
     admin_listen: SocketAddr,
     /// What `--log-format` says, which every command has.
     #[arg(skip)]
@@ -105,14 +106,30 @@ impl Up {
         Ok(())
     }
 
-    /// Finds every address that is taken before anything begins.
-    fn check_addresses(&self) -> anyhow::Result<()> {
-        let addresses = [
+    /// Every address with the flag that chose it.
+    fn addresses(&self) -> [(SocketAddr, String); 3] {
+        [
             (self.control_listen, "--control-listen"),
             (self.outbound_listen, "--outbound-listen"),
             (self.admin_listen, "--admin-listen"),
         ]
-        .map(|(address, flag)| (address, flag.to_owned()));
+        .map(|(address, flag)| (address, flag.to_owned()))
+    }
+
+    /// Finds every address that is taken, or open to others, before anything begins.
+    fn check_addresses(&self) -> anyhow::Result<()> {
+        let addresses = self.addresses();
+        let open = addresses.iter().filter(|(address, _)| !address.ip().is_loopback());
+        let open: Vec<_> = open.map(|(address, flag)| format!("{flag} {address}")).collect();
+        if !open.is_empty() {
+            return Err(Usage::new(format!(
+                "{} is open to others, and `infrar up` is for this machine alone: whoever reaches its proxy calls with the \
+                 caller's tokens. Write a loopback address, such as 127.0.0.1:7070; for others there are `infrar control` with a \
+                 certificate and `infrar proxy`",
+                open.join(", ")
+            ))
+            .into());
+        }
         Ok(net::try_bind(&addresses)?)
     }
 
@@ -346,6 +363,15 @@ mod tests {
         let fault = fault.to_string();
         assert!(fault.contains("--control-listen") && fault.contains("--admin-listen"), "{fault}");
         assert!(!fault.contains("--outbound-listen"), "{fault}");
+    }
+
+    #[test]
+    fn an_address_that_others_reach_is_refused_by_its_own_flag() {
+        for flag in ["--control-listen", "--outbound-listen", "--admin-listen"] {
+            let fault = up(&[flag, "0.0.0.0:0"]).check_addresses().unwrap_err();
+            assert!(fault.is::<Usage>(), "{fault}");
+            assert!(fault.to_string().starts_with(&format!("{flag} 0.0.0.0:0 is open")), "{fault}");
+        }
     }
 
     #[test]

@@ -35,16 +35,23 @@ pub(super) struct Files {
     root: PathBuf,
     /// Every file that a setting named, found or not.
     named: RefCell<BTreeSet<PathBuf>>,
+    /// Whether they are looked at: a file may be checked where none of what it names is.
+    looked_at: bool,
 }
 
 impl Files {
     pub(super) fn under(root: &Path) -> Self {
-        Self { root: root.to_owned(), named: RefCell::default() }
+        Self { root: root.to_owned(), named: RefCell::default(), looked_at: true }
     }
 
     /// The files that settings have named until now, whether they were there or not.
     pub(super) fn named(&self) -> Vec<PathBuf> {
         self.named.borrow().iter().cloned().collect()
+    }
+
+    /// Files that are taken to be there and to be right.
+    pub(super) fn skipped() -> Self {
+        Self { root: PathBuf::from("/"), named: RefCell::default(), looked_at: false }
     }
 
     /// The path that a setting means: relative to the file it is written in; one from a variable or flag,
@@ -85,6 +92,9 @@ impl Files {
         node: &Node,
         faults: &mut Vec<Fault>,
     ) -> Option<(PathBuf, SecretString)> {
+        if !self.looked_at {
+            return Some((self.path(node)?, String::new().into()));
+        }
         let (path, content) = self.read(node, faults)?;
         let Ok(text) = String::from_utf8(content) else {
             let found = format!("{}, which holds other bytes than text", node.found());
@@ -106,6 +116,9 @@ impl Files {
         node: &Node,
         faults: &mut Vec<Fault>,
     ) -> Option<(PathBuf, Vec<CertificateDer<'static>>)> {
+        if !self.looked_at {
+            return Some((self.path(node)?, Vec::new()));
+        }
         let (path, content) = self.read(node, faults)?;
         let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&content).collect();
         let certificates = certificates.unwrap_or_default();
@@ -139,6 +152,9 @@ impl Files {
         key: &Node,
         faults: &mut Vec<Fault>,
     ) -> Option<(PathBuf, PathBuf)> {
+        if !self.looked_at {
+            return Some((self.path(cert)?, self.path(key)?));
+        }
         let chain = self.certificates(cert, faults);
         let private = self.private_key(key, faults);
         let ((cert_file, chain), (key_file, private)) = (chain?, private?);
@@ -164,6 +180,9 @@ impl Files {
     /// A folder that this user may write to, or can still make. It is tried, and left as it was.
     pub(super) fn folder(&self, node: &Node, faults: &mut Vec<Fault>) -> Option<PathBuf> {
         let path = self.path(node)?;
+        if !self.looked_at {
+            return Some(path);
+        }
         if let Err(error) = try_folder(&path) {
             let found = if error.kind() == io::ErrorKind::NotADirectory {
                 format!("{}, which is no folder", node.found())
@@ -179,6 +198,9 @@ impl Files {
 
     /// A JWK set with at least one key.
     pub(super) fn jwks(&self, node: &Node, faults: &mut Vec<Fault>) -> Option<serde_json::Value> {
+        if !self.looked_at {
+            return Some(serde_json::json!({ "keys": [] }));
+        }
         let (_path, content) = self.read(node, faults)?;
         let set: Option<serde_json::Value> = serde_json::from_slice(&content).ok();
         let usable = set.as_ref().is_some_and(|set| {

@@ -88,6 +88,13 @@ kind!(
     |text| web_url(text).is_some()
 );
 kind!(
+    CONTROL_URL,
+    "an http or https URL",
+    "write https://HOST:PORT, such as https://control.example:7070",
+    Some("^https?://"),
+    |text| web_url(text).is_some()
+);
+kind!(
     SPAN,
     "a length of time",
     "write a length of time, such as 25ms, 5s or 7d (at most 366d)",
@@ -120,6 +127,13 @@ kind!(
     "write a number of bytes, such as 65536, 60KiB or 10MiB",
     None,
     |text| bytes(text).is_some_and(|bytes| bytes > 0)
+);
+kind!(
+    HEAD_BYTES,
+    "a number of bytes",
+    "write at least 1KiB, such as 16KiB or 60KiB: no smaller head has room for a token",
+    None,
+    |text| bytes(text).is_some_and(|bytes| bytes >= LEAST_HEAD)
 );
 kind!(
     BANDWIDTH,
@@ -231,6 +245,9 @@ const SPAN_PATTERN: Option<&str> = Some("^[0-9]");
 
 /// The longest time a setting may mean: adding it to any moment cannot overflow.
 const LONGEST: Duration = Duration::from_secs(366 * 86_400);
+
+/// The smallest head that a listener may be told to take: below it no call with a token would get in.
+const LEAST_HEAD: u64 = 1024;
 
 fn origin_advice(error: &OriginError) -> String {
     match error {

@@ -72,11 +72,8 @@ pub(super) fn overlay(
     faults: &mut Vec<Fault>,
 ) {
     let settings = settings(shape);
-    let mut variables: Vec<(String, String)> = environment
-        // An empty variable is one that somebody meant to unset.
-        .filter(|(name, text)| name.starts_with(PREFIX) && !text.is_empty())
-        .filter(|(name, text)| !FOREIGN.contains(&name.as_str()) && !is_service_link(name, text))
-        .collect();
+    let mut variables: Vec<(String, String)> =
+        environment.filter(|(name, text)| is_setting(name, text)).collect();
     variables.sort();
     for setting in &settings {
         let name = setting.variable();
@@ -103,6 +100,13 @@ pub(super) fn overlay(
         }
     }
     root.name_paths();
+}
+
+/// Whether a variable is there to set something of a proxy.
+pub(super) fn is_setting(name: &str, text: &str) -> bool {
+    // An empty variable is one that somebody meant to unset.
+    let ours = name.starts_with(PREFIX) && !text.is_empty();
+    ours && !FOREIGN.contains(&name) && !is_service_link(name, text)
 }
 
 /// Kubernetes and Docker describe a service named `infrar-…` to every container by variables such as
@@ -187,10 +191,14 @@ fn put(
 }
 
 fn unknown_variable(name: &str, settings: &[Setting]) -> Fault {
-    let known: Vec<String> = settings.iter().map(Setting::variable).collect();
-    let advice = nearest(name, known.iter().map(String::as_str).chain(FOREIGN)).map_or_else(
+    // Compared without what all of them begin with: it would make any two look alike.
+    let bare = |name: &str| name.strip_prefix(PREFIX).unwrap_or(name).to_owned();
+    let known: Vec<String> = settings.iter().map(|setting| bare(&setting.variable())).collect();
+    let foreign = FOREIGN.map(bare);
+    let names = known.iter().chain(&foreign).map(String::as_str);
+    let advice = nearest(&bare(name), names).map_or_else(
         || "unset it; `infrar check` lists the settings".to_owned(),
-        |near| format!("write {near}"),
+        |near| format!("write {PREFIX}{near}"),
     );
     Fault {
         at: Position::whole(Source::Variable(name.into())),

@@ -39,6 +39,7 @@ use node::{MAX_TEXT_BYTES, Node, Value};
 use project::Secrets;
 use project_keys::PROJECT;
 use proxy_keys::PROXY;
+use shape::Shape;
 
 use crate::model::Project;
 
@@ -59,10 +60,21 @@ pub fn load_project(file: &Path) -> Result<ProjectFile, Faults> {
 /// # Errors
 /// Every fault of the file and of the files it points at.
 pub fn load_project_under(root: &Path, file: &Path) -> Result<ProjectFile, Faults> {
+    project_with(&Files::under(root), file)
+}
+
+/// As [`load_project`], for a look at the file alone: secrets and key sets are taken to be there and to be right.
+///
+/// # Errors
+/// Every fault of the file.
+pub fn load_project_alone(file: &Path) -> Result<ProjectFile, Faults> {
+    project_with(&Files::skipped(), file)
+}
+
+fn project_with(files: &Files, file: &Path) -> Result<ProjectFile, Faults> {
     let mut faults = Vec::new();
-    let files = Files::under(root);
-    let project = read_project(&files, file, Secrets::Read, &mut faults);
-    finish(project, faults, file, &files)
+    let project = read_project(files, file, Secrets::Read, &mut faults);
+    finish(project, faults, file, files)
 }
 
 /// Reads the registry of a `project.yaml`, for a proxy without a control plane: identities are not looked at, so it has
@@ -100,17 +112,41 @@ pub fn load_proxy_under(
     environment: impl Iterator<Item = (String, String)>,
     flags: &[(String, String)],
 ) -> Result<ProxyFile, Faults> {
+    proxy_with(&Files::under(root), file, environment, flags)
+}
+
+/// As [`load_proxy`], for a look at the settings alone: certificates, secrets, keys and folders are taken to be there and
+/// to be right.
+///
+/// # Errors
+/// Every fault of file, environment and flags, and of a project that takes the place of a control plane.
+pub fn load_proxy_alone(
+    file: Option<&Path>,
+    environment: impl Iterator<Item = (String, String)>,
+    flags: &[(String, String)],
+) -> Result<ProxyFile, Faults> {
+    proxy_with(&Files::skipped(), file, environment, flags)
+}
+
+fn proxy_with(
+    files: &Files,
+    file: Option<&Path>,
+    environment: impl Iterator<Item = (String, String)>,
+    flags: &[(String, String)],
+) -> Result<ProxyFile, Faults> {
     let mut faults = Vec::new();
-    let files = Files::under(root);
     let mut tree = tree(file, &mut faults);
+    if let Some(fault) = tree.as_ref().and_then(not_a_proxy) {
+        return Err(Faults(vec![fault], Vec::new()));
+    }
     let settings = tree.as_mut().and_then(|tree| {
         layers::overlay(tree, &PROXY, environment, flags, &mut faults);
         PROXY.check(tree, &mut faults);
-        proxy::read(tree, &files, &mut faults, |path, node, faults| {
-            referred_project(&files, &path, node, faults)
+        proxy::read(tree, files, &mut faults, |path, node, faults| {
+            referred_project(files, &path, node, faults)
         })
     });
-    finish(settings, faults, file.unwrap_or_else(|| Path::new("settings")), &files)
+    finish(settings, faults, file.unwrap_or_else(|| Path::new("settings")), files)
 }
 
 /// The form of log lines that [`load_proxy`] would find, wherever it is written, without a look at anything else: what
@@ -129,11 +165,48 @@ pub fn log_format(
     tree.map_or(LogFormat::Auto, |tree| proxy::log(tree.here().key("log")).format)
 }
 
-/// Whether a file is a `proxy.yaml`: it has `role` at its top. Any other is a `project.yaml`; one that cannot be
-/// read is told so by whoever reads it as that.
+/// Whether a file is a `proxy.yaml`: it has `role` at its top, or other keys that no `project.yaml` has. Any other is a
+/// `project.yaml`; one that cannot be read is told so by whoever reads it as that.
 #[must_use]
 pub fn is_proxy(file: &Path) -> bool {
-    read_tree(file, &mut Vec::new()).is_some_and(|tree| tree.has("role"))
+    read_tree(file, &mut Vec::new()).is_some_and(|tree| not_a_project(&tree).is_some())
+}
+
+/// The names of the `INFRAR_…` variables that set something of a proxy.
+#[must_use]
+pub fn variables(environment: &[(String, String)]) -> Vec<String> {
+    let settings = environment.iter().filter(|(name, text)| layers::is_setting(name, text));
+    settings.map(|(name, _)| name.clone()).collect()
+}
+
+/// The keys at the top of `tree` that a file of this shape has, and one of that shape has not.
+fn telling<'a>(tree: &'a Node, this: &Shape, that: &Shape) -> Vec<&'a str> {
+    let knows = |shape: &Shape, name: &str| shape.keys().iter().any(|key| key.name == name);
+    let names = tree.entries().iter().map(|entry| entry.key.as_str());
+    names.filter(|name| knows(this, name) && !knows(that, name)).collect()
+}
+
+/// The one fault of a `proxy.yaml` where a `project.yaml` should be: all its keys would else be told as unknown.
+fn not_a_project(tree: &Node) -> Option<Fault> {
+    let (theirs, ours) = (telling(tree, &PROXY, &PROJECT), telling(tree, &PROJECT, &PROXY));
+    // One key that fits may be a slip of the pen.
+    let key = theirs.iter().find(|key| **key == "role");
+    let key = key.or_else(|| theirs.first().filter(|_| ours.is_empty() && theirs.len() > 1))?;
+    let advice = "name the project.yaml; `infrar proxy --config` takes this one";
+    Some(mistaken(tree, format!("a proxy.yaml (it has `{key}`)"), advice))
+}
+
+/// The one fault of a `project.yaml` where a `proxy.yaml` should be.
+fn not_a_proxy(tree: &Node) -> Option<Fault> {
+    let (theirs, ours) = (telling(tree, &PROJECT, &PROXY), telling(tree, &PROXY, &PROJECT));
+    let key = theirs.first().filter(|_| ours.is_empty())?;
+    let advice = "name the proxy.yaml; `infrar control --project` takes this one";
+    Some(mistaken(tree, format!("a project.yaml (it has `{key}`)"), advice))
+}
+
+fn mistaken(tree: &Node, found: String, advice: &str) -> Fault {
+    let at = Position::whole(tree.at.source.clone());
+    Fault { at, path: String::new(), found, advice: advice.to_owned() }
 }
 
 /// The `INFRAR_…` variables of this process, for [`load_proxy`].
@@ -170,7 +243,7 @@ pub fn schema_proxy() -> serde_json::Value {
     published(&PROXY, "proxy.yaml", "One infrar proxy.")
 }
 
-fn published(shape: &shape::Shape, title: &str, about: &str) -> serde_json::Value {
+fn published(shape: &Shape, title: &str, about: &str) -> serde_json::Value {
     let mut schema = shape.schema();
     if let serde_json::Value::Object(fields) = &mut schema {
         let dialect = "https://json-schema.org/draft/2020-12/schema";
@@ -232,6 +305,10 @@ fn read_project(
     faults: &mut Vec<Fault>,
 ) -> Option<ProjectFile> {
     let tree = read_tree(file, faults)?;
+    if let Some(fault) = not_a_project(&tree) {
+        faults.push(fault);
+        return None;
+    }
     PROJECT.check(&tree, faults);
     project::read(&tree, files, secrets, faults)
 }

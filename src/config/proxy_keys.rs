@@ -2,9 +2,9 @@
 
 use super::{
     kinds::{
-        APP, BYTES, DIRECTORY, DNS_NAME, ENDPOINT_ID, FILE, INNER_ADDRESS, LISTEN, METHOD, NAME,
-        NETWORK, ORIGIN, PLACE, POSITIVE_SPAN, RESOLVER, RULE_PATH, SCOPE, SPAN, TLS_VERSION,
-        WEB_URL, WORKERS, ZONE,
+        APP, BYTES, CONTROL_URL, DIRECTORY, DNS_NAME, ENDPOINT_ID, FILE, HEAD_BYTES, INNER_ADDRESS,
+        LISTEN, METHOD, NAME, NETWORK, ORIGIN, PLACE, POSITIVE_SPAN, RESOLVER, RULE_PATH, SCOPE,
+        SPAN, TLS_VERSION, WORKERS, ZONE,
     },
     shape::{Key, Shape},
 };
@@ -85,7 +85,7 @@ pub(super) static PROXY: Shape = Shape::Table(&[
 static CONTROL: Shape = Shape::Table(&[
     Key::required(
         "url",
-        &Shape::OneOrMany(&Shape::Text(&WEB_URL)),
+        &Shape::OneOrMany(&Shape::Text(&CONTROL_URL)),
         "Its address, or a list: several addresses of one control plane.",
     ),
     Key::new("ca_file", &Shape::Text(&FILE), "The CA of its certificate, if no public one."),
@@ -283,7 +283,7 @@ static ADMIN: Shape = Shape::Table(&[
 ]);
 
 static LIMITS: Shape = Shape::Table(&[
-    Key::new("header_bytes", &Shape::Text(&BYTES), "Bytes of one head. Default 60KiB."),
+    Key::new("header_bytes", &Shape::Text(&HEAD_BYTES), "Bytes of one head. Default 60KiB."),
     Key::new(
         "headers",
         &Shape::Number { least: 1, most: 10_000 },

@@ -50,6 +50,21 @@ pub struct ProxyFile {
 }
 
 impl ProxyFile {
+    /// What is right and yet worth a look.
+    #[must_use]
+    pub fn notes(&self) -> Vec<String> {
+        let Some(outbound) = &self.outbound else { return Vec::new() };
+        let ports = outbound.ports.iter();
+        let ports = ports.map(|(service, at)| (format!("outbound.ports.{service}"), *at));
+        let all = [("outbound.listen".to_owned(), outbound.listen)].into_iter().chain(ports);
+        let open = all.filter(|(_, at)| !at.ip().is_loopback());
+        open.map(|(key, at)| {
+            let me = &self.service;
+            format!("{key}: {at} is not loopback: whoever reaches it calls with the tokens of {me}")
+        })
+        .collect()
+    }
+
     /// Every address it listens on, each with the key that chose it.
     #[must_use]
     pub fn addresses(&self) -> Vec<(SocketAddr, String)> {

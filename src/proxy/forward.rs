@@ -16,6 +16,7 @@ use crate::{
     identity::Grant,
     net::Stream,
     proxy::{
+        complaint,
         patience::Patience,
         record::Record,
         reject::Rejection,
@@ -166,10 +167,12 @@ impl<'a> Forward<'a> {
                     forward.record.carried_by(flight);
                     return Ok(stream);
                 }
-                Err(error) if !forward.may_go_on(None).await => {
-                    return Err(refuse_connect(cluster, &error));
+                Err(error) => {
+                    complaint::no_connection(cluster, &target, &error);
+                    if !forward.may_go_on(None).await {
+                        return Err(refuse_connect(cluster, &error));
+                    }
                 }
-                Err(_error) => {}
             }
         }
     }
@@ -180,7 +183,7 @@ impl<'a> Forward<'a> {
     /// The [`Rejection`] of the last attempt.
     pub(super) async fn send(mut self) -> Result<Received, Rejection> {
         if self.cluster.targets.is_empty() {
-            let (service, why) = (self.cluster.service.clone(), self.cluster.absence);
+            let (service, why) = (self.cluster.callee.clone(), self.cluster.absence);
             return Err(Rejection::NoHealthyEndpoint { service, why });
         }
         self.cluster.budget.deposit(self.ward.tick(self.record.started()));
@@ -277,7 +280,7 @@ impl<'a> Forward<'a> {
 
     fn choose(&mut self, now: Instant) -> Result<(Rc<Target>, Chosen), Rejection> {
         let cluster = self.cluster;
-        let service = || cluster.service.clone();
+        let service = || cluster.callee.clone();
         let tick = self.ward.tick(now);
         let mut rng = fastrand::Rng::with_seed(tick.0);
         let chosen = cluster
@@ -398,10 +401,7 @@ impl<'a> Forward<'a> {
         let lease = match kept {
             Some(lease) => lease,
             None => target.pool.lease(want, limit).await.map_err(|error| {
-                tracing::debug!(
-                    service = %self.cluster.service, endpoint = %target.id,
-                    error = &error as &dyn std::error::Error, "no connection to an endpoint"
-                );
+                complaint::no_connection(self.cluster, target, &error);
                 (refuse_connect(self.cluster, &error), true)
             })?,
         };
@@ -434,7 +434,7 @@ impl<'a> Forward<'a> {
 
     /// The refusal of an attempt whose endpoint had its time, and whether another may follow.
     fn overdue(&self, patience: &Patience, deadline: Instant) -> (Rejection, bool) {
-        let service = self.cluster.service.clone();
+        let service = self.cluster.callee.clone();
         let limit = match (patience.deadline, patience.uploaded) {
             (None, _) => patience.stall,
             (Some(_), Some(_)) => patience.limit,
@@ -527,7 +527,7 @@ impl<'a> Forward<'a> {
 
     /// What a failed exchange means for the client, and whether another may follow.
     fn refuse(&self, failure: &Failure) -> (Rejection, bool) {
-        let service = self.cluster.service.clone();
+        let service = self.cluster.callee.clone();
         let whole = self.is_whole();
         tracing::debug!(
             %service, error = &failure.error as &dyn std::error::Error, answered = failure.answered,
@@ -612,7 +612,7 @@ fn retry_after(fields: &Fields) -> Option<Duration> {
 }
 
 fn refuse_connect(cluster: &Cluster, error: &ConnectError) -> Rejection {
-    let service = cluster.service.clone();
+    let service = cluster.callee.clone();
     match error {
         ConnectError::Resolve => {
             Rejection::ConnectFailed { service, why: "its name does not resolve", timeout: false }

@@ -6,6 +6,7 @@
 
 mod accept;
 mod admin;
+mod complaint;
 mod edge;
 mod flow;
 mod forward;

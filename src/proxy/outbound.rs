@@ -107,6 +107,7 @@ impl Outbound {
             (None, UnknownHosts::Allow) if self.only.is_none() => {
                 let origin =
                     origin_of(uri, asked).ok_or(Rejection::BadRequest("the host is no host"))?;
+                record.leaves_for(&origin.authority());
                 self.worker.outsider(&origin)?
             }
             (None, UnknownHosts::Allow | UnknownHosts::Deny) => {

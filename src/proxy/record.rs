@@ -184,6 +184,7 @@ impl Desk {
                 wall: Clock::system().now(),
                 asked: asked(),
                 endpoint: None,
+                outside: None,
                 request_id: None,
                 trace: None,
                 attempts: 0,
@@ -244,6 +245,8 @@ struct Notes {
     /// What was asked for, if that could be read.
     asked: Option<(Method, Uri)>,
     endpoint: Option<(EndpointId, NetworkMode)>,
+    /// The host outside the project that was called: it is no endpoint, and has only this name.
+    outside: Option<Box<str>>,
     request_id: Option<HeaderValue>,
     trace: Option<TraceContext>,
     attempts: u32,
@@ -299,6 +302,13 @@ impl Record {
     /// Who speaks to whom is known.
     pub(super) fn belongs_to(&mut self, series: Rc<Series>) {
         self.series = series;
+    }
+
+    /// It leads to a host outside the project.
+    pub(super) fn leaves_for(&mut self, host: &str) {
+        if let Some(notes) = &mut self.notes {
+            notes.outside = Some(host.into());
+        }
     }
 
     /// It passes only because the project is learning.
@@ -412,7 +422,11 @@ impl Record {
             direction: self.series.direction,
             caller: &self.series.caller,
             callee: &self.series.callee,
-            endpoint: notes.endpoint.as_ref().map_or("", |(id, _)| id.as_str()),
+            endpoint: notes
+                .outside
+                .as_deref()
+                .or_else(|| Some(notes.endpoint.as_ref()?.0.as_str()))
+                .unwrap_or_default(),
             mode: notes.endpoint.as_ref().map_or("", |(_, mode)| mode.as_str()),
             method: notes.asked.as_ref().map_or("", |(method, _)| method.as_str()),
             path: notes.asked.as_ref().map_or("", |(method, uri)| target(method, uri)),

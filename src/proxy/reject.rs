@@ -3,7 +3,7 @@
 //! An answer says what happened and what to do about it. Inner addresses, tokens and key ids never reach one; the log
 //! has them.
 
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use http::{HeaderName, HeaderValue, StatusCode, header};
 
@@ -11,6 +11,27 @@ use crate::{
     model::{ScopeSet, ServiceName},
     wire::{Body, Fields, PROBLEM_JSON, Problem, Response},
 };
+
+/// Who did not answer as it should, in the words of whoever asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Callee {
+    /// A service of the project.
+    Service(ServiceName),
+    /// The application behind the inbound listener of this service's proxy.
+    Application(ServiceName),
+    /// A host outside the project.
+    Outside(Box<str>),
+}
+
+impl fmt::Display for Callee {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Service(service) => service.fmt(f),
+            Self::Application(service) => write!(f, "the application of {service}"),
+            Self::Outside(host) => f.write_str(host),
+        }
+    }
+}
 
 /// Why the data plane answered instead of the service.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -54,7 +75,10 @@ pub enum Rejection {
         callee: ServiceName,
     },
     /// A host outside the project.
-    #[error("{authority:?} is no service of this project, and other hosts are not allowed")]
+    #[error(
+        "{authority:?} is no service of this project, and other hosts are not allowed: set `outbound.unknown_hosts: allow`, \
+         or name the host in the application's NO_PROXY"
+    )]
     HostNotAllowed {
         /// The host that was asked for.
         authority: String,
@@ -90,20 +114,20 @@ pub enum Rejection {
         headers: usize,
     },
     /// No connection could be had.
-    #[error("no connection to {service} could be made: {why}")]
+    #[error("{}", unconnected(.service, .why))]
     ConnectFailed {
-        /// The service.
-        service: ServiceName,
+        /// Who was called.
+        service: Callee,
         /// In a few words.
         why: &'static str,
         /// Whether it was time that ran out.
         timeout: bool,
     },
     /// TLS failed.
-    #[error("TLS to {service} failed: {why}")]
+    #[error("TLS to {service} failed: {why}{}", believed(*.certificate))]
     TlsFailed {
-        /// The service.
-        service: ServiceName,
+        /// Who was called.
+        service: Callee,
         /// In a few words.
         why: &'static str,
         /// Whether it was the peer's certificate.
@@ -112,30 +136,30 @@ pub enum Rejection {
     /// The endpoint ended the exchange before it answered.
     #[error("{service} closed the connection before it answered{}", unrepeated(*.spent))]
     UpstreamReset {
-        /// The service.
-        service: ServiceName,
+        /// Who was called.
+        service: Callee,
         /// Whether it might have been tried again, had its body not been too large to keep.
         spent: bool,
     },
     /// The endpoint's answer is no valid HTTP.
     #[error("{service} sent an answer that is no valid HTTP")]
     BadResponse {
-        /// The service.
-        service: ServiceName,
+        /// Who was called.
+        service: Callee,
     },
     /// No endpoint can be used.
     #[error("{service} has no endpoint that can be used from here: {why}")]
     NoHealthyEndpoint {
-        /// The service.
-        service: ServiceName,
+        /// Who was called.
+        service: Callee,
         /// In a few words.
         why: &'static str,
     },
     /// Every endpoint's circuit is open.
     #[error("every endpoint of {service} failed repeatedly and is left alone for a while")]
     CircuitOpen {
-        /// The service.
-        service: ServiceName,
+        /// Who was called.
+        service: Callee,
         /// Until the next one is tried.
         retry_after: Duration,
     },
@@ -156,14 +180,33 @@ pub enum Rejection {
     /// The answer took too long.
     #[error("{service} gave no answer within {limit:?}")]
     Deadline {
-        /// The service.
-        service: ServiceName,
+        /// Who was called.
+        service: Callee,
         /// The time that was given.
         limit: Duration,
     },
     /// The request has been here before.
     #[error("the request came back to the proxy that sent it, or passed too many")]
     Loop,
+}
+
+/// Nobody to talk to. Whoever calls a service cannot know that its proxy is well and the application behind it is not.
+fn unconnected(callee: &Callee, why: &str) -> String {
+    match callee {
+        Callee::Application(_) => format!("{callee} does not accept connections: {why}"),
+        Callee::Service(_) | Callee::Outside(_) => {
+            format!("no connection to {callee} could be made: {why}")
+        }
+    }
+}
+
+/// What to do about a certificate that is not accepted. The log has the reason: it names inner addresses.
+fn believed(certificate: bool) -> &'static str {
+    if certificate {
+        "; the proxy's log says why, and `trust.ca_file` names issuers to believe besides the system's"
+    } else {
+        ""
+    }
 }
 
 /// Why there was no further attempt, where that is the body's doing.
@@ -437,7 +480,8 @@ mod tests {
 
     #[test]
     fn a_grpc_caller_is_told_in_trailers_only() {
-        let rejection = Rejection::Deadline { service: service(), limit: Duration::from_secs(2) };
+        let service = Callee::Service(service());
+        let rejection = Rejection::Deadline { service, limit: Duration::from_secs(2) };
         let answer = rejection.answer(None, true);
         assert_eq!(answer.status, 200);
         assert_eq!(answer.fields.get("grpc-status").unwrap(), "4");
@@ -446,6 +490,25 @@ mod tests {
             "deadline: reports gave no answer within 2s"
         );
         assert!(answer.body.is_empty());
+    }
+
+    #[test]
+    fn a_connection_that_cannot_be_had_is_told_by_whose_it_was() {
+        let told = |service| {
+            Rejection::ConnectFailed { service, why: "refused", timeout: false }.to_string()
+        };
+        assert_eq!(
+            told(Callee::Application(service())),
+            "the application of reports does not accept connections: refused"
+        );
+        assert_eq!(
+            told(Callee::Outside("example.com:8080".into())),
+            "no connection to example.com:8080 could be made: refused"
+        );
+        assert_eq!(
+            told(Callee::Service(service())),
+            "no connection to reports could be made: refused"
+        );
     }
 
     #[test]

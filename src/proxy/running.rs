@@ -1,6 +1,6 @@
 //! A data plane that runs, as whoever started it holds it: where it listens, and how that changes.
 
-use std::{collections::BTreeMap, net::SocketAddr};
+use std::{collections::BTreeMap, fmt, net::SocketAddr};
 
 use tokio::sync::mpsc;
 
@@ -128,6 +128,12 @@ pub enum Listener {
     Port(ServiceName),
     /// Calls in; the place in `inbound`.
     Inbound(usize),
+}
+
+impl fmt::Display for Listener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.key())
+    }
 }
 
 impl Listener {

@@ -31,6 +31,7 @@ use crate::{
     net::{Resolver, Tally},
     proxy::{
         record::Series,
+        reject::Callee,
         settings::{App, Role, Settings},
     },
     runtime::Clock,
@@ -168,6 +169,8 @@ impl Target {
 pub(super) struct Cluster {
     /// Its name.
     pub service: ServiceName,
+    /// What it is called where it fails.
+    pub callee: Callee,
     /// Whether this proxy's service may speak to it.
     pub grant: Result<Grant, NotPermitted>,
     /// Where its token is.
@@ -421,6 +424,7 @@ impl Surveyor {
         let wants_token = targets.iter().any(|target| target.takes_token);
         Cluster {
             service: name.clone(),
+            callee: Callee::Service(name.clone()),
             grant: permits(&catalog.project, &settings.service, name, strictness),
             token: (wants_token && settings.role != Role::Edge).then(|| self.tokens.slot(name)),
             targets,
@@ -713,6 +717,10 @@ impl Surveyor {
             weight: 100,
             state: EndpointState::Active,
         };
+        let callee = host.as_deref().map_or_else(
+            || Callee::Application(service.clone()),
+            |host| Callee::Outside(host.into()),
+        );
         let authority = app.origin.authority();
         let target = Target {
             id,
@@ -730,6 +738,7 @@ impl Surveyor {
         };
         Some(Cluster {
             service: service.clone(),
+            callee,
             grant,
             token: None,
             targets: vec![Rc::new(target)],

@@ -7,6 +7,7 @@ use std::{
     error::Error,
     fmt,
     io::{self, IsTerminal},
+    sync::OnceLock,
 };
 
 use serde::ser::{SerializeMap, Serializer};
@@ -69,17 +70,17 @@ pub enum LogError {
 #[derive(Debug)]
 #[must_use = "dropping it ends the log"]
 pub struct LogGuard {
-    dropped: Dropped,
     #[expect(dead_code, reason = "held for its Drop, which writes what waits")]
     flushing: Flushing,
 }
 
-impl LogGuard {
-    /// Counts the lines that were dropped because too many waited or nobody read them.
-    #[must_use]
-    pub fn dropped(&self) -> Dropped {
-        self.dropped.clone()
-    }
+/// What the one log of this process has lost.
+static LOST: OnceLock<Dropped> = OnceLock::new();
+
+/// How many lines of this process' own log were dropped because too many waited or nobody read them.
+#[must_use]
+pub fn process_lines_dropped() -> usize {
+    LOST.get().map_or(0, Dropped::dropped_lines)
 }
 
 /// Starts the log on standard error. `level` is a level, or directives such as `info,infrar::proxy=debug`; empty means
@@ -93,7 +94,9 @@ pub fn start(format: Format, level: &str) -> Result<LogGuard, LogError> {
     let (lines, dropped, flushing) = writer::open(io::stderr(), WAITING, "infrar-log");
     let subscriber = subscriber(format.is_text(terminal), terminal, filter, lines);
     dispatcher::set_global_default(subscriber).map_err(|_source| LogError::Running)?;
-    Ok(LogGuard { dropped, flushing })
+    // There is no second log, so nobody has set it.
+    let _first = LOST.set(dropped);
+    Ok(LogGuard { flushing })
 }
 
 fn filter(level: &str) -> Result<EnvFilter, LogError> {
@@ -172,7 +175,7 @@ impl Visit for TextLine<'_> {
     }
 }
 
-/// One object per line: `timestamp`, `level`, the event's own fields, `target`.
+/// One object per line: `time`, `level`, the event's own fields, `target`.
 struct JsonLines;
 
 impl<S, N> FormatEvent<S, N> for JsonLines
@@ -186,19 +189,19 @@ where
         mut writer: Writer<'_>,
         event: &Event<'_>,
     ) -> fmt::Result {
-        let mut timestamp = String::new();
-        SystemTime.format_time(&mut Writer::new(&mut timestamp))?;
-        let line = json_line(&timestamp, event).map_err(|_error| fmt::Error)?;
+        let mut time = String::new();
+        SystemTime.format_time(&mut Writer::new(&mut time))?;
+        let line = json_line(&time, event).map_err(|_error| fmt::Error)?;
         writer.write_str(&line)?;
         writer.write_char('\n')
     }
 }
 
-fn json_line(timestamp: &str, event: &Event<'_>) -> Result<String, serde_json::Error> {
+fn json_line(time: &str, event: &Event<'_>) -> Result<String, serde_json::Error> {
     let mut line = Vec::with_capacity(256);
     let mut serializer = serde_json::Serializer::new(&mut line);
     let mut map = serializer.serialize_map(None)?;
-    map.serialize_entry("timestamp", timestamp)?;
+    map.serialize_entry("time", time)?;
     map.serialize_entry("level", event.metadata().level().as_str())?;
     let mut members = JsonMembers { map: &mut map, outcome: Ok(()) };
     event.record(&mut members);
@@ -321,7 +324,8 @@ pub(super) mod tests {
         assert_eq!(line["error"], chain, "{log}");
         assert_eq!((&line["attempts"], &line["last"]), (&3.into(), &true.into()), "{log}");
         assert_eq!(line["message"], "not followed", "{log}");
-        let order = ["timestamp", "level", "message", "error", "target"].map(|key| log.find(key));
+        let order = ["time", "level", "message", "error", "target"];
+        let order = order.map(|key| log.find(&format!("\"{key}\":")));
         assert!(order.is_sorted() && order[0].is_some(), "{log}");
         // For people the same, and nothing that moves their cursor.
         let log = written(true, "info", speak);

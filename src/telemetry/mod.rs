@@ -16,5 +16,5 @@ pub use cells::{Counter, Direction, Histogram};
 pub use expose::{Families, Registry};
 #[cfg(test)]
 pub(crate) use log::tests::overhear;
-pub use log::{Format, LogError, LogGuard, start};
+pub use log::{Format, LogError, LogGuard, process_lines_dropped, start};
 pub use writer::{Dropped, Flushing};

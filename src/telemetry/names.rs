@@ -83,7 +83,7 @@ pub const CIRCUIT_STATE: Name =
 /// Labels: `service`, `endpoint`, `mode`.
 pub const ENDPOINT_LATENCY: Name = gauge(
     "infrar_endpoint_latency_seconds",
-    "Peak EWMA of an endpoint's response time, as the balancer sees it.",
+    "Peak EWMA of an endpoint's response time, as the balancer sees it: a failure counts as 5 s at least, and an old value fades with the next answer only.",
 );
 /// Labels: `direction`, `caller`, `callee`.
 pub const LEARNED_GRANTS: Name = counter(
@@ -163,7 +163,7 @@ pub const TASK_PANICS: Name =
 /// Log lines lost.
 pub const LOG_DROPPED: Name = counter(
     "infrar_log_lines_dropped_total",
-    "Log lines dropped because they came faster than they could be written.",
+    "Log lines dropped because they came faster than they could be written, or nobody reads them.",
 );
 /// Memory.
 pub const PROCESS_MEMORY: Name = gauge("process_resident_memory_bytes", "Resident memory.");

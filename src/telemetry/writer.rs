@@ -4,7 +4,7 @@
 
 use std::{
     fmt,
-    io::{self, BufWriter, Write},
+    io::{self, Write},
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -31,10 +31,7 @@ where
     W: Write + Send + 'static,
 {
     let failed = Arc::new(AtomicUsize::new(0));
-    let tolerant = Tolerant {
-        inner: BufWriter::with_capacity(BUFFER_BYTES, writer),
-        failed: Arc::clone(&failed),
-    };
+    let tolerant = Tolerant::new(writer, Arc::clone(&failed));
     let (queue, guard) = NonBlockingBuilder::default()
         .lossy(true)
         .buffered_lines_limit(lines)
@@ -86,24 +83,77 @@ impl Drop for Flushing {
     }
 }
 
-/// A writer that counts a failed write instead of reporting it: a broken pipe is no reason to stop.
-struct Tolerant<W: Write> {
-    inner: BufWriter<W>,
+/// A writer that counts the lines it could not write instead of reporting them: a broken pipe is no reason to stop.
+struct Tolerant<W> {
+    writer: W,
+    /// Whole lines, but for the first: of that a part may have been written.
+    waiting: Vec<u8>,
+    /// How many lines those are.
+    lines: usize,
     failed: Arc<AtomicUsize>,
+}
+
+impl<W: Write> Tolerant<W> {
+    fn new(writer: W, failed: Arc<AtomicUsize>) -> Self {
+        Self { writer, waiting: Vec::with_capacity(BUFFER_BYTES), lines: 0, failed }
+    }
+
+    /// Writes what waits. Of what cannot be written now the rest stays and is tried again with the next line, unless the
+    /// reader is gone for good: then every line of it is lost.
+    fn write_out(&mut self) {
+        let mut written = 0;
+        let outcome = loop {
+            let rest = self.waiting.get(written..).unwrap_or_default();
+            if rest.is_empty() {
+                break Ok(());
+            }
+            match self.writer.write(rest) {
+                Ok(0) => break Err(io::ErrorKind::WriteZero),
+                Ok(more) => written += more,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => break Err(error.kind()),
+            }
+        };
+        self.waiting.drain(..written.min(self.waiting.len()));
+        match outcome {
+            Ok(()) => {
+                self.lines = 0;
+                self.writer.flush().ok();
+            }
+            Err(io::ErrorKind::BrokenPipe) => {
+                self.failed.fetch_add(self.lines, Ordering::Relaxed);
+                self.lines = 0;
+                self.waiting.clear();
+            }
+            Err(_for_now) => {}
+        }
+    }
+
+    fn has_room(&self, line: &[u8]) -> bool {
+        self.waiting.is_empty() || self.waiting.len() + line.len() <= BUFFER_BYTES
+    }
 }
 
 impl<W: Write> Write for Tolerant<W> {
     /// Takes one line, whole or not at all.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        if self.inner.write_all(line).is_err() {
+        if !self.has_room(line) {
+            self.write_out();
+        }
+        if self.has_room(line) {
+            self.waiting.extend_from_slice(line);
+            self.lines += 1;
+        } else {
             self.failed.fetch_add(1, Ordering::Relaxed);
+        }
+        if self.waiting.len() > BUFFER_BYTES {
+            self.write_out();
         }
         Ok(line.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        // What could not be written stays in the buffer and is tried again with the next line.
-        self.inner.flush().ok();
+        self.write_out();
         Ok(())
     }
 }
@@ -170,15 +220,43 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn lines_to_a_reader_that_is_gone_are_counted_once_the_buffer_is_full() {
+    fn lines_to_a_reader_that_is_gone_are_counted_as_soon_as_they_are_written() {
         let (mut queue, dropped, flushing) = open(Gone, 64, "test");
-        let line = [b'x'; BUFFER_BYTES / 2 + 1];
         for _ in 0..3 {
-            queue.write_all(&line).unwrap();
+            queue.write_all(b"line\n").unwrap();
         }
         drop(flushing);
-        // The first still fits into the buffer; no other ever does.
-        assert_eq!(dropped.dropped_lines(), 2);
+        assert_eq!(dropped.dropped_lines(), 3);
+    }
+
+    /// A disk that is full for the first `0` writes.
+    struct Full(usize, Paper);
+
+    impl Write for Full {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            if let Some(left) = self.0.checked_sub(1) {
+                self.0 = left;
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            self.1.write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_written_for_now_is_tried_again() {
+        let paper = Paper::default();
+        let failed = Arc::new(AtomicUsize::new(0));
+        let mut tolerant = Tolerant::new(Full(1, paper.clone()), Arc::clone(&failed));
+        tolerant.write_all(b"one\n").unwrap();
+        tolerant.flush().unwrap();
+        assert_eq!(paper.text(), "");
+        tolerant.write_all(b"two\n").unwrap();
+        tolerant.flush().unwrap();
+        assert_eq!((paper.text().as_str(), failed.load(Ordering::Relaxed)), ("one\ntwo\n", 0));
     }
 
     #[test]

@@ -33,7 +33,7 @@ impl Problem {
     pub fn new(status: u16, code: &str, detail: String) -> Self {
         Self {
             kind: format!("urn:infrar:problem:{code}"),
-            title: code.replace('-', " "),
+            title: title(code),
             status,
             detail,
             code: code.to_owned(),
@@ -41,6 +41,13 @@ impl Problem {
             nearest: None,
         }
     }
+}
+
+/// The code as the beginning of a sentence.
+fn title(code: &str) -> String {
+    let words = code.replace('-', " ");
+    let mut letters = words.chars();
+    letters.next().map_or_else(String::new, |first| first.to_uppercase().chain(letters).collect())
 }
 
 #[cfg(test)]
@@ -52,7 +59,7 @@ mod tests {
         let problem = Problem::new(404, "unknown-service", "no such service".into());
         assert_eq!(
             serde_json::to_string(&problem).unwrap(),
-            r#"{"type":"urn:infrar:problem:unknown-service","title":"unknown service","status":404,"detail":"no such service","code":"unknown-service"}"#
+            r#"{"type":"urn:infrar:problem:unknown-service","title":"Unknown service","status":404,"detail":"no such service","code":"unknown-service"}"#
         );
     }
 }
