@@ -234,6 +234,7 @@ fn worker(parts: Parts, site: Site) -> Worker {
         meter: parts.meter,
         registry: parts.registry,
         pools: Default::default(),
+        made: Default::default(),
         series: Default::default(),
     };
     Worker {
@@ -262,13 +263,6 @@ async fn prune(worker: Rc<Worker>) {
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        let now = tokio::time::Instant::now();
-        let view = worker.view.borrow().clone();
-        if let Some(view) = view {
-            view.prune(now);
-        }
-        for cluster in worker.outsiders.borrow().clusters() {
-            cluster.targets.iter().for_each(|target| target.pool.prune(now));
-        }
+        worker.surveyor.prune(tokio::time::Instant::now());
     }
 }
