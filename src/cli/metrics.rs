@@ -10,6 +10,7 @@ use crate::{
     balance::CircuitState,
     cost::{Meter, PriceBook},
     discovery::Directory,
+    net::Spread,
     proxy,
     telemetry::{AccessLog, Registry, names},
 };
@@ -27,7 +28,7 @@ pub(super) fn expose(
         (Arc::clone(directory), Arc::clone(meter), running.connections());
     let (tokens, trust) = (Arc::clone(&world.tokens), Arc::clone(&world.trust));
     registry.register_collector(Box::new(move |found| {
-        found.gauge(names::CONNECTIONS, &[], to_f64(spread.total()));
+        connections(found, &spread);
         if let Some(age) = directory.age() {
             found.gauge(names::SNAPSHOT_AGE, &[], age.as_secs_f64());
         }
@@ -81,6 +82,15 @@ pub(super) fn expose(
         }
         egress(found, &meter);
     }));
+}
+
+/// Open connections, in all and by worker.
+fn connections(found: &mut crate::telemetry::Families, spread: &Spread<usize>) {
+    found.gauge(names::CONNECTIONS, &[], to_f64(spread.total()));
+    for (worker, open) in spread.each().enumerate() {
+        let worker = worker.to_string();
+        found.gauge(names::WORKER_CONNECTIONS, &[("worker", &*worker)], to_f64(open));
+    }
 }
 
 /// What came of reading the settings again.
