@@ -6,6 +6,8 @@
 
 mod accept;
 mod admin;
+mod answer_h2;
+mod backlog;
 mod edge;
 mod flow;
 mod forward;
@@ -26,6 +28,7 @@ mod story;
 mod tunnel;
 mod view;
 mod walk;
+mod wire_h1;
 mod worker;
 
 use std::{net::SocketAddr, num::NonZeroUsize, rc::Rc, sync::Arc, time::Duration};
