@@ -113,6 +113,22 @@ impl PeakEwma {
         self.observe(latency.max(PENALTY), now);
     }
 
+    /// Whoever asked had no answer after `latency` and did not wait for it. That much it takes at least: the estimate only
+    /// ever rises.
+    pub fn exceeds(&self, latency: Duration, now: Tick) {
+        let sample = latency.as_secs_f32().min(CEILING_SECONDS);
+        // As above.
+        let _unchanged = self.0.fetch_update(Relaxed, Relaxed, |word| {
+            let old = Estimate::read(word);
+            let age = old.age(now);
+            if sample <= old.projected(age) {
+                return None;
+            }
+            let millis = if age == 0.0 { old.millis } else { low_half(now.millis()) };
+            Some(Estimate { seconds: sample, measured: old.measured, millis }.word())
+        });
+    }
+
     /// What an answer would take now, in seconds: the estimate less what was forgotten since. Never written back.
     #[must_use]
     pub fn project(&self, now: Tick) -> f32 {
@@ -165,6 +181,31 @@ mod tests {
         ewma.observe(Duration::from_millis(5), at(1));
         ewma.penalize(Duration::from_micros(90), at(2));
         assert_eq!(ewma.measured(), Some(PENALTY));
+    }
+
+    #[test]
+    fn failing_slowly_counts_as_slow_as_it_was() {
+        let ewma = PeakEwma::new(ZERO);
+        ewma.penalize(Duration::from_secs(30), at(1));
+        assert_eq!(ewma.measured(), Some(Duration::from_secs(30)));
+    }
+
+    #[test]
+    fn whoever_does_not_wait_for_an_answer_only_makes_it_look_slower() {
+        let ewma = PeakEwma::new(ZERO);
+        ewma.exceeds(Duration::from_millis(1), at(1));
+        assert!((ewma.project(at(1)) - UNMEASURED_SECONDS).abs() < 1e-5);
+        ewma.exceeds(Duration::from_secs(1), at(2));
+        assert!((ewma.project(at(2)) - 1.0).abs() < 1e-6);
+        // No answer was ever measured, and the first replaces what was only feared.
+        assert_eq!(ewma.measured(), None);
+        ewma.observe(Duration::from_millis(5), at(3));
+        assert_eq!(ewma.measured(), Some(Duration::from_millis(5)));
+        ewma.exceeds(Duration::from_millis(300), at(4));
+        assert!((ewma.project(at(4)) - 0.3).abs() < 1e-6);
+        // What was forgotten since counts again.
+        ewma.exceeds(Duration::from_millis(200), at(8_000));
+        assert!((ewma.project(at(8_000)) - 0.2).abs() < 1e-6);
     }
 
     #[test]

@@ -1,6 +1,10 @@
 //! The metrics that are worked out when somebody scrapes.
 
-use std::sync::{Arc, OnceLock};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use super::{
     reload::Reloads,
@@ -10,6 +14,7 @@ use crate::{
     balance::CircuitState,
     cost::{Meter, PriceBook},
     discovery::Directory,
+    model::{EndpointId, NetworkMode, ServiceName},
     net::Spread,
     proxy,
     telemetry::{AccessLog, Registry, names},
@@ -106,29 +111,45 @@ pub(super) fn settings(found: &mut crate::telemetry::Families, reloads: &Reloads
 
 /// Circuits and latencies by endpoint.
 pub(super) fn conditions(found: &mut crate::telemetry::Families, ward: &proxy::Ward) {
-    for condition in ward.conditions() {
+    for ((service, endpoint, mode), (circuit, latency)) in worst(ward.conditions()) {
         let labels = [
-            ("service", condition.service.as_str()),
-            ("endpoint", condition.endpoint.as_str()),
-            ("mode", condition.mode.as_str()),
+            ("service", service.as_str()),
+            ("endpoint", endpoint.as_str()),
+            ("mode", mode.as_str()),
         ];
-        let state = match condition.circuit {
-            CircuitState::Closed => 0.0,
-            CircuitState::HalfOpen => 1.0,
-            CircuitState::Open => 2.0,
-        };
-        found.gauge(names::CIRCUIT_STATE, &labels, state);
-        if let Some(latency) = condition.latency {
+        found.gauge(names::CIRCUIT_STATE, &labels, f64::from(circuit));
+        if let Some(latency) = latency {
             found.gauge(names::ENDPOINT_LATENCY, &labels, latency.as_secs_f64());
         }
     }
 }
 
+/// What tells one series from another.
+type Labels = (ServiceName, EndpointId, NetworkMode);
+
+/// The worst circuit and the highest latency of each set of labels. While an endpoint moves to another address it is known
+/// under both, and one must not hide the other.
+fn worst(
+    conditions: impl IntoIterator<Item = proxy::Condition>,
+) -> BTreeMap<Labels, (u8, Option<Duration>)> {
+    let mut worst = BTreeMap::new();
+    for condition in conditions {
+        let circuit = match condition.circuit {
+            CircuitState::Closed => 0,
+            CircuitState::HalfOpen => 1,
+            CircuitState::Open => 2,
+        };
+        let labels = (condition.service, condition.endpoint, condition.mode);
+        let series: &mut (u8, Option<Duration>) = worst.entry(labels).or_default();
+        *series = (series.0.max(circuit), series.1.max(condition.latency));
+    }
+    worst
+}
+
 /// Bytes by path, and what they cost in the marginal band.
 fn egress(found: &mut crate::telemetry::Families, meter: &Meter) {
     use crate::cost::Leg;
-    let mut sums: std::collections::BTreeMap<[String; 6], (u64, i64)> =
-        std::collections::BTreeMap::new();
+    let mut sums: BTreeMap<[String; 6], (u64, i64)> = BTreeMap::new();
     for row in meter.read() {
         // Whoever sends pays: the answer's bytes are priced at the callee's place.
         let (here, there) = (Some(&row.path.from), row.path.to.as_ref());
@@ -166,4 +187,28 @@ fn egress(found: &mut crate::telemetry::Families, meter: &Meter) {
 #[expect(clippy::cast_precision_loss, reason = "Prometheus samples are floats")]
 fn to_f64(count: usize) -> f64 {
     count as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_addresses_of_one_endpoint_show_the_worse_of_both() {
+        let condition = |endpoint: &str, circuit, millis: Option<u64>| proxy::Condition {
+            service: "data".parse().unwrap(),
+            endpoint: endpoint.parse().unwrap(),
+            mode: NetworkMode::Public,
+            circuit,
+            latency: millis.map(Duration::from_millis),
+        };
+        let all = [
+            condition("one", CircuitState::Open, None),
+            condition("one", CircuitState::Closed, Some(7)),
+            condition("one", CircuitState::HalfOpen, Some(3)),
+            condition("two", CircuitState::Closed, None),
+        ];
+        let shown: Vec<_> = worst(all).into_values().collect();
+        assert_eq!(shown, [(2, Some(Duration::from_millis(7))), (0, None)]);
+    }
 }

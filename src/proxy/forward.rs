@@ -3,41 +3,30 @@
 //! What may be sent again (DESIGN §7.3): whatever the endpoint certainly has not seen, and idempotent requests whose
 //! body is still here. Retries after the first attempt spend a budget, so that a service in trouble is not buried
 //! under its callers' patience.
-//!
-//! A deadline is for the endpoint, and runs while the endpoint is awaited. As long as a body streams, its sender sets the
-//! pace; only a body that stalls ends the wait then, at the cost of whoever it waits for.
 
 use std::{
-    cell::RefCell,
-    future::poll_fn,
-    pin::pin,
-    rc::Rc,
-    sync::Arc,
-    task::{Context, Poll, ready},
-    time::Duration,
+    cell::RefCell, future::poll_fn, pin::pin, rc::Rc, sync::Arc, task::Poll, time::Duration,
 };
 
 use http::{HeaderName, HeaderValue, Method, StatusCode, Uri, Version, header, uri::PathAndQuery};
 use tokio::time::Instant;
 
 use crate::{
-    balance::{Chosen, Flight, NoChoice, Outcome, Tried, Vitals},
+    balance::{Chosen, Flight, NoChoice, Outcome, Tried},
     identity::Grant,
     net::Stream,
     proxy::{
+        patience::Patience,
         record::Record,
         reject::Rejection,
+        trial::Trial,
         view::{Cluster, Target, Ward},
     },
     runtime::Alarm,
-    upstream::{
-        Awaited, ConnectError, Failure, Lease, Outgoing, Progress, Received, SendError, Want,
-    },
+    upstream::{ConnectError, Failure, Lease, Outgoing, Progress, Received, SendError, Want},
     wire::{Body, BodyError, Fields, Interim, Replay, Request},
 };
 
-/// A fast failure must not look like a fast endpoint.
-const PENALTY: Duration = Duration::from_secs(5);
 /// Without any timeout in the settings an attempt may still not last for ever.
 const FAR: Duration = Duration::from_secs(24 * 3600);
 
@@ -80,8 +69,6 @@ pub(super) struct Forward<'a> {
     replay: Option<Replay>,
     tried: Tried,
     attempts: u32,
-    /// Since when the endpoint of the last attempt was waited for; `None`: its answer came before the body's end.
-    awaited_since: Option<Instant>,
 }
 
 /// What one attempt came to.
@@ -90,7 +77,7 @@ enum Attempt {
     /// An answer that another attempt might better, after `pause` if the service says when.
     Held {
         received: Received,
-        vitals: Arc<Vitals>,
+        target: Rc<Target>,
         pause: Option<Duration>,
     },
     /// It failed; `again` says whether another may follow.
@@ -98,46 +85,6 @@ enum Attempt {
         rejection: Rejection,
         again: bool,
     },
-}
-
-/// How long an attempt waits, and for whom.
-struct Patience {
-    /// When the answer must be there; `None` as long as the body is on its way.
-    deadline: Option<Instant>,
-    /// From the end of the body on.
-    limit: Duration,
-    /// While the endpoint takes none of the body.
-    stall: Duration,
-    /// When the body had been sent.
-    uploaded: Option<Instant>,
-    /// What the endpoint had taken when it stopped, and how long it may take none.
-    stuck: Option<(u64, Instant)>,
-}
-
-impl Patience {
-    /// Ready when the endpoint has had its time.
-    fn poll(
-        &mut self,
-        progress: &Progress,
-        alarm: &RefCell<Alarm>,
-        cx: &mut Context<'_>,
-    ) -> Poll<()> {
-        let until = match (self.deadline, progress.get()) {
-            (Some(deadline), _) => deadline,
-            (None, (Awaited::Answer, _)) => {
-                let now = Instant::now();
-                self.uploaded = Some(now);
-                *self.deadline.insert(now + self.limit)
-            }
-            // The client's side knows how long it may stall.
-            (None, (Awaited::Body, _)) => return Poll::Pending,
-            (None, (Awaited::Room, taken)) => match self.stuck {
-                Some((before, until)) if before == taken => until,
-                Some(_) | None => self.stuck.insert((taken, Instant::now() + self.stall)).1,
-            },
-        };
-        alarm.borrow_mut().poll(until, cx)
-    }
 }
 
 impl<'a> Forward<'a> {
@@ -168,7 +115,6 @@ impl<'a> Forward<'a> {
             replay: None,
             tried: Tried::default(),
             attempts: 0,
-            awaited_since: None,
         }
     }
 
@@ -198,20 +144,23 @@ impl<'a> Forward<'a> {
             interim: &interim,
             alarm: &alarm,
         };
-        let mut forward = Forward::new(cluster, ward, dispatch, record, Instant::now(), grant);
+        let begun = Instant::now();
+        let mut forward = Forward::new(cluster, ward, dispatch, record, begun, grant);
+        cluster.budget.deposit(ward.tick(begun));
         loop {
             forward.attempts += 1;
             let begun = Instant::now();
             let (target, chosen) = forward.choose(begun)?;
-            forward.record.attempt(&target.id, target.mode);
+            forward.record.attempt(&target.id, target.mode, begun);
             let flight = Flight::begin(Arc::clone(&target.vitals));
+            // How long connecting takes says nothing about answers.
+            let trial = Trial::begin(ward, cluster.aim.circuit(), &target.vitals, chosen.pass);
             let limit = forward.deadline.min(begun + cluster.timeouts.connect);
             let opened = target.tunnels().open_tunnel(limit).await;
             let now = Instant::now();
-            forward.record.waited(begun, now);
-            forward.awaited_since = Some(begun);
+            forward.record.waited(now);
             let outcome = if opened.is_ok() { Outcome::Success } else { Outcome::Failure };
-            forward.settle(&target, chosen, outcome, now);
+            trial.settle(outcome, now);
             match opened {
                 Ok(stream) => {
                     forward.record.carried_by(flight);
@@ -253,30 +202,32 @@ impl<'a> Forward<'a> {
         loop {
             match outcome {
                 Ok(Attempt::Received(received)) => return Ok(received),
-                Ok(Attempt::Held { received, vitals, pause }) => {
+                Ok(Attempt::Held { received, target, pause }) => {
                     if !self.may_go_on(pause).await {
-                        return Ok(self.give(received, vitals));
+                        return Ok(self.give(received, &target));
                     }
-                    held = Some((received, vitals));
+                    held = Some((received, target));
                 }
                 Ok(Attempt::Failed { again: true, .. }) if self.may_go_on(None).await => {}
                 Ok(Attempt::Failed { rejection, .. }) | Err(rejection) => {
-                    let (received, vitals) = held.ok_or(rejection)?;
-                    return Ok(self.give(received, vitals));
+                    let (received, target) = held.ok_or(rejection)?;
+                    return Ok(self.give(received, &target));
                 }
             }
             outcome = self.attempt(Instant::now()).await;
         }
     }
 
-    /// Gives the client an answer that was held back.
-    fn give(&mut self, received: Received, vitals: Arc<Vitals>) -> Received {
-        self.record.carried_by(Flight::begin(vitals));
+    /// Gives the client an answer that was held back. What another attempt took of the body is lost to this endpoint: its
+    /// upload stands still.
+    fn give(&mut self, received: Received, target: &Target) -> Received {
+        self.record.answered_by(&target.id, target.mode);
+        self.record.carried_by(Flight::begin(Arc::clone(&target.vitals)));
         received
     }
 
     /// Whether there is an attempt, a budget and time left; pauses before the next, as long as the service asked for.
-    async fn may_go_on(&self, asked: Option<Duration>) -> bool {
+    async fn may_go_on(&mut self, asked: Option<Duration>) -> bool {
         let now = Instant::now();
         if self.attempts >= self.cluster.max_attempts {
             return false;
@@ -285,12 +236,16 @@ impl<'a> Forward<'a> {
         let steps = self.attempts.saturating_sub(1).min(16);
         let longest = base.saturating_mul(1 << steps).min(max);
         let pause = asked.unwrap_or_else(|| longest.mul_f64(fastrand::f64()));
-        if now + pause >= self.deadline || !self.cluster.budget.withdraw(self.ward.tick(now)) {
+        // An endpoint may ask for any pause, also for one that no clock can count.
+        let left = self.deadline.saturating_duration_since(now);
+        if pause >= left || !self.cluster.budget.withdraw(self.ward.tick(now)) {
             return false;
         }
         // The first retry goes elsewhere at once when there is an elsewhere.
         if asked.is_some() || self.attempts > 1 || self.cluster.targets.len() == 1 {
+            self.record.pauses(now);
             tokio::time::sleep(pause).await;
+            self.record.waited(Instant::now());
         }
         true
     }
@@ -298,19 +253,19 @@ impl<'a> Forward<'a> {
     async fn attempt(&mut self, begun: Instant) -> Result<Attempt, Rejection> {
         self.attempts += 1;
         let (target, chosen) = self.choose(begun)?;
-        self.record.attempt(&target.id, target.mode);
+        self.record.attempt(&target.id, target.mode, begun);
         let flight = Flight::begin(Arc::clone(&target.vitals));
-        let outcome = self.exchange(&target, begun).await;
+        let circuit = self.cluster.aim.circuit();
+        let mut trial = Trial::begin(self.ward, circuit, &target.vitals, chosen.pass);
+        trial.awaits(Some(begun));
+        let outcome = self.exchange(&target, begun, &mut trial).await;
         let now = Instant::now();
-        self.record.waited(begun, now);
-        let verdict = self.judge(&outcome);
-        self.settle(&target, chosen, verdict, now);
+        self.record.waited(now);
+        trial.settle(judge(&outcome), now);
         Ok(match outcome {
             Ok(received) => match self.betterable(&received) {
                 // Held back: returned after all when there is no better one.
-                Some(pause) => {
-                    Attempt::Held { received, vitals: Arc::clone(&target.vitals), pause }
-                }
+                Some(pause) => Attempt::Held { received, target, pause },
                 None => {
                     self.record.carried_by(flight);
                     Attempt::Received(received)
@@ -347,22 +302,25 @@ impl<'a> Forward<'a> {
         Ok((Rc::clone(target), chosen))
     }
 
-    /// Leases a connection and sends. A kept connection that turns out to be dead is replaced by a new one, once: that
+    /// Leases a connection and sends. A kept connection that turns out to be dead is replaced once, by a new one: that
     /// says nothing about the endpoint.
     async fn exchange(
         &mut self,
         target: &Target,
         begun: Instant,
+        trial: &mut Trial<'_>,
     ) -> Result<Received, (Rejection, bool)> {
         let attempt = self.cluster.timeouts.attempt.unwrap_or(FAR);
         let deadline = self.deadline.min(begun + attempt);
-        let streams =
-            self.replay.is_some() || matches!(self.dispatch.request.body, Body::Stream(_));
-        let want = Want {
+        let body = self.has_stream();
+        // A body that an earlier attempt has seen to its end is here: from then on the clock runs.
+        let streams = body && !self.replay.as_ref().is_some_and(Replay::has_ended);
+        let mut want = Want {
             h2: self.dispatch.grpc,
             h1: self.dispatch.upgrade,
             // What streams may not be there a second time: such a connection is looked at more closely.
-            repeatable: self.repeatable && !streams,
+            repeatable: self.repeatable && !body,
+            since: None,
         };
         let mut now = begun;
         loop {
@@ -372,36 +330,28 @@ impl<'a> Forward<'a> {
                 // Boxed, like everything that most requests never do: the room for it would be in every future.
                 kept => Box::pin(self.lease(target, want, kept, limit)).await?,
             };
-            let stale = lease.may_be_stale();
+            let stale = lease.may_be_stale() && want.since.is_none();
             if matches!(self.dispatch.request.body, Body::Stream(_)) {
                 self.keep(&lease);
             }
             let witness = lease.witness();
-            let interim = self.dispatch.interim;
-            let alarm = self.dispatch.alarm;
-            let progress = Progress::new(streams);
             let mut patience = self.patience(streams, deadline);
-            let sent = {
-                let mut sending = pin!(lease.send(self.outgoing(target, &progress), interim));
-                poll_fn(|cx| {
-                    if let Poll::Ready(sent) = sending.as_mut().poll(cx) {
-                        return Poll::Ready(Some(sent));
-                    }
-                    ready!(patience.poll(&progress, alarm, cx));
-                    Poll::Ready(None)
-                })
-                .await
-            };
-            self.awaited_since = if streams { patience.uploaded } else { Some(begun) };
+            trial.awaits((!streams).then_some(begun));
+            let sent = self.send_on(lease, target, &mut patience, trial).await;
             if let (true, Some(uploaded)) = (streams, patience.uploaded) {
                 self.deadline = uploaded + self.cluster.timeouts.request.unwrap_or(FAR);
             }
             match sent {
                 Some(Ok(received)) => return Ok(received),
-                Some(Err(failure)) if stale && self.is_whole() && self.is_no_fault(&failure) => {
-                    now = Instant::now();
+                Some(Err(failure)) => {
+                    let ended = Instant::now();
+                    let prompt = ended.duration_since(now) <= target.pool.finds_out_within();
+                    if !stale || !self.is_whole() || !self.is_no_fault(&failure, prompt) {
+                        return Err(self.refuse(&failure));
+                    }
+                    // The next one may be as dead as this one.
+                    (now, want.since) = (ended, Some(ended));
                 }
-                Some(Err(failure)) => return Err(self.refuse(&failure)),
                 None => {
                     if let Some(witness) = witness {
                         witness.in_vain();
@@ -410,6 +360,31 @@ impl<'a> Forward<'a> {
                 }
             }
         }
+    }
+
+    /// Sends on `lease` and waits; `None` when the endpoint has had its time.
+    async fn send_on(
+        &mut self,
+        lease: Lease,
+        target: &Target,
+        patience: &mut Patience,
+        trial: &mut Trial<'_>,
+    ) -> Option<Result<Received, Failure>> {
+        let interim = self.dispatch.interim;
+        let alarm = self.dispatch.alarm;
+        let progress = Progress::new(self.has_stream());
+        let mut sending = pin!(lease.send(self.outgoing(target, &progress), interim));
+        poll_fn(|cx| {
+            if let Poll::Ready(sent) = sending.as_mut().poll(cx) {
+                return Poll::Ready(Some(sent));
+            }
+            let over = patience.poll(&progress, alarm, cx);
+            if patience.uploaded.is_some() {
+                trial.awaits(patience.uploaded);
+            }
+            over.map(|()| None)
+        })
+        .await
     }
 
     /// A connection, where none is kept or time has passed since the token was taken: with one that is still good.
@@ -454,7 +429,7 @@ impl<'a> Forward<'a> {
         let limit = timeouts.request.unwrap_or(FAR).min(timeouts.attempt.unwrap_or(FAR));
         let stall = self.record.flow().limit();
         let deadline = (!streams).then_some(deadline);
-        Patience { deadline, limit, stall, uploaded: None, stuck: None }
+        Patience::new(deadline, limit, stall)
     }
 
     /// The refusal of an attempt whose endpoint had its time, and whether another may follow.
@@ -470,17 +445,22 @@ impl<'a> Forward<'a> {
     }
 
     /// Whether a kept connection was found to be at its end: that says nothing about the endpoint, and the request can
-    /// be sent on another.
-    fn is_no_fault(&self, failure: &Failure) -> bool {
+    /// be sent on another. What does not fail `prompt`ly was being worked on.
+    fn is_no_fault(&self, failure: &Failure, prompt: bool) -> bool {
         match failure.error {
             SendError::Gone => true,
-            SendError::Closed | SendError::Io(_) => self.repeatable && !failure.answered,
+            SendError::Closed | SendError::Io(_) => self.repeatable && !failure.answered && prompt,
             SendError::Refused
             | SendError::Reset
             | SendError::BadResponse(_)
             | SendError::RequestBody(_)
             | SendError::BadRequest => false,
         }
+    }
+
+    /// Whether there is a body that streams, or one that did before it was kept.
+    fn has_stream(&self) -> bool {
+        self.replay.is_some() || matches!(self.dispatch.request.body, Body::Stream(_))
     }
 
     /// Whether the body can still be sent from its beginning.
@@ -598,43 +578,27 @@ impl<'a> Forward<'a> {
         let again = self.repeatable && self.is_whole() && self.attempts < self.cluster.max_attempts;
         again.then_some(pause)
     }
+}
 
-    /// What an outcome says about the endpoint (DESIGN §7.3).
-    fn judge(&self, outcome: &Result<Received, (Rejection, bool)>) -> Outcome {
-        match outcome {
-            Ok(Received::Upgraded(..)) => Outcome::Success,
-            Ok(Received::Response(response)) => {
-                let status = response.status;
-                // An infrar behind the endpoint that refuses the caller says nothing about the service.
-                let counts = status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED;
-                if counts { Outcome::Failure } else { Outcome::Success }
-            }
-            Err((
-                Rejection::ConnectFailed { .. }
-                | Rejection::TlsFailed { .. }
-                | Rejection::UpstreamReset { .. }
-                | Rejection::BadResponse { .. }
-                | Rejection::Deadline { .. },
-                _,
-            )) => Outcome::Failure,
-            Err(_) => Outcome::Unknown,
+/// What an outcome says about the endpoint (DESIGN §7.3).
+fn judge(outcome: &Result<Received, (Rejection, bool)>) -> Outcome {
+    match outcome {
+        Ok(Received::Upgraded(..)) => Outcome::Success,
+        Ok(Received::Response(response)) => {
+            let status = response.status;
+            // An infrar behind the endpoint that refuses the caller says nothing about the service.
+            let counts = status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED;
+            if counts { Outcome::Failure } else { Outcome::Success }
         }
-    }
-
-    fn settle(&self, target: &Target, chosen: Chosen, outcome: Outcome, now: Instant) {
-        let tick = self.ward.tick(now);
-        let vitals = &target.vitals;
-        match outcome {
-            Outcome::Success => {
-                // An answer that came while the body was on its way says little about the endpoint's pace.
-                if let Some(since) = self.awaited_since {
-                    vitals.latency.observe(now.duration_since(since), tick);
-                }
-            }
-            Outcome::Failure => vitals.latency.penalize(PENALTY, tick),
-            Outcome::Unknown => {}
-        }
-        vitals.breaker.settle(chosen.pass, outcome, self.cluster.aim.circuit(), tick);
+        Err((
+            Rejection::ConnectFailed { .. }
+            | Rejection::TlsFailed { .. }
+            | Rejection::UpstreamReset { .. }
+            | Rejection::BadResponse { .. }
+            | Rejection::Deadline { .. },
+            _,
+        )) => Outcome::Failure,
+        Err(_) => Outcome::Unknown,
     }
 }
 
@@ -644,7 +608,7 @@ static ROOT: std::sync::LazyLock<PathAndQuery> =
 /// When a service says that it will do better (RFC 9110 §10.2.3); it may also name a date, which nobody does here.
 fn retry_after(fields: &Fields) -> Option<Duration> {
     let seconds = fields.get(&header::RETRY_AFTER)?.to_str().ok()?;
-    seconds.trim().parse().ok().map(Duration::from_secs)
+    seconds.trim().parse().ok().map(|seconds| Duration::from_secs(seconds).min(FAR))
 }
 
 fn refuse_connect(cluster: &Cluster, error: &ConnectError) -> Rejection {

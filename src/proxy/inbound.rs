@@ -262,6 +262,9 @@ impl Inbound {
         let (view, record) = (self.worker.view().ok(), &mut walk.record);
         let admitted =
             self.gate.admit(&call.request, &self.callee, view.as_deref(), record).await?;
+        if let Some(answer) = walk::last_stop(&mut call.request) {
+            return Ok(answer);
+        }
         // What does the application see?
         self.gate.undress(&mut call.request.fields, &admitted);
         keep_host(&mut call.request, &host);

@@ -5,8 +5,8 @@
 //! then is counted as it moves, so that a transfer that breaks off is told with its true numbers.
 
 use std::{
-    cell::{Cell, OnceCell, RefCell},
-    collections::HashMap,
+    cell::{OnceCell, RefCell},
+    collections::{HashMap, hash_map},
     rc::Rc,
     sync::Arc,
     time::Duration,
@@ -126,11 +126,15 @@ pub(super) struct Desk {
     /// Of requests whose caller or callee is not known (yet).
     unknown: Rc<Series>,
     by_caller: RefCell<ByCaller>,
+    /// Of the callers that are not counted by name, by callee.
+    others: RefCell<HashMap<ServiceName, Rc<Series>, RandomState>>,
     last: RefCell<Option<Rc<Series>>>,
 }
 
 /// Callers counted by name on one worker; others are counted together.
 const MOST_CALLERS: usize = 1000;
+/// What they are called then.
+const OTHERS: &str = "(others)";
 
 impl Desk {
     /// A desk for one direction; `me` is the service of this proxy.
@@ -151,6 +155,7 @@ impl Desk {
             access: RefCell::new(access),
             unknown: Series::new(registry, direction, caller, callee),
             by_caller: RefCell::default(),
+            others: RefCell::default(),
             last: RefCell::default(),
         }
     }
@@ -190,11 +195,13 @@ impl Desk {
             error: "",
             status: 0,
             upstream: Duration::ZERO,
+            paused: Duration::ZERO,
+            wait: None,
             own: Own::Everything,
             flow: Rc::clone(flow),
             flight: None,
             notes,
-            settled: Cell::new(false),
+            settled: false,
         }
     }
 
@@ -207,20 +214,26 @@ impl Desk {
         {
             return Rc::clone(last);
         }
-        let mut known = self.by_caller.borrow_mut();
-        let full = known.len() >= MOST_CALLERS;
-        let key = (Box::from(caller), callee.clone());
-        let found = known.get(&key).cloned();
-        let series = found.unwrap_or_else(|| {
-            let name = if full { "(others)" } else { caller };
-            let series = Series::new(&self.registry, self.direction, name, callee.as_str());
-            if !full {
-                known.insert(key, Rc::clone(&series));
-            }
-            series
-        });
+        let series = self.known(caller, callee);
         *self.last.borrow_mut() = Some(Rc::clone(&series));
         series
+    }
+
+    /// Series are made once, and none is ever forgotten: their cells live as long as the registry. So the first callers have
+    /// names, and all others share one series per callee.
+    fn known(&self, caller: &str, callee: &ServiceName) -> Rc<Series> {
+        let made = |name| Series::new(&self.registry, self.direction, name, callee.as_str());
+        let mut known = self.by_caller.borrow_mut();
+        let full = known.len() >= MOST_CALLERS;
+        match known.entry((Box::from(caller), callee.clone())) {
+            hash_map::Entry::Occupied(found) => Rc::clone(found.get()),
+            hash_map::Entry::Vacant(_) if full => {
+                let mut others = self.others.borrow_mut();
+                let shared = others.entry(callee.clone()).or_insert_with(|| made(OTHERS));
+                Rc::clone(shared)
+            }
+            hash_map::Entry::Vacant(free) => Rc::clone(free.insert(made(caller))),
+        }
     }
 }
 
@@ -234,6 +247,15 @@ struct Notes {
     request_id: Option<HeaderValue>,
     trace: Option<TraceContext>,
     attempts: u32,
+}
+
+/// What an exchange waits for, and since when.
+#[derive(Clone, Copy)]
+enum Wait {
+    /// An endpoint, to be reached and to answer.
+    Endpoint(Instant),
+    /// The time of the next attempt.
+    Pause(Instant),
 }
 
 /// What of an exchange's time was the proxy's own.
@@ -252,15 +274,19 @@ pub(super) struct Record {
     series: Rc<Series>,
     error: &'static str,
     status: u16,
-    /// Time spent waiting for the endpoint.
+    /// Time spent waiting for endpoints.
     upstream: Duration,
+    /// Time spent between attempts.
+    paused: Duration,
+    /// What is waited for right now; whoever leaves meanwhile is not the proxy's delay.
+    wait: Option<Wait>,
     own: Own,
     /// What has moved of the bodies.
     flow: Rc<Flow>,
     /// Counts as in flight at the endpoint until the record is gone.
     flight: Option<Flight<Arc<Vitals>>>,
     notes: Option<Box<Notes>>,
-    settled: Cell<bool>,
+    settled: bool,
 }
 
 impl Record {
@@ -288,12 +314,25 @@ impl Record {
         }
     }
 
-    /// An attempt begins.
-    pub(super) fn attempt(&mut self, endpoint: &EndpointId, mode: NetworkMode) {
+    /// An attempt began at `begun`: the endpoint is waited for.
+    pub(super) fn attempt(&mut self, endpoint: &EndpointId, mode: NetworkMode, begun: Instant) {
+        self.wait = Some(Wait::Endpoint(begun));
         if let Some(notes) = &mut self.notes {
             notes.attempts += 1;
+        }
+        self.answered_by(endpoint, mode);
+    }
+
+    /// It is this endpoint whose answer the client gets.
+    pub(super) fn answered_by(&mut self, endpoint: &EndpointId, mode: NetworkMode) {
+        if let Some(notes) = &mut self.notes {
             notes.endpoint = Some((endpoint.clone(), mode));
         }
+    }
+
+    /// From `begun` on nothing is done until it is time for another attempt.
+    pub(super) fn pauses(&mut self, begun: Instant) {
+        self.wait = Some(Wait::Pause(begun));
     }
 
     /// What moves of the bodies.
@@ -302,10 +341,15 @@ impl Record {
         &self.flow
     }
 
-    /// The endpoint was waited for from `begun` until `now`.
-    pub(super) fn waited(&mut self, begun: Instant, now: Instant) {
-        self.upstream += now.duration_since(begun);
-        self.own = Own::Until(now.duration_since(self.started).saturating_sub(self.upstream));
+    /// What was waited for came, or came not, at `now`.
+    pub(super) fn waited(&mut self, now: Instant) {
+        match self.wait.take() {
+            Some(Wait::Endpoint(begun)) => self.upstream += now.duration_since(begun),
+            Some(Wait::Pause(begun)) => self.paused += now.duration_since(begun),
+            None => {}
+        }
+        let spent = self.upstream + self.paused;
+        self.own = Own::Until(now.duration_since(self.started).saturating_sub(spent));
     }
 
     /// From here on both sides speak to each other directly.
@@ -325,7 +369,7 @@ impl Record {
     }
 
     /// The exchange is over.
-    pub(super) fn settle(self) {
+    pub(super) fn settle(mut self) {
         self.close();
     }
 
@@ -343,11 +387,16 @@ impl Record {
         self.close();
     }
 
-    fn close(&self) {
-        if self.settled.replace(true) {
+    fn close(&mut self) {
+        if self.settled {
             return;
         }
-        let duration = self.started.elapsed();
+        self.settled = true;
+        let now = Instant::now();
+        if self.wait.is_some() {
+            self.waited(now);
+        }
+        let duration = now.duration_since(self.started);
         self.series.count(self.status, self.error);
         self.series.duration.record(duration);
         match self.own {
@@ -394,7 +443,7 @@ fn target<'a>(method: &Method, uri: &'a Uri) -> &'a str {
 
 impl Drop for Record {
     fn drop(&mut self) {
-        if !self.settled.get() {
+        if !self.settled {
             // The answer never got through: say so, but keep what was already known of it.
             if self.status == 0 {
                 self.status = CLIENT_GONE;
@@ -404,5 +453,29 @@ impl Drop for Record {
             }
             self.close();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn callers_beyond_the_first_thousand_share_one_series_per_callee() {
+        let me: ServiceName = "data".parse().unwrap();
+        let other: ServiceName = "reports".parse().unwrap();
+        let desk = Desk::new(&Arc::default(), None, Direction::Inbound, &me);
+        let first = desk.of_caller("caller-0", &me);
+        for caller in 1..MOST_CALLERS {
+            assert_eq!(
+                *desk.of_caller(&format!("caller-{caller}"), &me).caller,
+                *format!("caller-{caller}")
+            );
+        }
+        let late = desk.of_caller("late", &me);
+        assert_eq!(&*late.caller, OTHERS);
+        assert!(!Rc::ptr_eq(&late, &desk.of_caller("late", &other)));
+        assert!(Rc::ptr_eq(&late, &desk.of_caller("later", &me)));
+        assert!(Rc::ptr_eq(&first, &desk.of_caller("caller-0", &me)));
     }
 }

@@ -264,8 +264,34 @@ impl Tally for OnPath {
     }
 }
 
-/// What identifies a pool that may be kept when the snapshot changes.
-type PoolKey = (ServiceName, EndpointId, Origin, Origin, NetworkMode, Protocol);
+/// What identifies a pool that may be kept when the snapshot changes: all that its connections were opened for, and where
+/// their bytes are booked.
+#[derive(PartialEq, Eq, Hash)]
+pub(super) struct PoolKey {
+    service: ServiceName,
+    endpoint: EndpointId,
+    address: Origin,
+    url: Origin,
+    mode: NetworkMode,
+    protocol: Protocol,
+    place: Place,
+    zone: Option<Zone>,
+}
+
+impl PoolKey {
+    fn of(service: &ServiceName, way: &Way<'_>, address: &Origin, protocol: Protocol) -> Self {
+        Self {
+            service: service.clone(),
+            endpoint: way.endpoint.id.clone(),
+            address: address.clone(),
+            url: way.endpoint.url.clone(),
+            mode: way.mode,
+            protocol,
+            place: way.endpoint.place.clone(),
+            zone: way.endpoint.zone.clone(),
+        }
+    }
+}
 
 /// Builds views on one worker.
 pub(super) struct Surveyor {
@@ -464,14 +490,7 @@ impl Surveyor {
                 .is_some_and(|here| here.provider() != way.endpoint.place.provider())
         });
         let address = edge.unwrap_or(way.address);
-        let key = (
-            name.clone(),
-            way.endpoint.id.clone(),
-            address.clone(),
-            way.endpoint.url.clone(),
-            way.mode,
-            service.protocol,
-        );
+        let key = PoolKey::of(name, way, address, service.protocol);
         let found = self.pools.borrow().get(&key).cloned();
         let pool = match found {
             Some(pool) => pool,
@@ -630,7 +649,8 @@ impl Surveyor {
         );
         let app = App { origin: host.clone(), protocol: Protocol::Auto };
         let grant = Ok(identity::outside());
-        self.single(&app, &name, (connector, vitals), grant, Some(host.authority()))
+        let id = APP.parse().ok()?;
+        self.single(&app, (&name, id), (connector, vitals), grant, Some(host.authority()))
     }
 
     /// The cluster of the application behind an inbound listener.
@@ -638,20 +658,25 @@ impl Surveyor {
     pub(super) fn app(&self, app: &App) -> Option<Cluster> {
         let settings = self.settings();
         let me = &settings.service;
-        let id: EndpointId = APP.parse().ok()?;
-        let whom = (me.clone(), id, app.origin.clone(), NetworkMode::Public);
+        let mut listeners = settings.inbound.iter();
+        // Listeners may have applications of their own, which people must be able to tell apart.
+        let id: EndpointId = match listeners.position(|it| it.app.as_ref() == Some(app)) {
+            None | Some(0) => APP.parse().ok()?,
+            Some(index) => format!("{APP}-{}", index + 1).parse().ok()?,
+        };
+        let whom = (me.clone(), id.clone(), app.origin.clone(), NetworkMode::Public);
         let vitals = self.ward.vitals(whom, &NEVER_LEFT_ALONE);
         let connector = self.connector(&settings, &app.origin, &app.origin)?;
         // Nobody calls it but for a caller who was granted something.
         let grant = Err(NotPermitted { caller: me.clone(), callee: me.clone() });
-        self.single(app, me, (connector, vitals), grant, None)
+        self.single(app, (me, id), (connector, vitals), grant, None)
     }
 
     /// The cluster of a single address that is no part of the catalog.
     fn single(
         &self,
         app: &App,
-        service: &ServiceName,
+        (service, id): (&ServiceName, EndpointId),
         (connector, vitals): (Connector, Arc<Vitals>),
         grant: Result<Grant, NotPermitted>,
         host: Option<String>,
@@ -662,7 +687,6 @@ impl Surveyor {
         let pool =
             PoolSettings { head: settings.limits.head, prefer_h2, ..PoolSettings::default() };
         let pool = self.keep(Pool::new(pool, app.protocol, connector));
-        let id: EndpointId = APP.parse().ok()?;
         let endpoint = Endpoint {
             id: id.clone(),
             url: app.origin.clone(),

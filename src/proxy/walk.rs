@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use http::{HeaderValue, header};
+use http::{HeaderValue, Method, StatusCode, header};
 
 use crate::{
     proxy::{
@@ -15,7 +15,7 @@ use crate::{
         worker::{Answer, Call, Peer},
     },
     upstream::Received,
-    wire::{Fields, Request, TraceContext, request_id},
+    wire::{Body, Fields, Request, Response, TraceContext, request_id},
 };
 
 /// One request on its way, and what must be known to answer it, whatever comes of it.
@@ -51,10 +51,38 @@ pub(super) fn open(request: &mut Request) -> Opened {
 /// Has a request been here before, and which host does it ask for? Empty where it names none, as HTTP/1.0 may.
 ///
 /// # Errors
-/// [`Rejection::Loop`], and [`Rejection::BadRequest`] for what is no host.
+/// [`Rejection::Loop`], and [`Rejection::BadRequest`] for what is no host, and for TRACE.
 pub(super) fn enter(via: &Via, request: &mut Request) -> Result<HeaderValue, Rejection> {
+    if request.method == Method::TRACE {
+        return Err(Rejection::BadRequest(
+            "TRACE is not passed on: its answer would show the token that was put on the request",
+        ));
+    }
     via.pass(request.version, &mut request.fields)?;
     route::authority(&request.uri, &request.fields)
+}
+
+/// The answer to a request that was to go no further than here (`max-forwards`); one hop less for any other. Only OPTIONS
+/// counts its hops: TRACE does not come this far, and for other methods the header means nothing (RFC 9110 §7.6.2).
+pub(super) fn last_stop(request: &mut Request) -> Option<Received> {
+    if request.method != Method::OPTIONS {
+        return None;
+    }
+    let text = request.fields.get(&header::MAX_FORWARDS)?.to_str().ok()?;
+    if text.is_empty() || !text.bytes().all(|digit| digit.is_ascii_digit()) {
+        return None;
+    }
+    match text.parse::<u32>().unwrap_or(u32::MAX).checked_sub(1) {
+        Some(left) => {
+            request.fields.set(header::MAX_FORWARDS, left.into());
+            None
+        }
+        None => Some(Received::Response(Response {
+            status: StatusCode::NO_CONTENT,
+            fields: Fields::new(),
+            body: Body::Empty,
+        })),
+    }
 }
 
 /// Says where a request came from and which host it asked for, and repeats the wish to switch protocols.
@@ -133,5 +161,34 @@ impl Walk {
                 Answer::Response(rejection.answer(Some(&self.id), self.grpc), self.record)
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::{Uri, Version};
+
+    use super::*;
+
+    #[test]
+    fn only_options_counts_its_hops() {
+        let hops = |method: Method, said: &str| {
+            let mut fields = Fields::new();
+            fields.set(header::MAX_FORWARDS, said.parse().unwrap());
+            let (uri, version) = (Uri::default(), Version::HTTP_11);
+            let mut request = Request { method, uri, version, fields, body: Body::Empty };
+            match last_stop(&mut request) {
+                Some(_answer) => "here".to_owned(),
+                None => request.fields.get(&header::MAX_FORWARDS).unwrap().to_str().unwrap().into(),
+            }
+        };
+        assert_eq!(hops(Method::OPTIONS, "0"), "here");
+        assert_eq!(hops(Method::OPTIONS, "1"), "0");
+        // More than we count to: less is said (§7.6.2).
+        assert_eq!(hops(Method::OPTIONS, "99999999999999999999"), "4294967294");
+        for nonsense in ["", "-1", "+1", "1, 2", "many"] {
+            assert_eq!(hops(Method::OPTIONS, nonsense), nonsense);
+        }
+        assert_eq!(hops(Method::GET, "0"), "0");
     }
 }

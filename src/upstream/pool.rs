@@ -57,6 +57,9 @@ const LONG_TRIP: Duration = Duration::from_millis(5);
 /// So many HTTP/1.1 connections in use make HTTP/2 the better way over a long trip.
 const MANY: usize = 32;
 
+/// What this machine may take to notice, when it is busy, that a peer has hung up.
+const NOTICE: Duration = Duration::from_millis(100);
+
 /// What a peer was seen not to speak is tried again after this time: it may have been replaced.
 const REMEMBERED: Duration = Duration::from_secs(600);
 /// A waiting connection keeps a buffer for heads of this size at most.
@@ -71,6 +74,8 @@ pub struct Want {
     pub h1: bool,
     /// The request can be repeated, should the connection turn out to be dead.
     pub repeatable: bool,
+    /// Only a connection that was opened since then will do: one that was kept has just been found dead.
+    pub since: Option<Instant>,
 }
 
 /// A connection for one request.
@@ -176,6 +181,13 @@ impl Pool {
         self.busy.get() + self.idle.borrow().len() + self.shared.borrow().len()
     }
 
+    /// So soon after sending on it a connection fails that the peer had left before: about a round trip. What fails later
+    /// has been worked on.
+    #[must_use]
+    pub fn finds_out_within(&self) -> Duration {
+        self.round_trip.get() + NOTICE
+    }
+
     fn wants_h2(&self, want: Want) -> bool {
         if want.h1 {
             return false;
@@ -201,15 +213,18 @@ impl Pool {
     pub fn kept(self: &Rc<Self>, want: Want, now: Instant) -> Option<Lease> {
         self.now.set(now);
         if self.wants_h2(want) {
-            return self.roomy();
+            return self.roomy(want);
         }
-        let connection = self.warm(now, want.repeatable)?;
+        let connection = self.warm(now, want)?;
         Some(Lease::H1 { connection, home: Home::begin(self), fresh: false })
     }
 
     /// A shared connection that takes another stream.
-    fn roomy(&self) -> Option<Lease> {
+    fn roomy(&self, want: Want) -> Option<Lease> {
         self.shared.borrow().iter().find_map(|connection| {
+            if want.since.is_some_and(|since| connection.opened < since) {
+                return None;
+            }
             let send = connection.ready()?;
             Some(Lease::H2 { connection: Rc::clone(connection), send, fresh: false })
         })
@@ -225,7 +240,7 @@ impl Pool {
         deadline: Instant,
     ) -> Result<Lease, ConnectError> {
         if self.wants_h2(want) {
-            match self.lease_h2(deadline).await {
+            match self.lease_h2(want, deadline).await {
                 // It was a wish, not a need.
                 Err(ConnectError::Protocol) if !want.h2 && self.protocol == Protocol::Auto => {
                     self.h1_only.set(Some(Instant::now()));
@@ -234,7 +249,7 @@ impl Pool {
             }
         }
         let now = Instant::now();
-        if let Some(connection) = self.warm(now, want.repeatable) {
+        if let Some(connection) = self.warm(now, want) {
             return Ok(Lease::H1 { connection, home: Home::begin(self), fresh: false });
         }
         match self.connector.open_h1(deadline).await {
@@ -245,17 +260,20 @@ impl Pool {
             }
             Err(ConnectError::WantsH2) if !want.h1 => {
                 self.h2_only.set(Some(Instant::now()));
-                self.lease_h2(deadline).await
+                self.lease_h2(want, deadline).await
             }
             Err(error) => Err(error),
         }
     }
 
     /// The warmest idle connection that is still good.
-    fn warm(&self, now: Instant, repeatable: bool) -> Option<Box<H1>> {
+    fn warm(&self, now: Instant, want: Want) -> Option<Box<H1>> {
+        if want.since.is_some() {
+            return None;
+        }
         loop {
             let mut connection = self.idle.borrow_mut().pop()?;
-            if self.is_fit(&mut connection, now) && is_quiet(&connection, repeatable) {
+            if self.is_fit(&mut connection, now) && is_quiet(&connection, want.repeatable) {
                 return Some(connection);
             }
         }
@@ -271,9 +289,13 @@ impl Pool {
             && now.duration_since(connection.opened) < self.settings.age
     }
 
-    async fn lease_h2(self: &Rc<Self>, deadline: Instant) -> Result<Lease, ConnectError> {
+    async fn lease_h2(
+        self: &Rc<Self>,
+        want: Want,
+        deadline: Instant,
+    ) -> Result<Lease, ConnectError> {
         loop {
-            if let Some(lease) = self.roomy() {
+            if let Some(lease) = self.roomy(want) {
                 return Ok(lease);
             }
             if self.opening.get() {

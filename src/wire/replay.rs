@@ -2,7 +2,8 @@
 //!
 //! What passes is copied as it passes, up to 64 KiB. A body that grows beyond that is no longer kept at all: it streams
 //! on as any other, and cannot be sent again. One reader at a time; a later one gets what was kept first and then the
-//! rest as it comes.
+//! rest as it comes. Whoever reads an earlier one, as an endpoint does whose answer was held back, gets nothing more, and
+//! above all no end: what it has is not the whole.
 
 use std::{
     cell::RefCell,
@@ -32,6 +33,8 @@ struct Tape {
     ended: bool,
     /// Nobody will ask for it again.
     settled: bool,
+    /// The number of the one reader that gets anything.
+    reader: u32,
 }
 
 impl Drop for Replay {
@@ -45,7 +48,8 @@ impl Replay {
     #[must_use]
     pub fn new(body: StreamBody) -> Self {
         let kept = Some(BytesMut::new());
-        let tape = Tape { rest: body, kept, trailers: None, ended: false, settled: false };
+        let tape =
+            Tape { rest: body, kept, trailers: None, ended: false, settled: false, reader: 0 };
         Self(Rc::new(RefCell::new(tape)))
     }
 
@@ -55,10 +59,22 @@ impl Replay {
         self.0.borrow().kept.is_some()
     }
 
-    /// The body from its beginning. Whoever reads an earlier one must have stopped.
+    /// Whether all of it has passed.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.0.borrow().ended
+    }
+
+    /// The body from its beginning, while it [is whole](Self::is_whole). Whoever reads an earlier one waits in vain from
+    /// now on.
     #[must_use]
     pub fn body(&self) -> Body {
-        Body::stream(Reader { tape: Rc::clone(&self.0), at: 0, told: false })
+        let number = {
+            let mut tape = self.0.borrow_mut();
+            tape.reader += 1;
+            tape.reader
+        };
+        Body::stream(Reader { tape: Rc::clone(&self.0), number, at: 0, told: false })
     }
 }
 
@@ -91,9 +107,10 @@ impl Tape {
     }
 }
 
-/// Reads what was kept, then the rest.
+/// Reads what was kept, then the rest; nothing once there is a later one.
 struct Reader {
     tape: Rc<RefCell<Tape>>,
+    number: u32,
     /// How much of what was kept has been read.
     at: usize,
     /// The trailers have been read, or there will be none.
@@ -110,6 +127,11 @@ impl http_body::Body for Reader {
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = &mut *self;
         let mut tape = this.tape.borrow_mut();
+        if tape.reader != this.number {
+            // Neither an end, which would pass for the body's, nor an error, which would take the answer with it that is
+            // still to be given: the upload stands still until its answer has been read.
+            return Poll::Pending;
+        }
         let behind = tape.behind(this.at);
         if !behind.is_empty() {
             this.at += behind.len();
@@ -145,11 +167,17 @@ impl http_body::Body for Reader {
     fn is_end_stream(&self) -> bool {
         let tape = self.tape.borrow();
         let trailers = !self.told && tape.trailers.is_some();
-        tape.behind(self.at).is_empty() && !trailers && (tape.ended || tape.rest.is_end_stream())
+        tape.reader == self.number
+            && tape.behind(self.at).is_empty()
+            && !trailers
+            && (tape.ended || tape.rest.is_end_stream())
     }
 
     fn size_hint(&self) -> SizeHint {
         let tape = self.tape.borrow();
+        if tape.reader != self.number {
+            return SizeHint::default();
+        }
         let behind = tape.behind(self.at).len() as u64;
         if tape.ended && tape.trailers.is_none() {
             return SizeHint::with_exact(behind);
@@ -163,6 +191,7 @@ impl http_body::Body for Reader {
 mod tests {
     use std::collections::VecDeque;
 
+    use http_body::Body as _;
     use http_body_util::BodyExt;
     use proptest::prelude::*;
 
@@ -236,6 +265,25 @@ mod tests {
         assert_eq!(second.frame().await.unwrap().unwrap().into_data().unwrap(), "two");
         assert!(tape.borrow().kept.is_none());
         assert!(second.frame().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn an_earlier_reader_sees_neither_more_nor_an_end() {
+        let half = vec![7; REPLAY_BYTES];
+        for pieces in [vec![b"one".to_vec(), b"two".to_vec()], vec![half.clone(), half]] {
+            let replay = replay(&pieces, None);
+            let mut first = replay.body();
+            assert!(first.frame().await.unwrap().is_ok());
+            let mut second = replay.body();
+            assert!(futures_util::poll!(first.frame()).is_pending());
+            while let Some(frame) = second.frame().await {
+                assert!(frame.is_ok());
+            }
+            assert!(replay.has_ended());
+            assert!(futures_util::poll!(first.frame()).is_pending());
+            assert!(!first.is_end_stream());
+            assert_eq!(first.size_hint().exact(), None);
+        }
     }
 
     #[tokio::test]
