@@ -25,7 +25,7 @@ use infrar::{
     proxy::{
         Ends, Hop, Limits, OutboundSettings, Parts, Role, Routes, Settings, UnknownHosts, Ward,
     },
-    runtime::Clock,
+    runtime::{Clock, Supervisor},
     telemetry::Registry,
     wire::{Body, Request},
 };
@@ -108,14 +108,15 @@ fn parts() -> Parts {
         tls: Arc::new(ClientTls::new(None).expect("the system's roots, when they are needed")),
         access: None,
     };
-    let here = Handle::current();
-    let tokens = Tokens::new(Arc::new(NoTokens), Default::default(), here.clone(), Clock::system());
+    let supervisor = Supervisor::new(Handle::current());
+    let tokens =
+        Tokens::new(Arc::new(NoTokens), Default::default(), supervisor.clone(), Clock::system());
     Parts {
         settings: watch::channel(Arc::new(settings)).1,
         directory,
         tokens: Arc::new(tokens),
         trust: Arc::new(ArcSwap::from_pointee(Verifier::new(Vec::new()))),
-        resolver: Resolver::new(here),
+        resolver: Resolver::new(supervisor),
         meter: Arc::new(Meter::default()),
         registry: Arc::new(Registry::default()),
         ends: Ends::default(),

@@ -1006,13 +1006,13 @@ proptest! {
         let file = folder.path().join("file.yaml");
         fs::write(&file, &text).unwrap();
         // A refusal has at least one fault, and each of them says something.
-        if let Err(Faults(faults)) = config::load_project_under(folder.path(), &file) {
-            prop_assert!(!faults.is_empty() && faults.iter().all(|fault| !fault.advice.is_empty()));
-            prop_assert!(!faults.iter().any(|fault| fault.advice.contains("report this")), "{text}");
+        if let Err(faults) = config::load_project_under(folder.path(), &file) {
+            prop_assert!(!faults.0.is_empty() && faults.0.iter().all(|fault| !fault.advice.is_empty()));
+            prop_assert!(!faults.0.iter().any(|fault| fault.advice.contains("report this")), "{text}");
         }
-        if let Err(Faults(faults)) = config::load_proxy_under(folder.path(), Some(&file), iter::empty(), &[]) {
-            prop_assert!(!faults.is_empty() && faults.iter().all(|fault| !fault.advice.is_empty()));
-            prop_assert!(!faults.iter().any(|fault| fault.advice.contains("report this")), "{text}");
+        if let Err(faults) = config::load_proxy_under(folder.path(), Some(&file), iter::empty(), &[]) {
+            prop_assert!(!faults.0.is_empty() && faults.0.iter().all(|fault| !fault.advice.is_empty()));
+            prop_assert!(!faults.0.iter().any(|fault| fault.advice.contains("report this")), "{text}");
         }
     }
 

@@ -1,6 +1,14 @@
 //! Stories of the control plane, told through a really started one on a free port: tokens that any standard library
 //! can check, a catalog that is fetched once, changes that arrive by themselves, and keys that outlive a restart.
-#![expect(clippy::unwrap_used, clippy::panic, reason = "the helpers of a test may fail it")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a story may fail, and starts what ends with it"
+)]
+
+mod support;
 
 use std::{
     collections::BTreeMap,
@@ -26,10 +34,11 @@ use infrar::{
 use jsonwebtoken::{Algorithm, DecodingKey, Validation, decode, decode_header, jwk::JwkSet};
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::Value;
+use support::{Folder, Infrar, Pair, free_ports};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpSocket, TcpStream},
-    time::timeout,
+    time::{Instant, timeout},
 };
 
 const SECRET: &str = "a secret with + and % in it";
@@ -171,7 +180,7 @@ async fn a_granted_caller_gets_a_token_that_any_library_can_check() {
     let folder = tempfile::tempdir().unwrap();
     let running = start(folder.path()).await;
     let answer = client(&running).token(&web(), "data-intelligence", None).await.unwrap();
-    assert_eq!(answer.expires_in, Duration::from_secs(3600));
+    assert_eq!(answer.expires_in, Some(Duration::from_secs(3600)));
     assert_eq!(answer.scope, scopes("read:data write:query"));
 
     let claims = checked(&running, answer.access_token.expose_secret(), "data-intelligence").await;
@@ -294,22 +303,44 @@ async fn who_cannot_prove_who_it_is_gets_no_token() {
     assert!(answer.headers()["www-authenticate"].to_str().unwrap().starts_with("Basic"));
 }
 
+fn wrong() -> Credential {
+    Credential { secret: "wrong".to_owned().into(), ..web() }
+}
+
+fn operator() -> Credential {
+    Credential { client_id: "operator".parse().unwrap(), secret: "operator".to_owned().into() }
+}
+
+/// Guesses, each after the answer to the one before; every answer says the same.
+async fn guess(client: &Client, times: usize) -> Duration {
+    let begun = Instant::now();
+    for _ in 0..times {
+        let refused = refused_with(client.token(&wrong(), "data-intelligence", None).await);
+        assert_eq!(refused, (StatusCode::UNAUTHORIZED, "invalid_client".to_owned()));
+    }
+    begun.elapsed()
+}
+
 #[tokio::test]
 async fn guessing_a_secret_is_slowed_down() {
     let folder = tempfile::tempdir().unwrap();
     let running = start(folder.path()).await;
     let client = client(&running);
-    let wrong = Credential { secret: "wrong".to_owned().into(), ..web() };
-    for _ in 0..20 {
-        let refused = refused_with(client.token(&wrong, "data-intelligence", None).await);
-        assert_eq!(refused.0, StatusCode::UNAUTHORIZED);
-    }
-    let refused = refused_with(client.token(&wrong, "data-intelligence", None).await);
-    assert_eq!(refused.0, StatusCode::TOO_MANY_REQUESTS);
+    // The first few cost nothing, the next are held for 100, 200, 400 and 800 ms.
+    guess(&client, 5).await;
+    let took = guess(&client, 4).await;
+    assert!(took >= Duration::from_millis(1500), "{took:?}");
+    // Nor is it quicker to ask many at once, or to try with the right one whether it comes back sooner.
+    let begun = Instant::now();
+    let guesses = (0..20).map(|_| guess(&client, 1));
+    let right = async { client.token(&web(), "data-intelligence", None).await.unwrap() };
+    tokio::join!(futures_util::future::join_all(guesses), right);
+    let took = begun.elapsed();
+    assert!(took >= Duration::from_secs(2), "{took:?}");
     // Another name from the same address is not held up.
-    let operator =
-        Credential { client_id: "operator".parse().unwrap(), secret: "operator".to_owned().into() };
-    assert!(client.token(&operator, CONTROL_AUDIENCE, None).await.is_ok());
+    let begun = Instant::now();
+    assert!(client.token(&operator(), CONTROL_AUDIENCE, None).await.is_ok());
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
 }
 
 #[tokio::test]
@@ -317,15 +348,77 @@ async fn nobody_locks_a_caller_out_by_guessing_at_its_secret() {
     let folder = tempfile::tempdir().unwrap();
     let running = start(folder.path()).await;
     let client = client(&running);
-    // A stranger behind the same address, as behind a NAT or on the same host.
-    let wrong = Credential { secret: "wrong".to_owned().into(), ..web() };
-    while refused_with(client.token(&wrong, "data-intelligence", None).await).0
-        != StatusCode::TOO_MANY_REQUESTS
-    {}
-    assert!(client.token(&web(), "data-intelligence", None).await.is_ok());
-    // Being right does not clear what the stranger has on its count.
-    let refused = refused_with(client.token(&wrong, "data-intelligence", None).await);
-    assert_eq!(refused.0, StatusCode::TOO_MANY_REQUESTS);
+    // Strangers behind the same address, as behind a NAT or on the same host, who do not stop.
+    let strangers = async {
+        loop {
+            futures_util::future::join_all((0..50).map(|_| guess(&client, 1))).await;
+        }
+    };
+    let owner = async {
+        for _ in 0..2 {
+            // Well within the ten seconds that a client waits.
+            assert!(client.token(&web(), "data-intelligence", None).await.is_ok());
+        }
+    };
+    tokio::select! {
+        () = strangers => {}
+        () = owner => {}
+    }
+}
+
+/// A connection over HTTP/2 to `running`, driven until it ends.
+async fn h2(running: &Running) -> h2::client::SendRequest<Bytes> {
+    let stream = TcpStream::connect(running.local_addr()).await.unwrap();
+    let (send, connection) = h2::client::handshake(stream).await.unwrap();
+    tokio::spawn(async move { drop(connection.await) });
+    send
+}
+
+#[tokio::test]
+async fn slow_bodies_at_the_token_endpoint_keep_nobody_waiting() {
+    let folder = tempfile::tempdir().unwrap();
+    let running = start(folder.path()).await;
+    // More of them than were ever served at once, from the address of everybody else in this story.
+    let mut slow = Vec::new();
+    for _ in 0..40 {
+        let mut send = h2(&running).await;
+        for _ in 0..30 {
+            send = send.ready().await.unwrap();
+            let request = Request::post(format!("http://{}/oauth2/token", running.local_addr()))
+                .header("content-type", "application/x-www-form-urlencoded")
+                .header("content-length", "100");
+            let (answer, mut body) = send.send_request(request.body(()).unwrap(), false).unwrap();
+            body.send_data(Bytes::from_static(b"g"), false).unwrap();
+            slow.push((answer, body));
+        }
+    }
+    assert_eq!(get(&running, "/.well-known/jwks.json").await.status(), StatusCode::OK);
+    assert!(client(&running).token(&web(), "data-intelligence", None).await.is_ok());
+    let bearer = bearer(&client(&running)).await;
+    assert!(client(&running).catalog(&bearer, None).await.is_ok());
+    // Whoever dawdles is told so; those of one address above its share at once, when others come after them.
+    for (answer, _body) in slow {
+        let answer = timeout(Duration::from_secs(20), answer).await.unwrap().unwrap();
+        assert_eq!(answer.status(), StatusCode::REQUEST_TIMEOUT);
+    }
+}
+
+#[tokio::test]
+async fn whoever_never_reads_its_answers_loses_its_connection() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut settings = Settings::new(anywhere(), folder.path().join("data"));
+    // One place for each address.
+    settings.connections = 2;
+    settings.stall = Duration::from_millis(300);
+    let running = Control::start(settings, project("data.example"), identities()).await.unwrap();
+    let socket = TcpSocket::new_v4().unwrap();
+    // Little room, so that the answers are soon in nobody's way but the server's.
+    socket.set_recv_buffer_size(4096).unwrap();
+    let mut greedy = socket.connect(running.local_addr()).await.unwrap();
+    let request = "GET /.well-known/openid-configuration HTTP/1.1\r\nhost: c\r\n\r\n".repeat(100);
+    let closed = async { while greedy.write_all(request.as_bytes()).await.is_ok() {} };
+    timeout(Duration::from_secs(30), closed).await.unwrap();
+    assert_eq!(get(&running, "/livez").await.status(), StatusCode::OK, "its place is free again");
 }
 
 #[tokio::test]
@@ -517,15 +610,97 @@ async fn rotation_over_the_api_takes_a_scope_that_permissions_grant() {
     let settings = Settings::new(anywhere(), folder.path().join("data"));
     let running = Control::start(settings, granting, identities()).await.unwrap();
     let client = client(&running);
-    let operator =
-        Credential { client_id: "operator".parse().unwrap(), secret: "operator".to_owned().into() };
-    for (credential, status) in [(web(), StatusCode::FORBIDDEN), (operator, StatusCode::OK)] {
+    for (credential, status) in [(web(), StatusCode::FORBIDDEN), (operator(), StatusCode::OK)] {
         let token = client.token(&credential, CONTROL_AUDIENCE, None).await.unwrap().access_token;
         let request = Request::post("/v1/keys/rotate")
             .header("authorization", format!("Bearer {}", token.expose_secret()));
         assert_eq!(ask(&running, request, "").await.status(), status);
     }
     assert_eq!(client.own_jwks().await.unwrap()["keys"].as_array().unwrap().len(), 2);
+}
+
+#[tokio::test]
+async fn a_revoked_right_ends_at_once_also_for_tokens_that_are_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut granting = project("data.example");
+    let keys = BTreeMap::from([(CONTROL_AUDIENCE.parse().unwrap(), scopes("infrar:keys:write"))]);
+    granting.permissions.insert("operator".parse().unwrap(), keys);
+    let settings = Settings::new(anywhere(), folder.path().join("data"));
+    let running = Control::start(settings, granting, identities()).await.unwrap();
+    let client = client(&running);
+    let token = client.token(&operator(), CONTROL_AUDIENCE, None).await.unwrap().access_token;
+    let rotate = async || {
+        let request = Request::post("/v1/keys/rotate")
+            .header("authorization", format!("Bearer {}", token.expose_secret()));
+        let answer = ask(&running, request, "").await;
+        (answer.status(), json(&answer)["code"].as_str().unwrap_or_default().to_owned())
+    };
+    let limit = Duration::from_secs(10);
+    let mut of_operator = client.watch(&token, 0).await.unwrap();
+    let mut of_web = client.watch(&bearer(&client).await, 0).await.unwrap();
+    for watch in [&mut of_operator, &mut of_web] {
+        assert_eq!(timeout(limit, watch.next()).await.unwrap().unwrap().unwrap().revision, 1);
+    }
+    assert_eq!(rotate().await.0, StatusCode::OK);
+
+    // The row goes. What every identity may do stays.
+    running.replace(project("data.example"), &identities()).unwrap();
+    assert_eq!(rotate().await, (StatusCode::FORBIDDEN, "scope-missing".to_owned()));
+    assert!(client.catalog(&token, None).await.is_ok());
+    for watch in [&mut of_operator, &mut of_web] {
+        assert_eq!(timeout(limit, watch.next()).await.unwrap().unwrap().unwrap().revision, 2);
+    }
+
+    // The identity goes, which no proxy can see; its watch ends all the same, and nobody else's.
+    let mut fewer = identities();
+    fewer.remove("operator");
+    let unchanged = running.replace(project("data.example"), &fewer).unwrap();
+    assert_eq!(unchanged, Replaced::Unchanged { revision: 2 });
+    let gone = (StatusCode::UNAUTHORIZED, "token-invalid".to_owned());
+    assert_eq!(rotate().await, gone);
+    assert_eq!(refused_with(client.catalog(&token, None).await), gone);
+    assert!(timeout(limit, of_operator.next()).await.unwrap().unwrap_or(None).is_none());
+    running.replace(project("moved.example"), &fewer).unwrap();
+    assert_eq!(timeout(limit, of_web.next()).await.unwrap().unwrap().unwrap().revision, 3);
+}
+
+#[tokio::test]
+async fn two_control_planes_never_share_a_data_directory() {
+    let folder = tempfile::tempdir().unwrap();
+    let running = start(folder.path()).await;
+    let settings = Settings::new(anywhere(), folder.path().join("data"));
+    let fault = Control::start(settings, project("data.example"), identities()).await.unwrap_err();
+    assert!(fault.is_configuration() && fault.to_string().contains("--data-dir"), "{fault}");
+    assert!(client(&running).token(&web(), "data-intelligence", None).await.is_ok());
+    running.shutdown().await;
+    start(folder.path()).await.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_second_process_on_a_data_directory_ends_with_advice_and_a_killed_one_gives_it_back() {
+    let folder = Folder::new();
+    let [first_at, second_at] = free_ports();
+    folder.write("secrets/web", "the caller's secret\n");
+    folder.write("secrets/data", "the callee's secret\n");
+    folder.write("project.yaml", &Pair::project(anywhere(), ""));
+    let begin = |name: &str, at: SocketAddr| {
+        let at = at.to_string();
+        let place = ["--listen", at.as_str(), "--data-dir", "control"];
+        Infrar::start(
+            &folder,
+            name,
+            &[&["control", "--project", "project.yaml"][..], &place].concat(),
+        )
+    };
+    let mut first = begin("first", first_at);
+    first.ready(first_at).await;
+    let mut second = begin("second", second_at);
+    assert_eq!(second.ended().await.code(), Some(2), "{}", second.log());
+    let advice = "another control plane runs on the --data-dir control; stop it, or give this one";
+    assert!(second.log().contains(advice), "{}", second.log());
+    assert!(first.runs());
+    first.kill().await;
+    begin("third", second_at).ready(second_at).await;
 }
 
 #[tokio::test]

@@ -221,3 +221,77 @@ async fn a_token_that_ends_while_a_call_is_tried_again_is_not_sent() {
     assert_eq!((said.status(), said.code()), (503, "token-unavailable"), "{said:?}");
     assert_eq!(stage.callee.heads().len(), 3);
 }
+
+/// The project, the caller's sidecar and the callee's go on; the control plane comes back as another.
+async fn a_new_control_plane(pair: &mut Pair, further: &[&str]) {
+    pair.processes.control.kill().await;
+    let at = pair.control.to_string();
+    let mut arguments =
+        vec!["control", "--project", "project.yaml", "--listen", &at, "--data-dir", "control"];
+    arguments.extend(further);
+    pair.processes.control = Infrar::start(&pair.folder, "control", &arguments);
+    pair.processes.control.ready(pair.control).await;
+}
+
+/// Waits until calls are served with another token than `before`, and gives it.
+async fn another_token(pair: &Pair, app: &Origin, before: Option<&str>) -> String {
+    let token =
+        || app.heads().last().and_then(|head| header(head, "authorization").map(str::to_owned));
+    support::until("calls are served with another token", async || {
+        let said = get(pair.out, "data", "/").await;
+        said.status() == 200 && token().as_deref() != before
+    })
+    .await;
+    token().expect("a token")
+}
+
+#[tokio::test]
+async fn a_control_plane_that_has_lost_its_keys_or_has_another_name_takes_no_call_down_for_good() {
+    let app = Origin::plain("ok").await;
+    let mut pair = Pair::open(app.at, "", "").await;
+    let first = another_token(&pair, &app, None).await;
+    std::fs::remove_dir_all(pair.folder.path("control")).expect("its data");
+    a_new_control_plane(&mut pair, &[]).await;
+    let second = another_token(&pair, &app, Some(&first)).await;
+    // It is followed again, too: an edit arrives.
+    pair.folder.write("project.yaml", &Pair::project(pair.inbound, "  more: {}\n"));
+    support::until("the edit is in force", async || {
+        get(pair.caller_admin, "localhost", "/v1/snapshot").await.body.contains("\"more\"")
+    })
+    .await;
+    a_new_control_plane(&mut pair, &["--public-url", "http://issuer.example"]).await;
+    let third = another_token(&pair, &app, Some(&second)).await;
+    // What lies on disk is what is good now: a restart without the control plane serves.
+    let token = third.trim_start_matches("Bearer ");
+    support::until("the token is on disk", async || {
+        pair.folder.read("caller/tokens.json").contains(token)
+    })
+    .await;
+    pair.processes.control.kill().await;
+    pair.processes.caller.kill().await;
+    pair.processes.caller = Pair::start_proxy(&pair.folder, "caller");
+    pair.processes.caller.ready(pair.caller_admin).await;
+    let said = get(pair.out, "data", "/").await;
+    assert_eq!(said.status(), 200, "{said:?}\n{}", pair.logs());
+    let heads = app.heads();
+    assert_eq!(heads.last().and_then(|head| header(head, "authorization")), Some(&*third));
+}
+
+#[tokio::test]
+async fn a_project_that_names_a_secret_which_comes_later_is_in_force_when_it_has_come() {
+    let app = Origin::plain("ok").await;
+    let pair = Pair::open(app.at, "", "").await;
+    let project = Pair::project(pair.inbound, "");
+    let later = project
+        .replace("identities: {", "identities: { late: { client_secret_file: secrets/late },");
+    assert_ne!(project, later);
+    pair.folder.write("project.yaml", &later);
+    let refused = || pair.processes.control.log().matches("was not taken over").count();
+    support::until("the fault is told", async || refused() == 1).await;
+    pair.folder.write("secrets/late", "the secret of the late one\n");
+    support::until("it is in force", async || {
+        pair.processes.control.log().contains("the project is in force")
+    })
+    .await;
+    assert_eq!(refused(), 1, "{}", pair.logs());
+}

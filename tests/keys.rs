@@ -23,7 +23,7 @@ use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
 use rcgen::KeyPair;
 use serde_json::{Value, json};
-use support::{Folder, Infrar, Line, Origin, Said, Visit, free_ports, talk, until};
+use support::{Folder, Infrar, Line, Origin, Said, Visit, free_ports, get, talk, until};
 use tokio::{
     sync::Barrier,
     time::{Duration, Instant, MissedTickBehavior, interval, sleep},
@@ -266,13 +266,24 @@ async fn a_token_whose_key_was_taken_away_is_refused_however_often_it_had_been_a
         assert_eq!((said.status(), said.code()), (401, "token-invalid"), "{said:?}");
     }
     assert_eq!(callee.app.heads().len(), seen);
-    // An issuer that answers with nothing, or not at all, takes nothing away.
+}
+
+#[tokio::test]
+async fn an_issuer_that_publishes_nothing_takes_nothing_away() {
+    let (key, unknown) = (Key::new("k1"), Key::new("k2"));
+    let callee = Callee::open(&[&key], Duration::ZERO).await;
+    assert_eq!(callee.asks(&key.token(1)).await.status(), 200);
     callee.publish(&[]);
-    assert_eq!(callee.asks(&new.token(3)).await.status(), 200);
-    let metrics =
-        talk(callee.admin, "GET /metrics HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
-            .await;
-    assert!(metrics.body.contains("infrar_jwks_"), "{}", metrics.body);
+    // A key that is not known makes the callee ask, and nothing is what it hears.
+    assert_eq!(callee.asks(&unknown.token(2)).await.status(), 401);
+    assert_eq!(callee.issuer.heads().len(), 2, "{:?}", callee.issuer.heads());
+    let failures = format!("infrar_jwks_failures_total{{issuer=\"{ISSUER}\"}} 1");
+    until("the failure is counted", async || {
+        let metrics = get(callee.admin, "localhost", "/metrics").await;
+        metrics.body.lines().any(|line| line == failures)
+    })
+    .await;
+    assert_eq!(callee.asks(&key.token(3)).await.status(), 200, "{}", callee.infrar.log());
 }
 
 #[tokio::test]

@@ -151,6 +151,15 @@ pub fn token(data: &[u8]) {
     assert!(verifier.verify(assembled.as_bytes(), &["reports"], NOW).is_err(), "{assembled}");
 }
 
+/// A `NumericDate`, which may have a fraction, in whole seconds.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "a whole number within i64, as an accepted one is"
+)]
+fn seconds(date: &Value, whole: impl Fn(f64) -> f64) -> i64 {
+    date.as_i64().unwrap_or_else(|| whole(date.as_f64().expect("a number")) as i64)
+}
+
 /// A token that is signed and accepted says what any other JSON parser reads in it, and nothing twice.
 pub fn claims(data: &[u8]) {
     let mut parts = data.splitn(2, |byte| *byte == 0);
@@ -173,12 +182,10 @@ pub fn claims(data: &[u8]) {
     let said = members(payload);
     assert_eq!(said["iss"], ISSUER);
     assert_eq!(said["sub"], claims.caller().as_str());
-    assert_eq!(said["exp"], claims.expires_at());
+    assert_eq!(seconds(&said["exp"], f64::floor), claims.expires_at());
     assert!(claims.expires_at() > NOW - LEEWAY_SECONDS);
-    assert!(
-        said.get("nbf")
-            .is_none_or(|begin| begin.as_i64().expect("a number") <= NOW + LEEWAY_SECONDS)
-    );
+    let begin = said.get("nbf").map(|begin| seconds(begin, f64::ceil));
+    assert!(begin.is_none_or(|begin| begin <= NOW + LEEWAY_SECONDS));
     assert!(strings(&said["aud"]).contains("reports"));
     assert!(claims.is_for("reports"));
     let scopes = ["scope", "scopes"].map(|name| strings(said.get(name).unwrap_or(&Value::Null)));

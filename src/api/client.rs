@@ -6,12 +6,13 @@
 use std::{
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
+use arc_swap::ArcSwap;
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use http::{
@@ -38,6 +39,7 @@ use crate::{
     },
     model::{ScopeSet, ServiceName},
     net::{Alpn, ClientTls},
+    runtime::sha256,
 };
 
 /// The largest token answer or refusal that is read.
@@ -131,6 +133,8 @@ impl ClientSettings {
     }
 }
 
+type Http = HyperClient<HttpsConnector<HttpConnector>, Full<Bytes>>;
+
 /// The client. Clones share their connections.
 #[derive(Clone, Debug)]
 pub struct Client {
@@ -139,11 +143,21 @@ pub struct Client {
 
 #[derive(Debug)]
 struct Shared {
-    http: HyperClient<HttpsConnector<HttpConnector>, Full<Bytes>>,
+    /// Exchanged whole when other certificates are trusted: its connections were made under the old ones.
+    http: ArcSwap<Http>,
+    ca: Option<Mutex<CaFile>>,
     urls: Vec<Url>,
     /// The replica that answered last.
     preferred: AtomicUsize,
     timeout: Duration,
+}
+
+/// The file with the certificates that are trusted besides those of the system.
+#[derive(Debug)]
+struct CaFile {
+    path: PathBuf,
+    /// The SHA-256 of what it said when it was last looked at.
+    seen: Option<[u8; 32]>,
 }
 
 /// A question, not yet addressed to a replica. Holds secrets: no `Debug`.
@@ -186,32 +200,41 @@ impl Client {
                 return Err(ClientError::settings(what, None));
             }
         }
-        let mut connector = HttpConnector::new();
-        connector.enforce_http(false);
-        connector.set_nodelay(true);
-        connector.set_keepalive(Some(Duration::from_secs(30)));
-        connector.set_connect_timeout(Some(settings.timeout.min(Duration::from_secs(5))));
-        let connector = hyper_rustls::HttpsConnectorBuilder::new()
-            .with_tls_config(trust(settings.ca_file.as_deref())?)
-            .https_or_http()
-            .enable_all_versions()
-            .wrap_connector(connector);
-        let http = HyperClient::builder(TokioExecutor::new())
-            .timer(TokioTimer::new())
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(Duration::from_secs(30))
-            .pool_max_idle_per_host(2)
-            .http2_keep_alive_interval(Duration::from_secs(20))
-            .http2_keep_alive_timeout(Duration::from_secs(10))
-            .build(connector);
-        Ok(Self {
-            shared: Arc::new(Shared {
-                http,
-                urls: settings.urls,
-                preferred: AtomicUsize::new(0),
-                timeout: settings.timeout,
-            }),
-        })
+        let ClientSettings { urls, ca_file, timeout } = settings;
+        let pem = ca_file.as_deref().map(read_ca).transpose()?;
+        let http = http(trust(ca_file.as_deref().zip(pem.as_deref()))?, timeout);
+        let ca = ca_file
+            .zip(pem)
+            .map(|(path, pem)| Mutex::new(CaFile { path, seen: Some(sha256(&pem)) }));
+        let (http, preferred) = (ArcSwap::from_pointee(http), AtomicUsize::new(0));
+        Ok(Self { shared: Arc::new(Shared { http, ca, urls, preferred, timeout }) })
+    }
+
+    /// Looks at the file of trusted certificates again; says whether other ones are trusted now. Questions under way end
+    /// as they began. A fault is told once, until the file is another one again. Blocks on the disk.
+    ///
+    /// # Errors
+    /// [`ClientError::Settings`] when they cannot be used; the old ones then stay in force.
+    pub fn reread(&self) -> Result<bool, ClientError> {
+        let Some(ca) = &self.shared.ca else { return Ok(false) };
+        let mut ca = ca.lock().unwrap_or_else(PoisonError::into_inner);
+        let pem = match read_ca(&ca.path) {
+            Ok(pem) => pem,
+            // Also while it is exchanged.
+            Err(_unreadable) if ca.seen.is_none() => return Ok(false),
+            Err(fault) => {
+                ca.seen = None;
+                return Err(fault);
+            }
+        };
+        let now = Some(sha256(&pem));
+        if now == ca.seen {
+            return Ok(false);
+        }
+        ca.seen = now;
+        let tls = trust(Some((&ca.path, &pem)))?;
+        self.shared.http.store(Arc::new(http(tls, self.shared.timeout)));
+        Ok(true)
     }
 
     /// Asks for a token for `audience` (RFC 6749 §4.4 with RFC 8693's `audience`); without `scopes` for all
@@ -253,7 +276,7 @@ impl Client {
         };
         Ok(TokenAnswer {
             access_token: SecretString::from(reply.access_token),
-            expires_in: Duration::from_secs(reply.expires_in),
+            expires_in: reply.expires_in.map(Duration::from_secs),
             scope,
         })
     }
@@ -413,7 +436,8 @@ impl Client {
             ClientError::settings(format!("{url} cannot be asked"), Some(source.into()))
         })?;
         let unreachable = |source: Boxed| ClientError::Unreachable { host: authority(url), source };
-        timeout(self.shared.timeout, self.shared.http.request(request))
+        let http = self.shared.http.load_full();
+        timeout(self.shared.timeout, http.request(request))
             .await
             .map_err(|elapsed| unreachable(elapsed.into()))?
             .map_err(|error| unreachable(error.into()))
@@ -560,12 +584,44 @@ fn refusal(status: StatusCode, body: &[u8]) -> ClientError {
     ClientError::Refused { status, code, detail }
 }
 
-/// The system's roots and those of `ca_file`. The connector adds its own ALPN.
-fn trust(ca_file: Option<&Path>) -> Result<ClientConfig, ClientError> {
-    let tls = ClientTls::new(ca_file).map_err(|source| {
+/// The system's roots and those of a file. The connector adds its own ALPN.
+fn trust(ca: Option<(&Path, &[u8])>) -> Result<ClientConfig, ClientError> {
+    let tls = match ca {
+        Some((path, pem)) => ClientTls::from_pem_named(pem, &path.display().to_string()),
+        None => ClientTls::new(None),
+    };
+    let tls = tls.map_err(|source| {
         ClientError::settings("the trusted certificates cannot be used", Some(source.into()))
     })?;
     Ok(ClientConfig::clone(&tls.config(Alpn::None)))
+}
+
+fn read_ca(path: &Path) -> Result<Vec<u8>, ClientError> {
+    std::fs::read(path).map_err(|source| {
+        let what = format!("the trusted certificates in {} cannot be read", path.display());
+        ClientError::settings(what, Some(source.into()))
+    })
+}
+
+fn http(tls: ClientConfig, limit: Duration) -> Http {
+    let mut connector = HttpConnector::new();
+    connector.enforce_http(false);
+    connector.set_nodelay(true);
+    connector.set_keepalive(Some(Duration::from_secs(30)));
+    connector.set_connect_timeout(Some(limit.min(Duration::from_secs(5))));
+    let connector = hyper_rustls::HttpsConnectorBuilder::new()
+        .with_tls_config(tls)
+        .https_or_http()
+        .enable_all_versions()
+        .wrap_connector(connector);
+    HyperClient::builder(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .pool_timer(TokioTimer::new())
+        .pool_idle_timeout(Duration::from_secs(30))
+        .pool_max_idle_per_host(2)
+        .http2_keep_alive_interval(Duration::from_secs(20))
+        .http2_keep_alive_timeout(Duration::from_secs(10))
+        .build(connector)
 }
 
 #[cfg(test)]
@@ -619,6 +675,63 @@ mod tests {
         let error = Client::new(ClientSettings::new(Vec::new(), Some(path))).unwrap_err();
         let cause = std::error::Error::source(&error).unwrap().to_string();
         assert!(cause.contains("ca.pem"), "{cause}");
+    }
+
+    #[tokio::test]
+    async fn certificates_that_are_trusted_are_taken_up_while_it_runs() {
+        let authority = || {
+            let key = rcgen::KeyPair::generate().unwrap();
+            let mut parameters = rcgen::CertificateParams::default();
+            parameters.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+            rcgen::CertifiedIssuer::self_signed(parameters, key).unwrap()
+        };
+        let (old, new) = (authority(), authority());
+        let key = rcgen::KeyPair::generate().unwrap();
+        let names = vec!["localhost".to_owned()];
+        let leaf = rcgen::CertificateParams::new(names).unwrap().signed_by(&key, &new).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let [ca, cert, secret] = ["ca", "cert", "key"].map(|name| folder.path().join(name));
+        std::fs::write(&ca, old.pem()).unwrap();
+        std::fs::write(&cert, leaf.pem()).unwrap();
+        std::fs::write(&secret, key.serialize_pem()).unwrap();
+        let tls = crate::net::ServerTls::from_files(&cert, &secret, crate::net::MinVersion::Tls13)
+            .unwrap();
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = url(&format!("https://localhost:{}", listener.local_addr().unwrap().port()));
+        let serving = async {
+            use tokio::io::{AsyncReadExt, AsyncWriteExt};
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let mut config = rustls::ServerConfig::clone(&tls.current());
+                config.alpn_protocols = vec![b"http/1.1".to_vec()];
+                let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+                let Ok(mut stream) = acceptor.accept(stream).await else { continue };
+                assert!(stream.read(&mut [0; 4096]).await.unwrap() > 0);
+                let answer = "HTTP/1.1 200 OK\r\ncontent-length: 11\r\nconnection: close\r\n\r\n{\"keys\":[]}";
+                stream.write_all(answer.as_bytes()).await.unwrap();
+                stream.shutdown().await.ok();
+            }
+        };
+        let asking = async {
+            let client = Client::new(ClientSettings::new(vec![address], Some(ca.clone()))).unwrap();
+            let other = client.clone();
+            assert!(client.own_jwks().await.is_err(), "the old authority vouches for nobody here");
+            assert!(!client.reread().unwrap());
+            // A wrong file takes nothing away, and is told once.
+            std::fs::write(&ca, "nothing").unwrap();
+            assert!(client.reread().is_err());
+            assert!(!client.reread().unwrap());
+            std::fs::remove_file(&ca).unwrap();
+            assert!(client.reread().is_err());
+            assert!(!client.reread().unwrap());
+            std::fs::write(&ca, new.pem()).unwrap();
+            assert!(client.reread().unwrap());
+            assert_eq!(other.own_jwks().await.unwrap()["keys"], serde_json::json!([]));
+        };
+        tokio::select! {
+            () = asking => {}
+            () = serving => unreachable!("it serves until it has been asked"),
+        }
     }
 
     #[tokio::test]

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use secrecy::SecretString;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
 use crate::model::{Place, Project, ScopeSet, Service, ServiceName};
 
@@ -89,8 +89,8 @@ pub struct Credential {
 pub struct TokenAnswer {
     /// The bearer.
     pub access_token: SecretString,
-    /// How long it is good, from the moment of the answer.
-    pub expires_in: Duration,
+    /// How long it is good, from the moment of the answer; `None` when the answer did not say.
+    pub expires_in: Option<Duration>,
     /// The scopes that it carries.
     pub scope: ScopeSet,
 }
@@ -102,11 +102,33 @@ pub struct TokenReply {
     pub access_token: String,
     /// `Bearer`.
     pub token_type: String,
-    /// Seconds.
-    pub expires_in: u64,
+    /// Seconds. RFC 6749 only recommends it, and some issuers write it as text.
+    #[serde(default, deserialize_with = "seconds", skip_serializing_if = "Option::is_none")]
+    pub expires_in: Option<u64>,
     /// Space-separated; may be left out when it is what was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scope: Option<String>,
+}
+
+/// A number of seconds, as a number or as text; a fraction is cut off.
+fn seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Written {
+        Whole(u64),
+        Number(f64),
+        Text(String),
+    }
+    let bad = || D::Error::custom("expires_in is no number of seconds");
+    let Some(written) = Option::<Written>::deserialize(deserializer)? else { return Ok(None) };
+    match written {
+        Written::Whole(seconds) => Ok(Some(seconds)),
+        Written::Number(seconds) => {
+            let whole = Duration::try_from_secs_f64(seconds).map_err(|_range| bad())?;
+            Ok(Some(whole.as_secs()))
+        }
+        Written::Text(text) => text.trim().parse().map(Some).map_err(|_syntax| bad()),
+    }
 }
 
 /// The token endpoint's refusal on the wire (RFC 6749 §5.2).
@@ -117,4 +139,25 @@ pub struct OauthRefusal {
     /// A sentence for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error_description: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_answer_need_not_say_how_long_it_is_good_and_may_say_it_as_text() {
+        let read = |further: &str| {
+            let text = format!(r#"{{"access_token":"t","token_type":"Bearer"{further}}}"#);
+            serde_json::from_str::<TokenReply>(&text).map(|reply| reply.expires_in).ok()
+        };
+        assert_eq!(read(""), Some(None));
+        assert_eq!(read(r#","expires_in":null"#), Some(None));
+        assert_eq!(read(r#","expires_in":3599"#), Some(Some(3599)));
+        assert_eq!(read(r#","expires_in":3599.9"#), Some(Some(3599)));
+        assert_eq!(read(r#","expires_in":"3599""#), Some(Some(3599)));
+        for bad in [r#""soon""#, "-1", "[]", "1e99"] {
+            assert_eq!(read(&format!(r#","expires_in":{bad}"#)), None, "{bad}");
+        }
+    }
 }

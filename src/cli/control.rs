@@ -6,7 +6,7 @@ use anyhow::Context;
 use jiff::SignedDuration;
 use url::Url;
 
-use super::watch::WatchedFile;
+use super::watch::{Told, WatchedFile};
 use crate::{
     config,
     control::{self, Control, Running, TlsFiles},
@@ -68,14 +68,16 @@ impl ControlArgs {
             .zip(self.key_file.clone())
             .map(|(cert_file, key_file)| TlsFiles { cert_file, key_file });
         let running = Control::start(settings, file.project, file.identities).await?;
+        let mut told = Told::default();
         loop {
             tokio::select! {
                 signal = signals.next() => match signal {
                     Signal::Stop | Signal::StopAtOnce => break,
-                    Signal::Reload => self.reload(&running, &mut watched),
+                    Signal::Reload => told = Told::default(),
                 },
-                () = watched.changed() => self.reload(&running, &mut watched),
+                () = watched.changed() => {}
             }
+            self.reload(&running, &mut watched, &mut told);
         }
         tracing::info!("told to end");
         tokio::select! {
@@ -86,22 +88,24 @@ impl ControlArgs {
     }
 
     /// Takes the project over, or says why not and keeps the old one.
-    fn reload(&self, running: &Running, watched: &mut WatchedFile) {
+    fn reload(&self, running: &Running, watched: &mut WatchedFile, told: &mut Told) {
         let file = match config::load_project(&self.project) {
             Ok(file) => file,
             Err(faults) => {
-                return tracing::error!(
-                    "the project was not taken over, the old one stays:\n{faults}"
-                );
+                watched.failed(faults.referred_files());
+                return told.not_taken_over(faults.to_string());
             }
         };
         watched.refers_to(file.referred_files());
         match running.replace(file.project, &file.identities) {
-            Ok(_) => tracing::info!(revision = running.revision(), "the project is in force"),
-            Err(error) => tracing::error!(
-                error = &error as &dyn std::error::Error,
-                "the project was not taken over, the old one stays"
-            ),
+            Ok(_) => {
+                *told = Told::default();
+                tracing::info!(revision = running.revision(), "the project is in force");
+            }
+            Err(error) => {
+                watched.failed([]);
+                told.not_taken_over(format!("{:#}", anyhow::Error::from(error)));
+            }
         }
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! The snapshot alone is refused when it is too old, and its age is told truly: a restart while the control plane is
 //! down rewrites nothing, so it makes nothing young again. Tokens say themselves when they expire, and keys serve for
-//! as long as nobody has newer ones.
+//! as long as nobody has newer ones; but both only beside a snapshot of the project and issuer that they are of.
 
 use std::{
     collections::HashMap,
@@ -20,11 +20,14 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use super::{trust::Trust, world::lock};
+use super::{
+    trust::{Trust, own_name},
+    world::lock,
+};
 use crate::{
     api::Catalog,
-    discovery::{Directory, Seal, State, StateFault, Stored},
-    identity::{StoredToken, Tokens},
+    discovery::{Directory, Origin, Seal, State, StateFault, Stored},
+    identity::{KeySet, StoredToken, Tokens},
     model::ServiceName,
     runtime::{Clock, Supervisor},
 };
@@ -40,12 +43,17 @@ const NOTE_EVERY: Duration = Duration::from_secs(60);
 /// Reads what an earlier run has kept, and keeps what comes.
 pub(super) struct Keeper {
     state: State,
+    clock: Clock,
     /// The age from which a snapshot is refused.
     oldest: Duration,
     /// The snapshot that lies on disk.
     seal: Option<Seal>,
-    /// The keys that lie on disk, by issuer.
+    /// Whose the snapshot is.
+    origin: Option<Origin>,
+    /// The keys that lie on disk, as [`Trust`] names them.
     keys: HashMap<String, Value>,
+    /// When they were fetched, seconds since 1970.
+    fetched: i64,
 }
 
 impl Keeper {
@@ -56,34 +64,44 @@ impl Keeper {
         clock: Clock,
     ) -> Result<Self, StateFault> {
         let state = State::open(folder, service, clock)?;
-        Ok(Self { state, oldest, seal: None, keys: HashMap::new() })
+        let (seal, origin, keys) = (None, None, HashMap::new());
+        Ok(Self { state, clock, oldest, seal, origin, keys, fetched: 0 })
     }
 
     /// The snapshot of an earlier run, and how long ago it was current.
     pub(super) fn snapshot(&mut self) -> Option<(Catalog, Duration)> {
-        let Stored { content, age, seal } = self.kept(SNAPSHOT, Some(self.oldest))?;
+        let found: Result<Option<Stored<Catalog>>, _> =
+            self.state.kept(SNAPSHOT, Some(self.oldest));
+        let Stored { content, age, seal } = usable(found)?;
         self.seal = Some(seal);
+        self.origin = Some(Origin::of(&content));
         Some((content, age))
     }
 
-    /// The public keys of an earlier run, by issuer.
+    /// The public keys of an earlier run, as [`Trust`] names them; none without [`snapshot`](Self::snapshot).
     pub(super) fn keys(&mut self) -> HashMap<String, Value> {
-        self.keys = self.kept(JWKS, None).map(|stored| stored.content).unwrap_or_default();
+        if let Some(Stored { content, age, .. }) = self.kept(JWKS) {
+            let age = i64::try_from(age.as_secs()).unwrap_or(i64::MAX);
+            self.fetched = self.clock.unix_seconds().saturating_sub(age);
+            self.keys = content;
+        }
         self.keys.clone()
     }
 
-    /// The tokens of an earlier run; some may have expired.
+    /// The tokens of an earlier run but those whose key is not among [`keys`](Self::keys) any more; some may have expired.
+    /// None without [`snapshot`](Self::snapshot).
     pub(super) fn tokens(&self) -> Vec<StoredToken> {
-        self.kept(TOKENS, None).map(|stored| stored.content).unwrap_or_default()
+        let stored = self.kept::<Vec<StoredToken>>(TOKENS);
+        let mut tokens = stored.map(|stored| stored.content).unwrap_or_default();
+        let own = self.origin.as_ref().and_then(|origin| self.keys.get(&own_name(&origin.issuer)));
+        if let Some(own) = own.and_then(|json| KeySet::from_json(json).ok()) {
+            tokens.retain(|token| !token.is_orphan(&own, self.fetched));
+        }
+        tokens
     }
 
-    /// What must not be used is reported and passed over.
-    fn kept<T: DeserializeOwned>(&self, name: &str, oldest: Option<Duration>) -> Option<Stored<T>> {
-        self.state.kept(name, oldest).unwrap_or_else(|fault| {
-            let error = &fault as &dyn std::error::Error;
-            tracing::error!(error, "a kept file is not used");
-            None
-        })
+    fn kept<T: DeserializeOwned>(&self, name: &str) -> Option<Stored<T>> {
+        usable(self.state.kept_of(name, self.origin.as_ref()?))
     }
 
     /// Keeps everything as it comes. Call it before anything can come.
@@ -94,13 +112,22 @@ impl Keeper {
         trust: Arc<Mutex<Trust>>,
         tokens: Arc<Tokens>,
     ) {
-        let Self { state, oldest, seal, keys } = self;
-        let snapshot = keep_snapshot(state.clone(), directory, oldest, seal);
+        let Self { state, oldest, seal, keys, origin, .. } = self;
+        let snapshot = keep_snapshot(state.clone(), Arc::clone(&directory), oldest, seal);
         supervisor.spawn_until_end("kept-snapshot", snapshot);
-        let changes = tokens.changes();
-        let secrets = keep_secrets(state, trust, tokens, changes, keys);
+        let lying = (origin, keys);
+        let secrets = keep_secrets(state, directory, trust, tokens, lying);
         supervisor.spawn_until_end("kept-secrets", secrets);
     }
+}
+
+/// What must not be used is reported and passed over.
+fn usable<T>(found: Result<Option<T>, StateFault>) -> Option<T> {
+    found.unwrap_or_else(|fault| {
+        let error = &fault as &dyn std::error::Error;
+        tracing::error!(error, "a kept file is not used");
+        None
+    })
 }
 
 /// Keeps each new snapshot, and notes now and then that the last one is still current.
@@ -132,36 +159,44 @@ fn keep_snapshot(
                     confirm(&state, seal.clone(), directory.age().unwrap_or_default()).await;
                 }
                 // Also what could not be written when it came.
-                Some(_) | None => seal = keep(&state, SNAPSHOT, (*catalog).clone()).await,
+                Some(_) | None => {
+                    let origin = Origin::of(&catalog);
+                    seal = keep(&state, SNAPSHOT, (*catalog).clone(), origin).await;
+                }
             }
             next = Instant::now() + pause;
         }
     }
 }
 
-/// Keeps keys and tokens on disk as they come.
+/// Keeps keys and tokens on disk as they come, once it is known whose they are. `lying` is what lies there.
 async fn keep_secrets(
     state: State,
+    directory: Arc<Directory>,
     trust: Arc<Mutex<Trust>>,
     tokens: Arc<Tokens>,
-    mut changes: watch::Receiver<u64>,
-    mut last: HashMap<String, Value>,
+    lying: (Option<Origin>, HashMap<String, Value>),
 ) {
-    let followed = lock(&trust).followed();
+    let (mut origin, mut last) = lying;
+    let mut changes = tokens.changes();
+    let mut followed = lock(&trust).followed();
+    let mut stale = false;
     loop {
         // Listened to before they are read, so that no change falls between.
         let sets = lock(&trust).sets();
         let mut listened: Vec<_> = sets.iter().map(|keys| keys.changes()).collect();
-        let now: HashMap<String, Value> = sets
-            .iter()
-            .filter(|keys| !keys.load().is_empty())
-            .filter_map(|keys| {
-                Some((keys.issuer().to_string(), serde_json::to_value(keys.load().source()).ok()?))
-            })
-            .collect();
-        // Without a snapshot no issuer is known yet, and those on disk are still wanted.
-        if !now.is_empty() && now != last && keep(&state, JWKS, now.clone()).await.is_some() {
-            last = now;
+        let now = lock(&trust).to_remember();
+        if let Some(of) = directory.load().map(|catalog| Origin::of(&catalog)) {
+            let moved = origin.as_ref() != Some(&of);
+            // An issuer whose keys were not fetched yet takes nothing away.
+            let worth_it = !now.is_empty() && (moved || now != last);
+            if worth_it && keep(&state, JWKS, now.clone(), of.clone()).await.is_some() {
+                last = now;
+            }
+            if stale || moved {
+                stale = keep(&state, TOKENS, tokens.snapshot(), of.clone()).await.is_none();
+            }
+            origin = Some(of);
         }
         let keys: FuturesUnordered<_> = listened.iter_mut().map(watch::Receiver::changed).collect();
         tokio::select! {
@@ -169,20 +204,20 @@ async fn keep_secrets(
                 if changed.is_err() {
                     return;
                 }
-                keep(&state, TOKENS, tokens.snapshot()).await;
+                stale = true;
             }
             Some(_changed) = keys.into_future().map(|(first, _)| first) => {}
-            () = followed.notified() => {}
+            Ok(()) = followed.changed() => {}
         }
     }
 }
 
-async fn keep<T>(state: &State, name: &'static str, content: T) -> Option<Seal>
+async fn keep<T>(state: &State, name: &'static str, content: T, origin: Origin) -> Option<Seal>
 where
     T: Serialize + Send + 'static,
 {
     let state = state.clone();
-    write(move || state.keep(name, &content)).await
+    write(move || state.keep(name, &content, &origin)).await
 }
 
 async fn confirm(state: &State, seal: Seal, age: Duration) {
@@ -208,6 +243,8 @@ async fn write<T: Send + 'static>(
 
 #[cfg(test)]
 mod tests {
+    use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+    use serde_json::json;
     use tokio::{runtime::Handle, time::sleep};
 
     use super::*;
@@ -317,12 +354,70 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn keys_and_tokens_are_never_too_old() {
         let runs = Runs::new();
-        let keeper = runs.keeper();
-        let keys: HashMap<String, Value> = [("i".to_owned(), "keys".into())].into();
-        keeper.state.keep(JWKS, &keys).unwrap();
-        keeper.state.keep(TOKENS, &[0u8; 0]).unwrap();
+        let state = runs.keeper().state;
+        let (keys, origin) = (keys("k1"), Origin::of(&catalog(1)));
+        state.keep(JWKS, &keys, &origin).unwrap();
+        state.keep(TOKENS, &[token("k1", &runs.clock)], &origin).unwrap();
         sleep(30 * DAY).await;
-        assert_eq!(runs.keeper().keys(), keys);
-        assert!(runs.keeper().tokens().is_empty());
+        state.keep(SNAPSHOT, &catalog(1), &origin).unwrap();
+        let mut keeper = runs.keeper();
+        keeper.snapshot().unwrap();
+        assert_eq!(keeper.keys(), keys);
+        assert_eq!(keeper.tokens().len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn keys_and_tokens_serve_only_beside_a_snapshot_of_the_same_project_and_issuer() {
+        let runs = Runs::new();
+        let state = runs.keeper().state;
+        let found = |keeper: &mut Keeper| {
+            keeper.snapshot();
+            (keeper.keys().len(), keeper.tokens().len())
+        };
+        let origin = Origin::of(&catalog(1));
+        state.keep(JWKS, &keys("k1"), &origin).unwrap();
+        state.keep(TOKENS, &[token("k1", &runs.clock)], &origin).unwrap();
+        assert_eq!(found(&mut runs.keeper()), (0, 0), "whose they are is not known");
+        state.keep(SNAPSHOT, &catalog(1), &origin).unwrap();
+        assert_eq!(found(&mut runs.keeper()), (1, 1));
+        let moved = Catalog { issuer: "moved".to_owned(), ..catalog(2) };
+        state.keep(SNAPSHOT, &moved, &Origin::of(&moved)).unwrap();
+        assert_eq!(found(&mut runs.keeper()), (0, 0));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_token_whose_key_is_gone_is_not_taken_up_again() {
+        let runs = Runs::new();
+        let (state, origin) = (runs.keeper().state, Origin::of(&catalog(1)));
+        state.keep(SNAPSHOT, &catalog(1), &origin).unwrap();
+        let issued = [token("k1", &runs.clock), token("k2", &runs.clock)];
+        state.keep(TOKENS, &issued, &origin).unwrap();
+        let left = |keeper: &mut Keeper| {
+            keeper.snapshot();
+            keeper.keys();
+            keeper.tokens().len()
+        };
+        // Keys that are as old as the tokens prove nothing.
+        state.keep(JWKS, &keys("k2"), &origin).unwrap();
+        assert_eq!(left(&mut runs.keeper()), 2);
+        sleep(Duration::from_secs(300)).await;
+        state.keep(JWKS, &keys("k2"), &origin).unwrap();
+        assert_eq!(left(&mut runs.keeper()), 1);
+    }
+
+    /// What the project's own issuer publishes.
+    fn keys(kid: &str) -> HashMap<String, Value> {
+        // The public key of RFC 7515, appendix A.3.
+        let jwk = json!({"kty": "EC", "crv": "P-256", "kid": kid, "alg": "ES256",
+            "x": "f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU",
+            "y": "x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0"});
+        [(own_name("x"), json!({"keys": [jwk]}))].into()
+    }
+
+    fn token(kid: &str, clock: &Clock) -> Value {
+        let head = URL_SAFE_NO_PAD.encode(format!(r#"{{"kid":"{kid}"}}"#));
+        let now = clock.unix_seconds();
+        json!({"callee": "data", "token": format!("{head}.e30.AA"), "scope": [],
+            "issued_at": now, "expires_at": now + 3600})
     }
 }

@@ -169,7 +169,7 @@ pub(crate) fn start(file: &ProxyFile) -> anyhow::Result<RunningProxy> {
         directory: Arc::clone(&directory),
         tokens: Arc::clone(&world.tokens),
         trust: world.verifier(),
-        resolver: Resolver::new(Handle::current()),
+        resolver: Resolver::new(Supervisor::clone(&supervisor)),
         meter: Arc::clone(&meter),
         registry: Arc::clone(&registry),
         ends: ends.clone(),

@@ -94,7 +94,7 @@ impl Get {
             let reply = json!({
                 "access_token": token,
                 "token_type": "Bearer",
-                "expires_in": answer.expires_in.as_secs(),
+                "expires_in": answer.expires_in.map(|life| life.as_secs()),
                 "scope": answer.scope.to_string(),
             });
             print(&format!("{reply:#}"))?;

@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc};
 
 use arc_swap::ArcSwap;
 use serde_json::Value;
-use tokio::{runtime::Handle, sync::Notify};
+use tokio::sync::watch;
 use url::Url;
 
 use crate::{
@@ -34,9 +34,9 @@ pub(super) struct Trust {
     client: Client,
     /// Whether the client leads to a control plane, which then is the project's own issuer.
     has_control: bool,
-    /// Keys of an earlier run, by issuer.
+    /// Keys of an earlier run, by issuer and the place where they came from: see [`remembered_as`].
     remembered: HashMap<String, Value>,
-    followed: Arc<Notify>,
+    followed: watch::Sender<u64>,
 }
 
 impl Trust {
@@ -55,7 +55,7 @@ impl Trust {
             client,
             has_control,
             remembered,
-            followed: Arc::default(),
+            followed: watch::Sender::new(0),
         }
     }
 
@@ -67,6 +67,16 @@ impl Trust {
     /// The key sets in use, by issuer.
     pub(super) fn sets(&self) -> Vec<Arc<Jwks>> {
         self.known.values().cloned().collect()
+    }
+
+    /// The keys that were fetched and are worth keeping, as [`Trust::new`] takes them.
+    pub(super) fn to_remember(&self) -> HashMap<String, Value> {
+        let fetched = self.known.iter().filter(|(_, keys)| !keys.load().is_empty());
+        let kept = fetched.filter_map(|((issuer, place), keys)| {
+            let name = remembered_as(issuer, place)?;
+            Some((name, serde_json::to_value(keys.load().source()).ok()?))
+        });
+        kept.collect()
     }
 
     /// Whether the keys are there that every callee needs: those of the project's own issuer; without a control plane
@@ -107,23 +117,27 @@ impl Trust {
             }));
         }
         self.verifier.store(Arc::new(Verifier::new(trusted)));
-        self.followed.notify_one();
+        self.followed.send_modify(|count| *count += 1);
     }
 
     /// Fetches keys by another client from now on, because it believes other certificates. Those that are known serve
     /// until they are fetched anew.
     pub(super) fn fetch_by(&mut self, client: Client, catalog: &Catalog, supervisor: &Supervisor) {
         self.client = client;
-        let known = std::mem::take(&mut self.known);
-        self.remembered.extend(known.into_iter().filter_map(|((issuer, _), keys)| {
-            Some((issuer, serde_json::to_value(keys.load().source()).ok()?))
-        }));
+        let known = self.to_remember();
+        self.known.clear();
+        self.remembered.extend(known);
         self.follow(catalog, supervisor);
     }
 
-    /// Tells one listener that the key sets may be others.
-    pub(super) fn followed(&self) -> Arc<Notify> {
-        Arc::clone(&self.followed)
+    /// Tells that the key sets may be others; the number is of no further meaning.
+    pub(super) fn followed(&self) -> watch::Receiver<u64> {
+        self.followed.subscribe()
+    }
+
+    /// The keys of the project's own issuer, once it is known.
+    pub(super) fn own(&self) -> Option<Arc<Jwks>> {
+        self.own.clone()
     }
 
     /// The keys of an issuer: those in use already, or new ones.
@@ -162,15 +176,29 @@ impl Trust {
             Place::Control => control_keys(client),
             Place::At(url) => keys_at(client, url.clone()),
         };
-        let initial = self
-            .remembered
-            .get(issuer)
+        let initial = remembered_as(issuer, place)
+            .and_then(|name| self.remembered.get(&name))
             .and_then(|json| KeySet::from_json(json).ok())
             .unwrap_or_default();
-        let keys = Jwks::fetched(name, initial, fetch, Handle::current());
+        let keys = Jwks::fetched(name, initial, fetch, supervisor.clone());
         supervisor.spawn_until_end("jwks", keys.follow());
         Some(keys)
     }
+}
+
+/// The name under which keys are remembered: of the issuer and of the place, because whoever could answer at an old place
+/// is believed no more once the project names another one. Keys that stand in the project need no remembering.
+fn remembered_as(issuer: &str, place: &Place) -> Option<String> {
+    match place {
+        Place::Control => Some(own_name(issuer)),
+        Place::At(url) => Some(format!("{issuer} {url}")),
+        Place::Fixed(_) => None,
+    }
+}
+
+/// The name under which the keys of the project's own issuer are remembered.
+pub(super) fn own_name(issuer: &str) -> String {
+    format!("{issuer} control")
 }
 
 /// The audiences of an issuer that stand for every service. One that is a service's name stands for that service alone,
@@ -193,6 +221,7 @@ fn place(issuer: &Issuer) -> Option<Place> {
 #[cfg(test)]
 mod tests {
     use serde_json::json;
+    use tokio::runtime::Handle;
 
     use super::*;
     use crate::api::ClientSettings;
@@ -219,7 +248,7 @@ mod tests {
 
     fn trust(has_control: bool, remembered: &[&str]) -> Trust {
         let client = Client::new(ClientSettings::new(Vec::new(), None)).unwrap();
-        let remembered = remembered.iter().map(|name| ((*name).to_owned(), a_key())).collect();
+        let remembered = remembered.iter().map(|name| (own_name(name), a_key())).collect();
         Trust::new(client, has_control, remembered)
     }
 
@@ -237,6 +266,28 @@ mod tests {
         // The control plane has moved: the keys of its new name come within moments.
         trust.follow(&catalog("https://moved", &dead), &supervisor);
         assert!(trust.can_verify());
+    }
+
+    #[tokio::test]
+    async fn keys_of_the_place_that_an_issuer_has_left_are_believed_no_more() {
+        let supervisor = Supervisor::new(Handle::current());
+        let mut first = trust(false, &[]);
+        let old = issuer("https://i", None);
+        first.remembered.insert("https://i http://127.0.0.1:1/jwks".to_owned(), a_key());
+        first.follow(&catalog("", std::slice::from_ref(&old)), &supervisor);
+        assert_eq!(first.to_remember().len(), 1);
+        let mut moved = old.clone();
+        moved.jwks_uri = Some("http://127.0.0.1:1/moved".parse().unwrap());
+        first.follow(&catalog("", std::slice::from_ref(&moved)), &supervisor);
+        assert!(first.sets().iter().all(|keys| keys.load().is_empty()));
+        // Nor after a restart.
+        let client = Client::new(ClientSettings::new(Vec::new(), None)).unwrap();
+        let remembered = [("https://i http://127.0.0.1:1/jwks".to_owned(), a_key())].into();
+        let mut second = Trust::new(client, false, remembered);
+        second.follow(&catalog("", &[moved]), &supervisor);
+        assert!(second.sets().iter().all(|keys| keys.load().is_empty()));
+        second.follow(&catalog("", &[old]), &supervisor);
+        assert!(!second.sets()[0].load().is_empty());
     }
 
     #[tokio::test]

@@ -10,10 +10,14 @@ use std::{
     time::Duration,
 };
 
-use aws_lc_rs::digest::{SHA256, digest};
 use notify::{RecommendedWatcher, RecursiveMode};
 use notify_debouncer_full::{DebounceEventResult, Debouncer, RecommendedCache, new_debouncer};
-use tokio::{sync::mpsc, time::sleep};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, sleep},
+};
+
+use crate::runtime::sha256;
 
 /// Editors write a file in several steps; a change counts when they are done.
 const SETTLE: Duration = Duration::from_millis(200);
@@ -25,6 +29,8 @@ pub(crate) struct WatchedFile {
     /// The file itself comes first.
     files: Vec<Seen>,
     folders: BTreeSet<PathBuf>,
+    /// When to try again what failed, whether anything was seen to change or not.
+    again: Option<Instant>,
     events: mpsc::Receiver<()>,
     debouncer: Debouncer<RecommendedWatcher, RecommendedCache>,
 }
@@ -33,12 +39,12 @@ pub(crate) struct WatchedFile {
 /// secrets, so no content is held.
 struct Seen {
     path: PathBuf,
-    mark: Option<Vec<u8>>,
+    mark: Option<[u8; 32]>,
 }
 
 impl Seen {
     fn now(path: PathBuf) -> Self {
-        let mark = std::fs::read(&path).ok().map(|content| mark(&content));
+        let mark = std::fs::read(&path).ok().map(|content| sha256(&content));
         Self { path, mark }
     }
 }
@@ -62,11 +68,22 @@ impl WatchedFile {
         })?;
         let folder = folder(&path);
         debouncer.watch(&folder, RecursiveMode::NonRecursive)?;
-        Ok(Self { files: vec![Seen::now(path)], folders: [folder].into(), events, debouncer })
+        let (files, folders) = (vec![Seen::now(path)], [folder].into());
+        Ok(Self { files, folders, again: None, events, debouncer })
+    }
+
+    /// What the file says did not come into force. Whatever mends that may stand in one of these files as well, and may
+    /// be no file at all, such as room on a disk: so it ends [`changed`](Self::changed) at the next look too.
+    pub(crate) fn failed(&mut self, files: impl IntoIterator<Item = PathBuf>) {
+        let referred = self.files.iter().skip(1).map(|seen| seen.path.clone());
+        let all: BTreeSet<_> = referred.chain(files).collect();
+        self.refers_to(all);
+        self.again = Some(Instant::now() + LOOK);
     }
 
     /// Watches these files too, and no others any more that were referred to before; what new ones say now is no change.
     pub(crate) fn refers_to(&mut self, files: impl IntoIterator<Item = PathBuf>) {
+        self.again = None;
         let mut before = std::mem::take(&mut self.files).into_iter();
         self.files.extend(before.next());
         let mut before: Vec<_> = before.collect();
@@ -89,8 +106,8 @@ impl WatchedFile {
         self.folders = folders;
     }
 
-    /// Ends when one of the files says something else than before; one that cannot be read is no change. Cancel-safe: what
-    /// is missed is found by the next look.
+    /// Ends when one of the files says something else than before, or when something [`failed`](Self::failed) a while ago;
+    /// a file that cannot be read is no change. Cancel-safe: what is missed is found by the next look.
     pub(crate) async fn changed(&mut self) {
         loop {
             tokio::select! {
@@ -100,7 +117,8 @@ impl WatchedFile {
                 },
                 () = sleep(LOOK) => {}
             }
-            if self.look().await {
+            let due = self.again.is_some_and(|again| again <= Instant::now());
+            if self.look().await || due {
                 return;
             }
         }
@@ -110,7 +128,7 @@ impl WatchedFile {
         let mut marks = Vec::with_capacity(self.files.len());
         for seen in &self.files {
             let read: io::Result<Vec<u8>> = tokio::fs::read(&seen.path).await;
-            marks.push(read.ok().map(|content| mark(&content)));
+            marks.push(read.ok().map(|content| sha256(&content)));
         }
         // Only now, in one go: whoever gives up waiting meanwhile has lost no change.
         let mut changed = false;
@@ -124,6 +142,20 @@ impl WatchedFile {
     }
 }
 
+/// Why a project is not in force, as the log has told last: the same reason is found again at every look.
+#[derive(Default)]
+pub(crate) struct Told(Option<String>);
+
+impl Told {
+    /// Tells it, unless that is known.
+    pub(crate) fn not_taken_over(&mut self, why: String) {
+        if self.0.as_ref() != Some(&why) {
+            tracing::error!("the project was not taken over, the old one stays:\n{why}");
+            self.0 = Some(why);
+        }
+    }
+}
+
 /// As [`WatchedFile::changed`]; never ends where nothing is watched.
 pub(crate) async fn changed(watched: &mut Option<WatchedFile>) {
     match watched {
@@ -134,10 +166,6 @@ pub(crate) async fn changed(watched: &mut Option<WatchedFile>) {
 
 fn folder(path: &Path) -> PathBuf {
     path.parent().unwrap_or(path).to_owned()
-}
-
-fn mark(content: &[u8]) -> Vec<u8> {
-    digest(&SHA256, content).as_ref().to_vec()
 }
 
 #[cfg(test)]
@@ -164,7 +192,7 @@ mod tests {
         fs::write(folder.path().join("next"), "three").unwrap();
         fs::rename(folder.path().join("next"), &file).unwrap();
         timeout(PATIENCE, watched.changed()).await.unwrap();
-        assert_eq!(watched.files[0].mark, Some(mark(b"three")));
+        assert_eq!(watched.files[0].mark, Some(sha256(b"three")));
     }
 
     #[tokio::test]
@@ -200,5 +228,27 @@ mod tests {
         watched.debouncer.unwatch(folder.path()).unwrap();
         fs::write(&file, "two").unwrap();
         timeout(2 * LOOK, watched.changed()).await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_failed_is_tried_again_at_each_look_and_by_every_file_that_was_missed() {
+        let folder = tempfile::tempdir().unwrap();
+        let [file, known, missing] =
+            ["project.yaml", "known", "missing"].map(|name| folder.path().join(name));
+        fs::write(&file, "one").unwrap();
+        fs::write(&known, "old").unwrap();
+        let mut watched = WatchedFile::new(&file).unwrap();
+        watched.refers_to([known.clone()]);
+        for _ in 0..3 {
+            watched.failed([missing.clone()]);
+            timeout(2 * LOOK, watched.changed()).await.unwrap();
+        }
+        // Both those that count if it succeeds and those that count while it does not.
+        for path in [&missing, &known] {
+            fs::write(path, "new").unwrap();
+            assert!(watched.look().await, "{}", path.display());
+        }
+        watched.refers_to([known, missing]);
+        assert!(timeout(10 * LOOK, watched.changed()).await.is_err(), "it is in force");
     }
 }

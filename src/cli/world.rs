@@ -5,27 +5,36 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use futures_util::{FutureExt, future::BoxFuture};
-use secrecy::SecretString;
-use tokio::{runtime::Handle, sync::Notify};
+use secrecy::{ExposeSecret, SecretString};
+use tokio::{
+    sync::Notify,
+    time::{Instant, sleep},
+};
 use zeroize::Zeroizing;
 
 use super::{
     kept::Keeper,
     trust::Trust,
-    watch::{WatchedFile, changed},
+    watch::{Told, WatchedFile, changed},
 };
 use crate::{
     api::{CONTROL_AUDIENCE, Catalog, Client, ClientSettings, Credential, TokenAnswer},
     config::{self, ProxyFile},
-    discovery::{AskBearer, Directory, Registry as Source},
-    identity::{ControlTokens, NoTokens, TokenSource, TokenUnavailable, Tokens},
+    discovery::{Directory, Passes, Registry as Source},
+    identity::{ControlTokens, NoTokens, Slot, TokenSource, TokenUnavailable, Tokens},
     model::{Project, ServiceName},
     proxy,
     runtime::{Clock, Supervisor},
 };
+
+/// How often `control.ca_file` is looked at.
+const CA_LOOK: Duration = Duration::from_secs(5);
+/// When keys are asked for again while a token names one that nobody knows: just after that is allowed again.
+const KEYS_AGAIN: Duration = Duration::from_secs(31);
 
 /// What a proxy knows of the world beyond its listeners: the project, tokens, keys, and the folder that keeps them.
 pub(super) struct World {
@@ -37,6 +46,8 @@ pub(super) struct World {
     source: Option<Source>,
     /// A project that is read from a file, and its watch unless the system gives none.
     file: Option<(PathBuf, Option<WatchedFile>)>,
+    /// The way to the control plane, if the project comes from there.
+    control: Option<Client>,
     /// Told when that file is to be read although nobody edited it: what it points at may have changed.
     again: Arc<Notify>,
 }
@@ -46,6 +57,7 @@ pub(super) struct Reins {
     directory: Arc<Directory>,
     tokens: Arc<Tokens>,
     trust: Arc<Mutex<Trust>>,
+    control: Option<Client>,
     again: Arc<Notify>,
 }
 
@@ -58,9 +70,13 @@ impl Reins {
         }
     }
 
-    /// Reads the project again, where that is a file.
+    /// Reads again what the settings point at: the project, where that is a file, or whom the control plane's client
+    /// trusts.
     pub(super) fn look_again(&self) {
         self.again.notify_one();
+        if let Some(control) = &self.control {
+            reread(control);
+        }
     }
 
     /// Without a control plane, the keys of issuers are fetched from whoever `trust.ca_file` vouches for.
@@ -119,7 +135,7 @@ impl World {
         let tokens = Tokens::new(
             Arc::new(NoTokens),
             Self::token_files(file),
-            Handle::current(),
+            Supervisor::clone(supervisor),
             Clock::system(),
         );
         Ok(Self {
@@ -129,6 +145,7 @@ impl World {
             trust: Arc::new(Mutex::new(trust)),
             keeper: None,
             source: None,
+            control: None,
             file: Some((path.to_owned(), watched)),
             again: Arc::default(),
         })
@@ -152,7 +169,7 @@ impl World {
         let tokens = Tokens::new(
             Arc::new(source),
             Self::token_files(file),
-            Handle::current(),
+            Supervisor::clone(supervisor),
             Clock::system(),
         );
         let tokens = Arc::new(tokens);
@@ -166,9 +183,10 @@ impl World {
             .transpose()?;
         let (mut remembered, mut catalog) = (HashMap::new(), None);
         if let Some(keeper) = &mut keeper {
+            // In this order: whose the snapshot is says whose the others must be.
+            catalog = keeper.snapshot();
             remembered = keeper.keys();
             tokens.restore(keeper.tokens());
-            catalog = keeper.snapshot();
         }
         let mut trust = Trust::new(client.clone(), true, remembered);
         if let Some((catalog, age)) = catalog {
@@ -176,12 +194,8 @@ impl World {
             directory.adopt(catalog, age);
         }
         let name: ServiceName = CONTROL_AUDIENCE.parse()?;
-        let slot = tokens.slot(&name);
-        let bearer: AskBearer = Arc::new(move || {
-            let slot = Arc::clone(&slot);
-            async move { Ok(slot.bearer().await?.token()) }.boxed()
-        });
-        let source = Source::new(client, bearer, Arc::clone(directory));
+        let passes = Arc::new(ControlPasses(tokens.slot(&name)));
+        let source = Source::new(client.clone(), passes, Arc::clone(directory));
         Ok(Self {
             me: file.service.clone(),
             directory: Arc::clone(directory),
@@ -189,6 +203,7 @@ impl World {
             trust: Arc::new(Mutex::new(trust)),
             keeper,
             source: Some(source),
+            control: Some(client),
             file: None,
             again: Arc::default(),
         })
@@ -204,6 +219,7 @@ impl World {
             directory: Arc::clone(&self.directory),
             tokens: Arc::clone(&self.tokens),
             trust: Arc::clone(&self.trust),
+            control: self.control.clone(),
             again: Arc::clone(&self.again),
         }
     }
@@ -225,7 +241,7 @@ impl World {
 
     /// Starts everything that keeps it current.
     pub(super) fn live(self, supervisor: &Arc<Supervisor>) {
-        let Self { me, directory, tokens, trust, keeper, source, file, again } = self;
+        let Self { me, directory, tokens, trust, keeper, source, control, file, again } = self;
         // Whoever listens comes before whoever speaks.
         let mut changes = directory.changes();
         let (keeping, follower) = (Arc::clone(supervisor), Arc::clone(&trust));
@@ -237,16 +253,24 @@ impl World {
             while changes.changed().await.is_ok() {
                 if let Some(catalog) = known.load() {
                     lock(&follower).follow(&catalog, &keeping);
+                    granted.issued_by(&catalog.issuer);
                     granted.reconcile(&catalog.project, &me);
                 }
             }
         });
         supervisor.spawn_until_end("token-clock", tokens.follow_clock());
+        if source.is_some() {
+            let following = follow_keys(Arc::clone(&trust), Arc::clone(&tokens));
+            supervisor.spawn_until_end("token-keys", following);
+        }
         if let Some(keeper) = keeper {
             keeper.live(supervisor, Arc::clone(&directory), trust, tokens);
         }
         if let Some(source) = source {
             supervisor.spawn_until_end("registry", source.follow());
+        }
+        if let Some(control) = control {
+            supervisor.spawn_until_end("control-ca", follow_ca(control));
         }
         if let Some((path, watched)) = file {
             let following = follow_file(path, watched, directory, again);
@@ -259,6 +283,94 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Takes up other certificates in `control.ca_file` by itself.
+async fn follow_ca(control: Client) {
+    loop {
+        sleep(CA_LOOK).await;
+        let control = control.clone();
+        if tokio::task::spawn_blocking(move || reread(&control)).await.is_err() {
+            return;
+        }
+    }
+}
+
+fn reread(control: &Client) {
+    match control.reread() {
+        Ok(true) => tracing::info!("new certificates in control.ca_file are trusted"),
+        Ok(false) => {}
+        Err(error) => tracing::error!(
+            error = &error as &dyn std::error::Error,
+            "control.ca_file cannot be used; the old certificates stay trusted"
+        ),
+    }
+}
+
+/// Bearers for the control plane, from the slot that has its name.
+struct ControlPasses(Arc<Slot>);
+
+impl Passes for ControlPasses {
+    fn bearer(
+        &self,
+    ) -> BoxFuture<'static, Result<SecretString, Box<dyn std::error::Error + Send + Sync>>> {
+        let slot = Arc::clone(&self.0);
+        async move { Ok(slot.bearer().await?.token()) }.boxed()
+    }
+
+    fn refused(&self, bearer: &SecretString) {
+        let current = self.0.current(Instant::now());
+        let same =
+            current.filter(|current| current.token().expose_secret() == bearer.expose_secret());
+        if let Some(bearer) = same {
+            self.0.refused(&bearer);
+        }
+    }
+}
+
+/// Drops tokens whose key the project's own issuer has no more: after it has lost its keys nobody can verify them,
+/// however long they may live. A token that names a key which is not known here has the keys fetched, so that the older
+/// of both is told apart.
+async fn follow_keys(trust: Arc<Mutex<Trust>>, tokens: Arc<Tokens>) {
+    // Listened to before they are looked at, so that no change falls between.
+    let mut received = tokens.changes();
+    let mut followed = lock(&trust).followed();
+    loop {
+        let own = lock(&trust).own();
+        let mut changed = own.as_ref().map(|own| own.changes());
+        let mut again = None;
+        // Before the first fetch nothing is known of any key.
+        if let Some(own) = own.filter(|own| !own.load().is_empty()) {
+            let unknown = tokens.unknown_key(&own.load());
+            if let Some(kid) = unknown {
+                let _told_by_the_keys = own.refresh_for(&kid).await;
+            }
+            // In this order, as its doc says.
+            if let Some(as_of) = own.as_of() {
+                tokens.signed_by(&own.load(), as_of);
+            }
+            again = tokens.unknown_key(&own.load()).map(|_kid| KEYS_AGAIN);
+        }
+        let keys_changed = async {
+            match &mut changed {
+                Some(changed) => changed.changed().await.is_ok(),
+                None => std::future::pending().await,
+            }
+        };
+        let due = async {
+            match again {
+                Some(again) => sleep(again).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            Ok(()) = received.changed() => {}
+            Ok(()) = followed.changed() => {}
+            true = keys_changed => {}
+            () = due => {}
+            else => return,
+        }
+    }
+}
+
 /// Re-reads a project file when it changes, or when told to; one with faults changes nothing.
 async fn follow_file(
     path: PathBuf,
@@ -266,20 +378,25 @@ async fn follow_file(
     directory: Arc<Directory>,
     again: Arc<Notify>,
 ) {
+    let mut told = Told::default();
     loop {
         tokio::select! {
             () = changed(&mut watched) => {}
-            () = again.notified() => {}
+            () = again.notified() => told = Told::default(),
         }
         match config::load_registry(&path) {
             Ok(file) => {
                 if let Some(watched) = &mut watched {
                     watched.refers_to(file.referred_files());
                 }
+                told = Told::default();
                 take_over(&directory, file.project);
             }
             Err(faults) => {
-                tracing::error!("the project was not taken over, the old one stays:\n{faults}")
+                if let Some(watched) = &mut watched {
+                    watched.failed(faults.referred_files());
+                }
+                told.not_taken_over(faults.to_string());
             }
         }
     }

@@ -3,7 +3,11 @@
 //! Faults are gathered, never thrown one by one, and read like advice. What was found is shown shortened and
 //! without anything that could be a password.
 
-use std::{fmt, path::Path, sync::Arc};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 /// Where a setting was written.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -74,17 +78,23 @@ impl fmt::Display for Fault {
 
 /// Every fault of a configuration, in the order of the text. Never empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Faults(pub Vec<Fault>);
+pub struct Faults(pub Vec<Fault>, pub(super) Vec<PathBuf>);
 
 impl Faults {
-    /// `Ok` when nothing was found wrong.
-    pub(super) fn unless_none(mut found: Vec<Fault>) -> Result<(), Self> {
+    /// The files that the configuration refers to, as far as it could be read: a change in one of them may be what mends
+    /// it.
+    pub fn referred_files(&self) -> impl Iterator<Item = PathBuf> {
+        self.1.iter().cloned()
+    }
+
+    /// `Ok` when nothing was found wrong. `named` are the files that the configuration refers to.
+    pub(super) fn unless_none(mut found: Vec<Fault>, named: Vec<PathBuf>) -> Result<(), Self> {
         if found.is_empty() {
             return Ok(());
         }
         found.sort();
         found.dedup();
-        Err(Self(found))
+        Err(Self(found, named))
     }
 }
 

@@ -4,6 +4,8 @@
 //! What was read is never shown.
 
 use std::{
+    cell::RefCell,
+    collections::BTreeSet,
     fs::{self, File},
     io::{self, Read},
     path::{Path, PathBuf},
@@ -31,11 +33,18 @@ const MAX_FILE_BYTES: u64 = 1 << 20;
 pub(super) struct Files {
     /// Where absolute paths begin: `/`, or the folder that stands for it.
     root: PathBuf,
+    /// Every file that a setting named, found or not.
+    named: RefCell<BTreeSet<PathBuf>>,
 }
 
 impl Files {
     pub(super) fn under(root: &Path) -> Self {
-        Self { root: root.to_owned() }
+        Self { root: root.to_owned(), named: RefCell::default() }
+    }
+
+    /// The files that settings have named until now, whether they were there or not.
+    pub(super) fn named(&self) -> Vec<PathBuf> {
+        self.named.borrow().iter().cloned().collect()
     }
 
     /// The path that a setting means: relative to the file it is written in; one from a variable or flag,
@@ -52,7 +61,9 @@ impl Files {
             base.map_or_else(|| written.to_owned(), |base| base.join(written))
         };
         // Absolute, so that it means the same when it is printed and when the working folder changes.
-        Some(std::path::absolute(&path).unwrap_or(path))
+        let path = std::path::absolute(&path).unwrap_or(path);
+        self.named.borrow_mut().insert(path.clone());
+        Some(path)
     }
 
     /// The path of a file and what is in it.

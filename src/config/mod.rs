@@ -59,8 +59,9 @@ pub fn load_project(file: &Path) -> Result<ProjectFile, Faults> {
 /// Every fault of the file and of the files it points at.
 pub fn load_project_under(root: &Path, file: &Path) -> Result<ProjectFile, Faults> {
     let mut faults = Vec::new();
-    let project = read_project(&Files::under(root), file, Secrets::Read, &mut faults);
-    finish(project, faults, file)
+    let files = Files::under(root);
+    let project = read_project(&files, file, Secrets::Read, &mut faults);
+    finish(project, faults, file, &files)
 }
 
 /// Reads the registry of a `project.yaml`, for a proxy without a control plane: identities are not looked at, so it has
@@ -70,8 +71,9 @@ pub fn load_project_under(root: &Path, file: &Path) -> Result<ProjectFile, Fault
 /// Every fault of the file, and of the key sets it points at.
 pub fn load_registry(file: &Path) -> Result<ProjectFile, Faults> {
     let mut faults = Vec::new();
-    let project = read_project(&Files::under(Path::new(ROOT)), file, Secrets::Leave, &mut faults);
-    finish(project, faults, file)
+    let files = Files::under(Path::new(ROOT));
+    let project = read_project(&files, file, Secrets::Leave, &mut faults);
+    finish(project, faults, file, &files)
 }
 
 /// Reads the settings of one proxy: `flags` (path and value, such as `outbound.listen`) beat `environment`
@@ -107,7 +109,7 @@ pub fn load_proxy_under(
             referred_project(&files, &path, node, faults)
         })
     });
-    finish(settings, faults, file.unwrap_or_else(|| Path::new("settings")))
+    finish(settings, faults, file.unwrap_or_else(|| Path::new("settings")), &files)
 }
 
 /// The form of log lines that [`load_proxy`] would find, wherever it is written, without a look at anything else: what
@@ -179,15 +181,16 @@ fn published(shape: &shape::Shape, title: &str, about: &str) -> serde_json::Valu
 }
 
 /// What was read, unless a fault was found. A reader that gives up without a fault is itself at fault.
-fn finish<T>(read: Option<T>, faults: Vec<Fault>, file: &Path) -> Result<T, Faults> {
-    Faults::unless_none(faults)?;
+fn finish<T>(read: Option<T>, faults: Vec<Fault>, file: &Path, files: &Files) -> Result<T, Faults> {
+    Faults::unless_none(faults, files.named())?;
     read.ok_or_else(|| {
-        Faults(vec![Fault {
+        let unread = Fault {
             at: Position::whole(Source::File(file.into())),
             path: String::new(),
             found: "something that could not be read".to_owned(),
             advice: "please report this file as a bug".to_owned(),
-        }])
+        };
+        Faults(vec![unread], files.named())
     })
 }
 

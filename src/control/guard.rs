@@ -6,36 +6,56 @@ use secrecy::SecretString;
 
 use crate::{
     api::CONTROL_AUDIENCE,
-    control::reject::Rejection,
+    control::{registry::Version, reject::Rejection},
     identity::{Mint, MintError, OwnClaims},
-    model::Scope,
+    model::{Scope, ServiceName},
 };
 
 /// The longest token that is looked at.
 const TOKEN_LIMIT: usize = 16 * 1024;
 
-/// Accepts a request that carries a token of our own for `infrar-control` with `scope`.
-pub(super) fn admit(
-    headers: &HeaderMap,
-    mint: &Mint,
-    issuer: &str,
-    scope: &'static str,
-    now: Timestamp,
-) -> Result<OwnClaims, Rejection> {
-    let token = bearer(headers)?;
-    let claims = mint.check(&token, issuer, CONTROL_AUDIENCE, now).map_err(|error| {
-        tracing::debug!(error = &error as &dyn std::error::Error, "token refused");
-        if matches!(error, MintError::Expired) {
-            Rejection::TokenExpired
-        } else {
-            Rejection::TokenInvalid
+/// What a token is held against.
+pub(super) struct Guard<'a> {
+    pub(super) version: &'a Version,
+    pub(super) mint: &'a Mint,
+    pub(super) issuer: &'a str,
+    pub(super) now: Timestamp,
+}
+
+impl Guard<'_> {
+    /// Accepts a request that carries a token of our own for `infrar-control` with `scope`, as long as the token's
+    /// identity is there and has that right: a token outlives neither.
+    pub(super) fn admit(
+        &self,
+        headers: &HeaderMap,
+        scope: &'static str,
+    ) -> Result<OwnClaims, Rejection> {
+        let token = bearer(headers)?;
+        let checked = self.mint.check(&token, self.issuer, CONTROL_AUDIENCE, self.now);
+        let claims = checked.map_err(|error| {
+            tracing::debug!(error = &error as &dyn std::error::Error, "token refused");
+            if matches!(error, MintError::Expired) {
+                Rejection::TokenExpired
+            } else {
+                Rejection::TokenInvalid
+            }
+        })?;
+        if !self.version.knows(&claims.sub) {
+            return Err(Rejection::IdentityGone { name: claims.sub });
         }
-    })?;
-    let wanted: Result<Scope, _> = scope.parse();
-    match wanted {
-        Ok(wanted) if claims.scopes.contains(&wanted) => Ok(claims),
-        Ok(_) | Err(_) => Err(Rejection::ScopeMissing { scope }),
+        let carried = scope.parse::<Scope>().is_ok_and(|scope| claims.scopes.contains(&scope));
+        if carried && may(self.version, &claims.sub, scope) {
+            Ok(claims)
+        } else {
+            Err(Rejection::ScopeMissing { scope })
+        }
     }
+}
+
+/// Whether `caller` has the right to `scope` at the control plane, in this version.
+pub(super) fn may(version: &Version, caller: &ServiceName, scope: &str) -> bool {
+    let granted = version.grants(caller, CONTROL_AUDIENCE);
+    scope.parse::<Scope>().is_ok_and(|scope| granted.is_some_and(|set| set.contains(&scope)))
 }
 
 /// The one bearer token of a request (RFC 6750 §2.1).

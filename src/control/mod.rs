@@ -9,6 +9,7 @@
 
 mod guard;
 mod identities;
+mod intake;
 mod registry;
 mod reject;
 mod router;

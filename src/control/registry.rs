@@ -1,7 +1,7 @@
 //! The current version of the project, and the way from one to the next.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -11,12 +11,12 @@ use secrecy::ExposeSecret;
 use tokio::sync::watch;
 
 use crate::{
-    api::Catalog,
+    api::{CATALOG_READ, CONTROL_AUDIENCE, Catalog, USAGE_WRITE},
     control::{
         Identities, Identity,
         store::{Kept, Store, StoreError},
     },
-    model::{Project, ServiceName},
+    model::{Project, ScopeSet, ServiceName},
 };
 
 /// Why a version did not come into force; the one before it then stays.
@@ -74,12 +74,32 @@ pub(super) struct Version {
     content: String,
     /// SHA-256 of every secret; identities without a usable secret are not in it.
     secrets: BTreeMap<ServiceName, [u8; 32]>,
+    /// All identities.
+    identities: BTreeSet<ServiceName>,
 }
 
 impl Version {
     /// The digest that a caller's secret must have.
     pub(super) fn secret(&self, name: &ServiceName) -> Option<&[u8; 32]> {
         self.secrets.get(name)
+    }
+
+    /// Whether `name` is an identity of the project.
+    pub(super) fn knows(&self, name: &ServiceName) -> bool {
+        self.identities.contains(name)
+    }
+
+    /// What `permissions` grant `caller` at `callee`; `None`: nothing. At the control plane itself every identity
+    /// may follow the catalog and report its usage, and whoever is none may do nothing.
+    pub(super) fn grants(&self, caller: &ServiceName, callee: &str) -> Option<ScopeSet> {
+        let row = self.project.permissions.get(caller);
+        let written = row.and_then(|row| row.get(callee));
+        if callee != CONTROL_AUDIENCE {
+            return written.cloned();
+        }
+        let own = [CATALOG_READ, USAGE_WRITE].into_iter().filter_map(|text| text.parse().ok());
+        let written = written.into_iter().flat_map(ScopeSet::iter).cloned();
+        self.knows(caller).then(|| own.chain(written).collect())
     }
 }
 
@@ -147,10 +167,11 @@ impl Registry {
         let (version, kept_now) = version(&self.issuer, Some(&kept), project, identities)?;
         let revision = version.revision;
         if kept == kept_now {
-            // Not `send`: nobody is to be woken for what no proxy can see.
+            // Nobody is to be woken for what no proxy can see; a watch of an identity that is gone has to end.
             self.current.send_if_modified(|current| {
+                let other = current.identities != version.identities;
                 *current = Arc::new(version);
-                false
+                other
             });
             return Ok(Replaced::Unchanged { revision });
         }
@@ -195,6 +216,7 @@ fn version(
         catalog: body.into(),
         content,
         secrets: secrets(identities),
+        identities: identities.keys().cloned().collect(),
     };
     Ok((version, kept))
 }
@@ -294,13 +316,20 @@ mod tests {
     fn a_changed_secret_wakes_nobody_but_is_in_force() {
         let folder = tempfile::tempdir().unwrap();
         let registry = open(folder.path(), project(true));
-        let mut changes = registry.follow();
         let web: ServiceName = "web".parse().unwrap();
-        let identities =
-            Identities::from([(web.clone(), Identity::ClientSecret("secret".to_owned().into()))]);
-        registry.replace(project(true), &identities).unwrap();
+        let replace = |secret: &str| {
+            let secret = Identity::ClientSecret(secret.to_owned().into());
+            registry.replace(project(true), &Identities::from([(web.clone(), secret)])).unwrap()
+        };
+        replace("before");
+        let mut changes = registry.follow();
+        assert_eq!(replace("secret"), Replaced::Unchanged { revision: 1 });
         assert!(!changes.has_changed().unwrap());
         assert_eq!(changes.borrow_and_update().secret(&web), Some(&sha256(b"secret")));
+        // Whoever watches under a name that is gone has to hear of it.
+        registry.replace(project(true), &Identities::new()).unwrap();
+        assert!(changes.has_changed().unwrap());
+        assert!(registry.current().grants(&web, CONTROL_AUDIENCE).is_none());
     }
 
     #[test]

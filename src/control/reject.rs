@@ -2,8 +2,6 @@
 //!
 //! Its API answers with RFC 9457 problems, the token endpoint with RFC 6749 §5.2 errors, as its clients expect.
 
-use std::time::Duration;
-
 use axum::response::{IntoResponse, Response};
 use http::{
     HeaderValue, StatusCode,
@@ -28,7 +26,11 @@ pub(super) enum Rejection {
     TokenInvalid,
     #[error("the token has expired")]
     TokenExpired,
-    #[error("the token does not carry the scope {scope}")]
+    #[error("{name} is no longer an identity of this project")]
+    IdentityGone { name: ServiceName },
+    #[error(
+        "the scope {scope} is missing: the token does not carry it, or permissions no longer grant it"
+    )]
     ScopeMissing { scope: &'static str },
     #[error("{name} is no service of this project{}", alternatives(nearest))]
     UnknownService { name: String, nearest: Vec<ServiceName> },
@@ -50,7 +52,9 @@ impl Rejection {
         match self {
             Self::BadRequest { .. } => (StatusCode::BAD_REQUEST, "bad-request", "Bad request"),
             Self::TokenMissing => (StatusCode::UNAUTHORIZED, "token-missing", "Token missing"),
-            Self::TokenInvalid => (StatusCode::UNAUTHORIZED, "token-invalid", "Token invalid"),
+            Self::TokenInvalid | Self::IdentityGone { .. } => {
+                (StatusCode::UNAUTHORIZED, "token-invalid", "Token invalid")
+            }
             Self::TokenExpired => (StatusCode::UNAUTHORIZED, "token-expired", "Token expired"),
             Self::ScopeMissing { .. } => (StatusCode::FORBIDDEN, "scope-missing", "Scope missing"),
             Self::UnknownService { .. } => {
@@ -70,7 +74,7 @@ impl Rejection {
     fn challenge(&self) -> Option<String> {
         match self {
             Self::TokenMissing => Some("Bearer realm=\"infrar\"".to_owned()),
-            Self::TokenInvalid | Self::TokenExpired => Some(format!(
+            Self::TokenInvalid | Self::TokenExpired | Self::IdentityGone { .. } => Some(format!(
                 "Bearer realm=\"infrar\", error=\"invalid_token\", error_description=\"{self}\""
             )),
             Self::ScopeMissing { scope } => Some(format!(
@@ -139,12 +143,12 @@ pub(super) enum TokenRefusal {
     Request(&'static str),
     #[error("the form is larger than is taken here")]
     TooLarge,
+    #[error("the form did not arrive in time")]
+    Slow,
     #[error("only client_credentials is granted here")]
     GrantType,
     #[error("the client is unknown, or its secret is wrong")]
     Client,
-    #[error("too many wrong secrets; wait {} s", wait.as_secs() + 1)]
-    TooMany { wait: Duration },
     #[error("name the callee: audience=NAME or resource=https://NAME.infrar.internal")]
     TargetMissing,
     #[error("one token is for one callee: audience and resource must agree")]
@@ -157,8 +161,6 @@ pub(super) enum TokenRefusal {
     ScopeNotGranted { caller: ServiceName, callee: String, missing: String },
     #[error("the token could not be signed")]
     Signing,
-    #[error("there is more to do than can be done at once")]
-    Busy,
 }
 
 impl TokenRefusal {
@@ -167,9 +169,9 @@ impl TokenRefusal {
         match self {
             Self::Request(_) => (StatusCode::BAD_REQUEST, "invalid_request"),
             Self::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "invalid_request"),
+            Self::Slow => (StatusCode::REQUEST_TIMEOUT, "invalid_request"),
             Self::GrantType => (StatusCode::BAD_REQUEST, "unsupported_grant_type"),
             Self::Client => (StatusCode::UNAUTHORIZED, "invalid_client"),
-            Self::TooMany { .. } => (StatusCode::TOO_MANY_REQUESTS, "temporarily_unavailable"),
             Self::TargetMissing | Self::Targets | Self::NotGranted { .. } => {
                 (StatusCode::BAD_REQUEST, "invalid_target")
             }
@@ -177,7 +179,6 @@ impl TokenRefusal {
                 (StatusCode::BAD_REQUEST, "invalid_scope")
             }
             Self::Signing => (StatusCode::INTERNAL_SERVER_ERROR, "server_error"),
-            Self::Busy => (StatusCode::SERVICE_UNAVAILABLE, "temporarily_unavailable"),
         }
     }
 }
@@ -194,11 +195,6 @@ impl IntoResponse for TokenRefusal {
         if matches!(self, Self::Client) {
             let challenge = HeaderValue::from_static("Basic realm=\"infrar\", charset=\"UTF-8\"");
             headers.insert(WWW_AUTHENTICATE, challenge);
-        }
-        if let Self::TooMany { wait } = self {
-            headers.insert(RETRY_AFTER, HeaderValue::from(wait.as_secs() + 1));
-        } else if matches!(self, Self::Busy) {
-            headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
         }
         answer
     }

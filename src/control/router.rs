@@ -1,45 +1,47 @@
 //! Method and path → operation: the one table of the control plane, and what holds for all of it.
 
-use std::{any::Any, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    any::Any,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use axum::{
     BoxError, Extension, Router,
-    body::Bytes,
+    body::Body,
     error_handling::HandleErrorLayer,
-    extract::{DefaultBodyLimit, Path, Query, State, rejection::BytesRejection},
+    extract::{Path, Query, State},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
 use http::{
-    HeaderMap, HeaderValue, StatusCode, Uri,
+    HeaderMap, HeaderValue, StatusCode,
     header::{CACHE_CONTROL, PRAGMA},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::json as literal;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tower::{ServiceBuilder, limit::GlobalConcurrencyLimitLayer};
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::{
-    api::{CATALOG_READ, KEYS_WRITE},
+    api::{CATALOG_READ, KEYS_WRITE, TokenReply},
     control::{
-        guard,
+        guard::Guard,
+        intake::Intake,
         registry::Registry,
         reject::{Rejection, TokenRefusal, json},
-        services,
+        services::{self, Watcher},
         throttle::Throttle,
-        tokens::{Desk, Request},
+        tokens::{Desk, Proof, Question},
     },
     identity::{Mint, OwnClaims},
     runtime::Clock,
 };
 
-/// The one path that speaks OAuth in its refusals too.
-const TOKEN: &str = "/oauth2/token";
-/// The largest body that is taken.
-const BODY_LIMIT: usize = 16 * 1024;
-/// Questions that are answered at once; more are refused, not queued.
+/// Questions of the API that are answered at once; more are refused, not queued.
 const CONCURRENCY: usize = 1024;
 /// How long an answer may take to begin.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -50,6 +52,7 @@ const JWKS_CACHE: &str = "public, max-age=300";
 pub(super) struct Shared {
     pub(super) registry: Registry,
     pub(super) mint: Mint,
+    pub(super) intake: Intake,
     pub(super) throttle: Throttle,
     pub(super) clock: Clock,
     /// Cancelled when the control plane ends.
@@ -71,22 +74,22 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
         .layer(GlobalConcurrencyLimitLayer::new(CONCURRENCY))
         .timeout(DEADLINE);
     Router::new()
-        .route(TOKEN, post(token))
         .route("/v1/keys/rotate", post(rotate))
         .route("/v1/catalog", get(catalog))
         .route("/v1/watch", get(watch))
         .route("/v1/services", get(list))
         .route("/v1/services/{name}", get(show))
+        .layer(limits)
+        // Below the limits. What comes to the token endpoint slowly is limited by the intake, with a share for each
+        // address; what answers out of memory needs no limit, and a busy control plane is alive.
+        .route("/oauth2/token", post(token))
         .route("/.well-known/jwks.json", get(jwks))
         .route("/.well-known/openid-configuration", get(discovery))
         .route("/.well-known/oauth-authorization-server", get(discovery))
-        .layer(limits)
-        // Below the limits: a busy control plane is alive.
         .route("/livez", get(async || "ok\n"))
         .route("/readyz", get(ready))
         .fallback(async || Rejection::NotFound)
         .method_not_allowed_fallback(async || Rejection::Method)
-        .layer(DefaultBodyLimit::max(BODY_LIMIT))
         .layer(CatchPanicLayer::custom(panicked))
         .with_state(shared)
 }
@@ -95,27 +98,9 @@ async fn token(
     State(shared): App,
     Extension(Peer(peer)): Extension<Peer>,
     headers: HeaderMap,
-    body: Result<Bytes, BytesRejection>,
+    body: Body,
 ) -> Response {
-    let body = match body {
-        Ok(body) => body,
-        // As its clients expect, an OAuth error and no problem document.
-        Err(rejection) if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE => {
-            return TokenRefusal::TooLarge.into_response();
-        }
-        Err(_unreadable) => {
-            return TokenRefusal::Request("the body did not arrive whole").into_response();
-        }
-    };
-    let version = shared.registry.current();
-    let desk = Desk {
-        version: &version,
-        issuer: shared.registry.issuer(),
-        mint: &shared.mint,
-        throttle: &shared.throttle,
-        now: shared.clock.now(),
-    };
-    match desk.grant(&Request { headers: &headers, body: &body, peer: peer.ip() }) {
+    match shared.grant(peer.ip(), &headers, body).await {
         Ok(reply) => {
             let mut answer = json(StatusCode::OK, "application/json", &reply);
             // RFC 6749 §5.1.
@@ -150,7 +135,8 @@ async fn watch(
     let last = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse().ok());
     let left = claims.exp.saturating_sub(shared.clock.unix_seconds());
     let until = Instant::now() + Duration::from_secs(u64::try_from(left).unwrap_or(0));
-    Ok(services::watch(shared.registry.follow(), last.or(from), until, shared.end.clone()))
+    let watcher = Watcher { name: claims.sub, until, end: shared.end.clone() };
+    Ok(services::watch(shared.registry.follow(), last.or(from), watcher))
 }
 
 async fn list(State(shared): App, headers: HeaderMap) -> Result<Response, Rejection> {
@@ -216,14 +202,42 @@ async fn ready(State(shared): App) -> Response {
 
 impl Shared {
     fn admit(&self, headers: &HeaderMap, scope: &'static str) -> Result<OwnClaims, Rejection> {
-        guard::admit(headers, &self.mint, self.registry.issuer(), scope, self.clock.now())
+        let version = self.registry.current();
+        let (mint, issuer) = (&self.mint, self.registry.issuer());
+        Guard { version: &version, mint, issuer, now: self.clock.now() }.admit(headers, scope)
+    }
+
+    /// A token for whoever asks from `peer`.
+    async fn grant(
+        &self,
+        peer: IpAddr,
+        headers: &HeaderMap,
+        body: Body,
+    ) -> Result<TokenReply, TokenRefusal> {
+        let body = self.intake.read(body, peer).await?;
+        let question = Question::read(headers, &body)?;
+        let Proof { caller, hold } = self.at_desk(|desk| desk.caller(&question, peer));
+        if !hold.is_zero() {
+            sleep(hold).await;
+        }
+        let caller = caller?;
+        // What is in force now counts, not what was when the question came.
+        self.at_desk(|desk| desk.grant(&caller, &question))
+    }
+
+    fn at_desk<T>(&self, ask: impl FnOnce(&Desk<'_>) -> T) -> T {
+        ask(&Desk {
+            version: &self.registry.current(),
+            issuer: self.registry.issuer(),
+            mint: &self.mint,
+            throttle: &self.throttle,
+            now: self.clock.now(),
+        })
     }
 }
 
-async fn too_much(uri: Uri, error: BoxError) -> Response {
-    if uri.path() == TOKEN {
-        TokenRefusal::Busy.into_response()
-    } else if error.is::<tower::timeout::error::Elapsed>() {
+async fn too_much(error: BoxError) -> Response {
+    if error.is::<tower::timeout::error::Elapsed>() {
         Rejection::Deadline.into_response()
     } else {
         Rejection::Overloaded.into_response()

@@ -1,9 +1,9 @@
 //! The control plane as a running thing: how it starts, listens and ends.
 
 use std::{
-    io,
+    fs, io,
     net::SocketAddr,
-    os::unix::fs::DirBuilderExt,
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
     pin::pin,
     sync::Arc,
@@ -30,6 +30,7 @@ use url::Url;
 use crate::{
     control::{
         Identities, RegistryError, Replaced,
+        intake::Intake,
         registry::Registry,
         router::{Peer, Shared, router},
         store::Store,
@@ -37,7 +38,7 @@ use crate::{
     },
     identity::{Mint, MintError, MintSettings},
     model::Project,
-    net::{self, BindError, Gate, MinVersion, Opening, Reload, ServerTls, TlsError},
+    net::{self, BindError, Flowing, Gate, MinVersion, Opening, Reload, ServerTls, TlsError},
     runtime::{Clock, Supervisor, open_files},
 };
 
@@ -47,6 +48,10 @@ const CONNECTIONS: usize = 8192;
 const OPENING: Duration = Duration::from_secs(10);
 /// How long a request head may take, and an idle HTTP/1.1 connection may stay.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long what is written to a connection may get nowhere: whoever never reads does not keep its place.
+const STALL: Duration = Duration::from_secs(10);
+/// Requests at a time on one HTTP/2 connection: a watch and some tokens.
+const STREAMS: u32 = 32;
 /// How long requests may finish after the end was asked for.
 const DRAIN: Duration = Duration::from_secs(5);
 /// How often the certificate files are looked at.
@@ -89,6 +94,15 @@ pub enum ControlError {
         #[source]
         source: io::Error,
     },
+    /// Two would overwrite each other's keys and give one revision to two contents.
+    #[error(
+        "another control plane runs on the --data-dir {}; stop it, or give this one a --data-dir of its own",
+        path.display()
+    )]
+    DataDirTaken {
+        /// Which.
+        path: PathBuf,
+    },
     /// The system refused a socket operation.
     #[error("the listening socket cannot be used")]
     Socket(#[source] io::Error),
@@ -109,7 +123,8 @@ impl ControlError {
             | Self::PublicUrl { .. }
             | Self::Bind(_)
             | Self::Tls(_)
-            | Self::DataDir { .. } => true,
+            | Self::DataDir { .. }
+            | Self::DataDirTaken { .. } => true,
             Self::Registry(error) => {
                 matches!(error, RegistryError::Reserved { .. } | RegistryError::Renamed { .. })
             }
@@ -146,6 +161,8 @@ pub struct Settings {
     pub key_period: Duration,
     /// Connections at a time, of them half from one address; more are closed at once.
     pub connections: usize,
+    /// How long what is written to a connection may get nowhere before that is closed.
+    pub stall: Duration,
     /// What time it is.
     pub clock: Clock,
 }
@@ -165,6 +182,7 @@ impl Settings {
             key_lead: usual.lead,
             key_period: usual.period,
             connections: CONNECTIONS.min(open_files() / 4 * 3),
+            stall: STALL,
             clock: Clock::system(),
         }
     }
@@ -199,7 +217,7 @@ impl Control {
         let tls = tls.transpose()?;
         let (listener, local_addr) = listen(settings.listen)?;
         let issuer = issuer(&settings, local_addr)?;
-        prepare(&settings.data_dir)?;
+        let data_dir = take(&settings.data_dir)?;
         let mint = Mint::open(
             MintSettings {
                 folder: settings.data_dir.join("keys"),
@@ -215,6 +233,7 @@ impl Control {
         let shared = Arc::new(Shared {
             registry,
             mint,
+            intake: Intake::new(),
             throttle: Throttle::new(),
             clock: settings.clock,
             end: supervisor.token(),
@@ -231,12 +250,13 @@ impl Control {
             router: router(Arc::clone(&shared)),
             tls,
             gate: Gate::new(settings.connections, settings.connections.div_ceil(2)),
+            stall: settings.stall,
             supervisor: supervisor.clone(),
         };
         supervisor.spawn_until_end("control-accept", door.open(listener));
         let revision = shared.registry.current().revision;
         tracing::info!(%local_addr, issuer, revision, "the control plane answers");
-        Ok(Running { local_addr, issuer, shared, supervisor })
+        Ok(Running { local_addr, issuer, shared, supervisor, data_dir })
     }
 }
 
@@ -246,6 +266,8 @@ pub struct Running {
     issuer: String,
     shared: Arc<Shared>,
     supervisor: Supervisor,
+    #[expect(dead_code, reason = "the directory is ours until this is dropped")]
+    data_dir: fs::File,
 }
 
 impl std::fmt::Debug for Running {
@@ -343,12 +365,21 @@ fn issuer(settings: &Settings, local_addr: SocketAddr) -> Result<String, Control
     Ok(url.as_str().trim_end_matches('/').to_owned())
 }
 
-fn prepare(path: &Path) -> Result<(), ControlError> {
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
-        .map_err(|source| ControlError::DataDir { path: path.to_owned(), source })
+/// Makes the data directory and takes it for this process alone. The system gives it back when the process ends,
+/// however it ends.
+fn take(path: &Path) -> Result<fs::File, ControlError> {
+    let unusable = |source| ControlError::DataDir { path: path.to_owned(), source };
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(unusable)?;
+    let mut options = fs::OpenOptions::new();
+    let options = options.write(true).create(true).truncate(false).mode(0o600);
+    let lock = options.open(path.join("lock")).map_err(unusable)?;
+    match lock.try_lock() {
+        Ok(()) => Ok(lock),
+        Err(fs::TryLockError::WouldBlock) => {
+            Err(ControlError::DataDirTaken { path: path.to_owned() })
+        }
+        Err(fs::TryLockError::Error(source)) => Err(unusable(source)),
+    }
 }
 
 /// Rotates the keys when it is time.
@@ -395,6 +426,7 @@ struct Door {
     router: Router,
     tls: Option<Arc<ServerTls>>,
     gate: Gate,
+    stall: Duration,
     supervisor: Supervisor,
 }
 
@@ -413,6 +445,7 @@ impl Door {
     }
 
     async fn greet(&self, stream: TcpStream, peer: SocketAddr) {
+        let stream = Flowing::new(stream, self.stall);
         let Some(tls) = &self.tls else { return self.converse(stream, peer).await };
         let acceptor = TlsAcceptor::from(tls.current());
         match timeout(OPENING, acceptor.accept(stream)).await {
@@ -464,7 +497,7 @@ fn protocol() -> Builder<TokioExecutor> {
         .timer(TokioTimer::new())
         .keep_alive_interval(Duration::from_secs(20))
         .keep_alive_timeout(Duration::from_secs(20))
-        .max_concurrent_streams(100)
+        .max_concurrent_streams(STREAMS)
         .max_header_list_size(32 * 1024)
         .max_pending_accept_reset_streams(20)
         .max_local_error_reset_streams(100);

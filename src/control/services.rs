@@ -15,8 +15,9 @@ use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    api::{Change, ServiceAnswer, ServiceList, ServiceSummary},
+    api::{CATALOG_READ, Change, ServiceAnswer, ServiceList, ServiceSummary},
     control::{
+        guard,
         registry::Version,
         reject::{Rejection, json},
     },
@@ -52,20 +53,34 @@ pub(super) fn catalog(version: &Version, headers: &HeaderMap) -> Response {
     answer
 }
 
+/// Who watches, and until when.
+pub(super) struct Watcher {
+    pub(super) name: ServiceName,
+    /// The end of its token.
+    pub(super) until: Instant,
+    /// The end of the control plane.
+    pub(super) end: CancellationToken,
+}
+
 /// `GET /v1/watch`: every revision after `from`, the current one at once when it is another. Ends with the
-/// token (`until`) and with the control plane (`end`); the caller then asks again.
+/// token, with the right to the catalog and with the control plane; the caller then asks again.
 pub(super) fn watch(
     versions: watch::Receiver<Arc<Version>>,
     from: Option<u64>,
-    until: Instant,
-    end: CancellationToken,
+    watcher: Watcher,
 ) -> Response {
-    let changes = stream::unfold((versions, from), |(mut versions, seen)| async move {
+    let Watcher { name, until, end } = watcher;
+    let changes = stream::unfold((versions, from, name), async |(mut versions, seen, name)| {
         loop {
-            let revision = versions.borrow_and_update().revision;
-            if Some(revision) != seen {
-                return Some((revision, (versions, Some(revision))));
+            let version = Arc::clone(&versions.borrow_and_update());
+            if !guard::may(&version, &name, CATALOG_READ) {
+                return None;
             }
+            let revision = version.revision;
+            if Some(revision) != seen {
+                return Some((revision, (versions, Some(revision), name)));
+            }
+            drop(version);
             // An error means that nobody can change it any more: the control plane is gone.
             versions.changed().await.ok()?;
         }

@@ -3,7 +3,7 @@
 //! Only `client_credentials` (RFC 6749 §4.4) is spoken. A caller proves itself by HTTP Basic or in the form; the
 //! callee is named by `audience` or by `resource` (RFC 8707).
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use http::{
@@ -17,11 +17,11 @@ use tokio::time::Instant;
 use url::{Url, form_urlencoded};
 
 use crate::{
-    api::{CATALOG_READ, CONTROL_AUDIENCE, TokenReply, USAGE_WRITE},
+    api::TokenReply,
     control::{
         registry::{Version, sha256},
         reject::TokenRefusal,
-        throttle::{Pair, Throttle},
+        throttle::Throttle,
     },
     identity::{Mint, Strictness},
     model::{Scope, ScopeSet, ServiceName},
@@ -30,11 +30,16 @@ use crate::{
 /// What stands behind a service's name in `resource=https://NAME.infrar.internal`.
 const RESOURCE_SUFFIX: &str = ".infrar.internal";
 
-/// One question to the token endpoint, as it arrived.
-pub(super) struct Request<'a> {
-    pub(super) headers: &'a HeaderMap,
-    pub(super) body: &'a [u8],
-    pub(super) peer: IpAddr,
+/// One question to the token endpoint, read but not yet believed.
+pub(super) struct Question {
+    claimed: Claimed,
+    form: BTreeMap<String, String>,
+}
+
+/// Who asks, and how long the answer is to be held, whatever it is.
+pub(super) struct Proof {
+    pub(super) caller: Result<ServiceName, TokenRefusal>,
+    pub(super) hold: Duration,
 }
 
 /// What the answer depends on besides the question.
@@ -53,28 +58,40 @@ struct Claimed {
     secrets: Vec<SecretString>,
 }
 
-impl Desk<'_> {
-    /// Answers one question.
-    pub(super) fn grant(&self, request: &Request<'_>) -> Result<TokenReply, TokenRefusal> {
-        let form = form(request)?;
-        // Is this the one grant that is spoken here?
+impl Question {
+    /// Reads the one grant that is spoken here.
+    pub(super) fn read(headers: &HeaderMap, body: &[u8]) -> Result<Self, TokenRefusal> {
+        let form = form(headers, body)?;
         match form.get("grant_type").map(String::as_str) {
             None => return Err(TokenRefusal::Request("grant_type is missing")),
             Some("client_credentials") => {}
             Some(_other) => return Err(TokenRefusal::GrantType),
         }
-        // Who asks?
-        let caller = self.caller(&claimed(request.headers, &form)?, request.peer)?;
+        Ok(Self { claimed: claimed(headers, &form)?, form })
+    }
+}
+
+impl Desk<'_> {
+    /// Answers the question of a caller that has proved itself.
+    pub(super) fn grant(
+        &self,
+        caller: &ServiceName,
+        question: &Question,
+    ) -> Result<TokenReply, TokenRefusal> {
+        // Is it still an identity, after what its answer was held for?
+        if !self.version.knows(caller) {
+            return Err(TokenRefusal::Client);
+        }
         // For which callee, and what may the caller do there?
-        let callee = callee(&form)?;
-        let wanted = wanted(&form)?;
-        let scopes = match self.scopes(&caller, &callee, wanted.as_ref()) {
+        let callee = callee(&question.form)?;
+        let wanted = wanted(&question.form)?;
+        let scopes = match self.scopes(caller, &callee, wanted.as_ref()) {
             Ok(scopes) => scopes,
             // Is it too early to say no?
-            Err(refusal) => self.learned(refusal, &caller, &callee, wanted.as_ref())?,
+            Err(refusal) => self.learned(refusal, caller, &callee, wanted.as_ref())?,
         };
         let minted =
-            self.mint.sign(self.issuer, &caller, &callee, &scopes, self.now).map_err(|error| {
+            self.mint.sign(self.issuer, caller, &callee, &scopes, self.now).map_err(|error| {
                 tracing::error!(error = &error as &dyn std::error::Error, "no token was signed");
                 TokenRefusal::Signing
             })?;
@@ -82,16 +99,17 @@ impl Desk<'_> {
         Ok(TokenReply {
             access_token: minted.token.expose_secret().to_owned(),
             token_type: "Bearer".to_owned(),
-            expires_in: minted.expires_in.as_secs(),
+            expires_in: Some(minted.expires_in.as_secs()),
             scope: Some(scopes.to_string()),
         })
     }
 
     /// The caller, when its secret is right. Takes the same time for unknown names and wrong secrets.
     ///
-    /// The secret is compared before anything is counted: whoever has the right one is never held up, however many
-    /// wrong ones arrive under its name from its own address.
-    fn caller(&self, claimed: &Claimed, peer: IpAddr) -> Result<ServiceName, TokenRefusal> {
+    /// The secret is compared before anything is counted: whoever has the right one is never turned away, however
+    /// many wrong ones arrive under its name from its own address.
+    pub(super) fn caller(&self, question: &Question, peer: IpAddr) -> Proof {
+        let claimed = &question.claimed;
         let name: Option<ServiceName> = claimed.client_id.parse().ok();
         let digest = name.as_ref().and_then(|name| self.version.secret(name));
         // For an unknown name something is compared all the same; the answer is no whatever comes out.
@@ -101,10 +119,12 @@ impl Desk<'_> {
             right |= sha256(secret.expose_secret().as_bytes()).ct_eq(expected);
         }
         let known = name.filter(|_| digest.is_some());
-        match (known, bool::from(right)) {
-            (Some(name), true) => Ok(name),
-            (known, true | false) => Err(self.refused((known, peer))),
+        let (pair, now) = (Throttle::pair(known.clone(), peer), Instant::now());
+        let caller = known.filter(|_| bool::from(right)).ok_or(TokenRefusal::Client);
+        if caller.is_err() {
+            self.throttle.failed(pair.clone(), now);
         }
+        Proof { caller, hold: self.throttle.hold(&pair, now) }
     }
 
     /// What `permissions` grant: everything, or what was asked for if all of that is granted.
@@ -114,7 +134,9 @@ impl Desk<'_> {
         callee: &str,
         wanted: Option<&ScopeSet>,
     ) -> Result<ScopeSet, TokenRefusal> {
-        let granted = self.granted(caller, callee)?;
+        let granted = self.version.grants(caller, callee).ok_or_else(|| {
+            TokenRefusal::NotGranted { caller: caller.clone(), callee: callee.to_owned() }
+        })?;
         let Some(wanted) = wanted else { return Ok(granted) };
         if granted.covers(wanted) {
             return Ok(wanted.clone());
@@ -125,31 +147,6 @@ impl Desk<'_> {
             caller: caller.clone(),
             callee: callee.to_owned(),
             missing: missing.join(" "),
-        })
-    }
-
-    /// One more failure of this pair, or one too many.
-    fn refused(&self, pair: Pair) -> TokenRefusal {
-        let now = Instant::now();
-        if let Some(wait) = self.throttle.wait(&pair, now) {
-            return TokenRefusal::TooMany { wait };
-        }
-        self.throttle.failed(pair, now);
-        TokenRefusal::Client
-    }
-
-    fn granted(&self, caller: &ServiceName, callee: &str) -> Result<ScopeSet, TokenRefusal> {
-        let row = self.version.project.permissions.get(caller);
-        let written = row.and_then(|row| row.get(callee));
-        if callee == CONTROL_AUDIENCE {
-            // Every identity follows the catalog and reports its usage.
-            let own = [CATALOG_READ, USAGE_WRITE].into_iter().filter_map(|text| text.parse().ok());
-            let written = written.into_iter().flat_map(ScopeSet::iter).cloned();
-            return Ok(own.chain(written).collect());
-        }
-        written.cloned().ok_or_else(|| TokenRefusal::NotGranted {
-            caller: caller.clone(),
-            callee: callee.to_owned(),
         })
     }
 
@@ -177,14 +174,14 @@ impl Desk<'_> {
 }
 
 /// The form's fields. RFC 6749 §3.2: none may be sent twice, one without a value counts as not sent.
-fn form(request: &Request<'_>) -> Result<BTreeMap<String, String>, TokenRefusal> {
-    let kind = request.headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+fn form(headers: &HeaderMap, body: &[u8]) -> Result<BTreeMap<String, String>, TokenRefusal> {
+    let kind = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
     let kind = kind.and_then(|kind| kind.split(';').next()).unwrap_or_default().trim();
     if !kind.eq_ignore_ascii_case("application/x-www-form-urlencoded") {
         return Err(TokenRefusal::Request("the body is a form: application/x-www-form-urlencoded"));
     }
     let mut form = BTreeMap::new();
-    for (name, value) in form_urlencoded::parse(request.body) {
+    for (name, value) in form_urlencoded::parse(body) {
         if value.is_empty() {
             continue;
         }
@@ -328,8 +325,7 @@ mod tests {
             if let Ok(value) = http::HeaderValue::from_bytes(&header) {
                 headers.insert(AUTHORIZATION, value);
             }
-            let request = Request { headers: &headers, body: &body, peer: [127, 0, 0, 1].into() };
-            if let Ok(form) = form(&request) {
+            if let Ok(form) = form(&headers, &body) {
                 let _named = callee(&form);
                 let _claimed = claimed(&headers, &form);
             }

@@ -15,8 +15,8 @@ pub(super) enum Continent {
     Africa,
 }
 
-/// Prefixes of region names as AWS, Google Cloud and Oracle form them.
-const PREFIXES: [(&str, Continent); 20] = [
+/// Prefixes of region names as AWS, Google Cloud and Oracle form them, and the places of Hetzner.
+const PREFIXES: [(&str, Continent); 23] = [
     ("cn-", Continent::China),
     ("us-", Continent::NorthAmerica),
     ("ca-", Continent::NorthAmerica),
@@ -37,10 +37,14 @@ const PREFIXES: [(&str, Continent); 20] = [
     ("il-", Continent::MiddleEast),
     ("af-", Continent::Africa),
     ("africa-", Continent::Africa),
+    ("fsn", Continent::Europe),
+    ("nbg", Continent::Europe),
+    ("hel", Continent::Europe),
 ];
 
-/// Words within Azure's region names; the first that occurs decides (`austria` and `australia` before `us`).
-const WORDS: [(&str, Continent); 32] = [
+/// Words within Azure's region names; the first that occurs decides (`austria` and `australia` before `us`, and
+/// `brazilus`, which is in the United States, before `brazil`).
+const WORDS: [(&str, Continent); 34] = [
     ("australia", Continent::Oceania),
     ("newzealand", Continent::Oceania),
     ("austria", Continent::Europe),
@@ -63,6 +67,8 @@ const WORDS: [(&str, Continent); 32] = [
     ("india", Continent::Asia),
     ("malaysia", Continent::Asia),
     ("indonesia", Continent::Asia),
+    ("taiwan", Continent::Asia),
+    ("brazilus", Continent::NorthAmerica),
     ("brazil", Continent::SouthAmerica),
     ("chile", Continent::SouthAmerica),
     ("southafrica", Continent::Africa),
@@ -104,11 +110,33 @@ mod tests {
             ("azure/australiaeast", Continent::Oceania),
             ("azure/jioindiawest", Continent::Asia),
             ("azure/uksouth", Continent::Europe),
+            ("azure/taiwannorth", Continent::Asia),
+            ("azure/brazilus", Continent::NorthAmerica),
+            ("azure/brazilsouth", Continent::SouthAmerica),
             ("gcp/europe-west3", Continent::Europe),
             ("gcp/asia-northeast1", Continent::Asia),
         ] {
             assert_eq!(Continent::of(&place.parse().unwrap()), Some(continent), "{place}");
         }
-        assert_eq!(Continent::of(&"hetzner/fsn1".parse().unwrap()), None);
+        assert_eq!(Continent::of(&"vultr/ewr".parse().unwrap()), None);
+    }
+
+    #[test]
+    fn every_region_that_the_shipped_price_book_names_has_a_continent() {
+        let (mut provider, mut seen) = ("", 0);
+        for line in include_str!("../../config/pricing.yaml").lines() {
+            let name = line.strip_prefix("  ").and_then(|line| line.split_once(':'));
+            if let Some((name, _)) = name.filter(|(name, _)| !name.starts_with([' ', '#'])) {
+                provider = name;
+            }
+            let list = line.split_once("regions: [").and_then(|(_, rest)| rest.split_once(']'));
+            let Some((list, _)) = list.filter(|_| !line.contains("_regions")) else { continue };
+            for region in list.split(',').map(str::trim).filter(|region| !region.contains('*')) {
+                let place = format!("{provider}/{region}").parse().unwrap();
+                assert!(Continent::of(&place).is_some(), "{provider}/{region}");
+                seen += 1;
+            }
+        }
+        assert!(seen > 100, "{seen}");
     }
 }

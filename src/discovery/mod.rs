@@ -9,5 +9,5 @@ mod registry;
 mod state;
 
 pub use directory::Directory;
-pub use registry::{AskBearer, Registry};
-pub use state::{Seal, State, StateFault, Stored};
+pub use registry::{Passes, Registry};
+pub use state::{Origin, Seal, State, StateFault, Stored};

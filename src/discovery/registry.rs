@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use futures_util::future::BoxFuture;
+use http::StatusCode;
 use secrecy::SecretString;
 use tokio::time::{Instant, sleep, timeout_at};
 
@@ -10,19 +11,31 @@ use crate::{
     api::{Client, ClientError, Watch},
     discovery::Directory,
     model::ServiceName,
+    runtime::Backoff,
 };
 
 /// The catalog is asked for at least this often, whatever the stream says.
 const POLL: Duration = Duration::from_secs(30);
-/// The pause after the first failure; it doubles up to [`LONGEST`], with full jitter.
-const SHORTEST: Duration = Duration::from_millis(200);
-/// The longest pause after a failure.
+/// Pauses after failures.
+const RETRY: Backoff = Backoff::new(Duration::from_millis(200), LONGEST);
+/// The longest of them.
 const LONGEST: Duration = Duration::from_secs(5);
+
+/// How often the log says again why the control plane is not followed.
+const REMIND: Duration = Duration::from_secs(600);
+/// Most reasons that it tells in that time.
+const REASONS: usize = 8;
 
 type Boxed = Box<dyn std::error::Error + Send + Sync>;
 
-/// Asks for a bearer for the control plane's own API; `Err` says why there is none.
-pub type AskBearer = Arc<dyn Fn() -> BoxFuture<'static, Result<SecretString, Boxed>> + Send + Sync>;
+/// Bearers for the control plane's own API.
+pub trait Passes: Send + Sync + 'static {
+    /// A bearer; `Err` says why there is none.
+    fn bearer(&self) -> BoxFuture<'static, Result<SecretString, Boxed>>;
+
+    /// Told that the control plane refuses this one: it is not to be given again.
+    fn refused(&self, bearer: &SecretString);
+}
 
 /// Why the control plane was not understood this time.
 #[derive(Debug, thiserror::Error)]
@@ -41,39 +54,40 @@ enum Interrupted {
 /// The control plane as a source of snapshots.
 pub struct Registry {
     client: Client,
-    bearer: AskBearer,
+    passes: Arc<dyn Passes>,
     directory: Arc<Directory>,
 }
 
 impl Registry {
     /// The control plane behind `client`.
     #[must_use]
-    pub fn new(client: Client, bearer: AskBearer, directory: Arc<Directory>) -> Self {
-        Self { client, bearer, directory }
+    pub fn new(client: Client, passes: Arc<dyn Passes>, directory: Arc<Directory>) -> Self {
+        Self { client, passes, directory }
     }
 
     /// Follows it until dropped; failures are waited out with growing, jittered pauses, so that a thousand proxies do not
-    /// come back at once. The log tells when it is lost and when it is found again, not of each attempt between.
+    /// come back at once. The log tells when it is lost, when for another reason, and when it is found again; not of each
+    /// attempt between.
     pub async fn follow(self) {
-        let mut pause = SHORTEST;
-        let (mut etag, mut lost) = (None, false);
+        let mut failures = 0u32;
+        let (mut etag, mut lost) = (None, None);
         loop {
             let begun = Instant::now();
             let outcome = self.stay_current(&mut etag, &mut lost).await;
             if begun.elapsed() > LONGEST {
-                pause = SHORTEST;
+                failures = 0;
             }
             if let Err(error) = outcome {
-                self.report(&error, std::mem::replace(&mut lost, true));
+                self.report(&error, lost.get_or_insert_default());
             }
-            sleep(pause.mul_f64(fastrand::f64().mul_add(0.5, 0.5))).await;
-            pause = (pause * 2).min(LONGEST);
+            failures = failures.saturating_add(1);
+            sleep(RETRY.pause(failures)).await;
         }
     }
 
-    fn report(&self, error: &Interrupted, known: bool) {
+    fn report(&self, error: &Interrupted, outage: &mut Outage) {
         let error = error as &dyn std::error::Error;
-        if known {
+        if !outage.is_news(chain(error), Instant::now()) {
             return tracing::debug!(error, "the control plane is still not followed");
         }
         let age = self.directory.age().unwrap_or_default();
@@ -88,12 +102,13 @@ impl Registry {
     async fn stay_current(
         &self,
         etag: &mut Option<String>,
-        lost: &mut bool,
+        lost: &mut Option<Outage>,
     ) -> Result<(), Interrupted> {
         let revision = self.refresh(etag).await?;
-        let bearer = (self.bearer)().await.map_err(Interrupted::Bearer)?;
-        let mut watch = self.client.watch(&bearer, revision).await?;
-        if std::mem::take(lost) {
+        let client = &self.client;
+        let mut watch =
+            self.with_pass(|pass| async move { client.watch(&pass, revision).await }).await?;
+        if lost.take().is_some() {
             tracing::info!(revision, "the control plane is followed again");
         }
         loop {
@@ -104,6 +119,23 @@ impl Registry {
                 Heard::End => return Ok(()),
             }
         }
+    }
+
+    /// Asks with a bearer, and once more with another when that one is refused: the control plane may have lost its keys
+    /// or have another name now, and then no bearer from before is good there, however long it may live.
+    async fn with_pass<T, F>(&self, ask: impl Fn(SecretString) -> F) -> Result<T, Interrupted>
+    where
+        F: Future<Output = Result<T, ClientError>>,
+    {
+        let pass = self.passes.bearer().await.map_err(Interrupted::Bearer)?;
+        match ask(pass.clone()).await {
+            Err(ClientError::Refused { status, .. }) if status == StatusCode::UNAUTHORIZED => {
+                self.passes.refused(&pass);
+            }
+            outcome => return Ok(outcome?),
+        }
+        let pass = self.passes.bearer().await.map_err(Interrupted::Bearer)?;
+        Ok(ask(pass).await?)
     }
 
     async fn next(&self, watch: &mut Watch) -> Result<Heard, Interrupted> {
@@ -117,10 +149,10 @@ impl Registry {
 
     /// Fetches the catalog if it is another than the last; says which revision is current.
     async fn refresh(&self, etag: &mut Option<String>) -> Result<u64, Interrupted> {
-        let bearer = (self.bearer)().await.map_err(Interrupted::Bearer)?;
         let known = self.directory.load();
         // An ETag says nothing about a snapshot that another source has put in force meanwhile.
-        let answer = self.client.catalog(&bearer, known.as_ref().and(etag.as_deref())).await?;
+        let (client, tag) = (&self.client, known.as_ref().and(etag.as_deref()));
+        let answer = self.with_pass(|pass| async move { client.catalog(&pass, tag).await }).await?;
         if let Some((catalog, new)) = answer {
             if let Some(known) = known.filter(|known| known.project.name != catalog.project.name) {
                 return Err(Interrupted::OtherProject {
@@ -138,6 +170,33 @@ impl Registry {
     }
 }
 
+/// The reasons that the log has told in an outage.
+#[derive(Default)]
+struct Outage {
+    reasons: Vec<String>,
+    since: Option<Instant>,
+}
+
+impl Outage {
+    /// Whether the log does not say so yet, or said it long ago. Reasons that take turns are told once each.
+    fn is_news(&mut self, reason: String, now: Instant) -> bool {
+        if self.since.is_none_or(|since| now.duration_since(since) >= REMIND) {
+            (self.since, self.reasons) = (Some(now), Vec::new());
+        }
+        let news = !self.reasons.contains(&reason) && self.reasons.len() < REASONS;
+        if news {
+            self.reasons.push(reason);
+        }
+        news
+    }
+}
+
+/// An error with all its causes, as one text.
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
 /// What the stream of changes said.
 enum Heard {
     Change,
@@ -148,7 +207,10 @@ enum Heard {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::{
+        pin::pin,
+        sync::atomic::{AtomicU32, Ordering},
+    };
 
     use axum::{
         Router,
@@ -159,11 +221,13 @@ mod tests {
         routing::get,
     };
     use futures_util::{FutureExt, stream};
+    use secrecy::ExposeSecret;
     use tokio::{runtime::Handle, sync::watch, time::timeout};
 
     use super::*;
     use crate::{
         api::{Catalog, ClientSettings},
+        runtime::Supervisor,
         telemetry::overhear,
     };
 
@@ -176,6 +240,8 @@ mod tests {
         fetched: watch::Sender<u32>,
         unchanged: AtomicU32,
         streams: watch::Sender<u32>,
+        /// The `authorization` that it takes.
+        accepts: watch::Sender<&'static str>,
         /// Raised to end the streams that are open.
         hang_up: watch::Sender<u32>,
     }
@@ -191,7 +257,9 @@ mod tests {
 
     async fn serve_catalog(State(plane): State<Arc<Plane>>, headers: HeaderMap) -> Response {
         plane.fetched.send_modify(|count| *count += 1);
-        assert_eq!(headers[header::AUTHORIZATION], "Bearer pass");
+        if headers[header::AUTHORIZATION] != *plane.accepts.borrow() {
+            return StatusCode::UNAUTHORIZED.into_response();
+        }
         let catalog = plane.catalog.borrow().clone();
         let etag = format!("\"{}-{}\"", catalog.project.name, catalog.revision);
         if headers.get(header::IF_NONE_MATCH).is_some_and(|known| *known == *etag) {
@@ -224,8 +292,24 @@ mod tests {
         Client::new(ClientSettings::new(vec![url], None)).unwrap()
     }
 
-    fn pass() -> AskBearer {
-        Arc::new(|| std::future::ready(Ok("pass".into())).boxed())
+    /// Gives `pass-0` until it is refused, then `pass-1`, and so on.
+    #[derive(Default)]
+    struct Numbered(AtomicU32);
+
+    impl Passes for Numbered {
+        fn bearer(&self) -> BoxFuture<'static, Result<SecretString, Boxed>> {
+            let pass = format!("pass-{}", self.0.load(Ordering::SeqCst));
+            std::future::ready(Ok(pass.into())).boxed()
+        }
+
+        fn refused(&self, bearer: &SecretString) {
+            let given = format!("pass-{}", self.0.fetch_add(1, Ordering::SeqCst));
+            assert_eq!(bearer.expose_secret(), given);
+        }
+    }
+
+    fn pass() -> Arc<Numbered> {
+        Arc::default()
     }
 
     async fn follow(first: Catalog) -> (Arc<Plane>, Arc<Directory>) {
@@ -234,6 +318,7 @@ mod tests {
             fetched: watch::Sender::new(0),
             unchanged: AtomicU32::new(0),
             streams: watch::Sender::new(0),
+            accepts: watch::Sender::new("Bearer pass-0"),
             hang_up: watch::Sender::new(0),
         });
         let router = Router::new()
@@ -242,10 +327,10 @@ mod tests {
             .with_state(plane.clone());
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let client = client(listener.local_addr().unwrap());
-        let here = Handle::current();
-        here.spawn(async move { axum::serve(listener, router).await.unwrap() });
+        let here = Supervisor::new(Handle::current());
+        here.spawn("plane", async move { axum::serve(listener, router).await.unwrap() });
         let directory = Arc::new(Directory::default());
-        here.spawn(Registry::new(client, pass(), directory.clone()).follow());
+        here.spawn("registry", Registry::new(client, pass(), directory.clone()).follow());
         (plane, directory)
     }
 
@@ -324,14 +409,45 @@ mod tests {
 
         // Without a token, the reason for that is said too.
         let (paper, _guard) = overhear("warn");
-        let bearer: AskBearer = Arc::new(|| {
-            let missing = std::io::Error::other("/run/secrets/infrar cannot be read");
-            std::future::ready(Err(missing.into())).boxed()
-        });
+        let secret = Arc::new(Missing(std::sync::Mutex::new("/run/secrets/infrar cannot be read")));
         let client = Client::new(ClientSettings::new(Vec::new(), None)).unwrap();
-        let following = Registry::new(client, bearer, Arc::default()).follow();
-        assert!(timeout(Duration::from_secs(60), following).await.is_err());
+        let mut following = pin!(Registry::new(client, secret.clone(), Arc::default()).follow());
+        let minute = Duration::from_secs(60);
+        assert!(timeout(minute, following.as_mut()).await.is_err());
         let log = paper.text();
         assert!(log.contains("control plane: /run/secrets/infrar cannot be read"), "{log}");
+        // Another reason is news, the first one again is not, and after ten minutes either is.
+        for (reason, lines) in [("it is empty", 2), ("/run/secrets/infrar cannot be read", 2)] {
+            *secret.0.lock().unwrap() = reason;
+            assert!(timeout(minute, following.as_mut()).await.is_err());
+            assert_eq!(paper.text().lines().count(), lines, "{}", paper.text());
+        }
+        assert!(timeout(10 * minute, following).await.is_err());
+        assert_eq!(paper.text().lines().count(), 3, "{}", paper.text());
+    }
+
+    /// Has no bearer, and says why.
+    struct Missing(std::sync::Mutex<&'static str>);
+
+    impl Passes for Missing {
+        fn bearer(&self) -> BoxFuture<'static, Result<SecretString, Boxed>> {
+            let missing = std::io::Error::other(*self.0.lock().unwrap());
+            std::future::ready(Err(missing.into())).boxed()
+        }
+
+        fn refused(&self, _: &SecretString) {
+            unreachable!("none was given");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_bearer_that_the_control_plane_refuses_is_exchanged_for_another() {
+        let (plane, directory) = follow(catalog("shop", 1)).await;
+        reaches(&directory, 1).await;
+        stream_stands(&plane).await;
+        // It has lost its keys: what was signed before is worth nothing.
+        plane.accepts.send_replace("Bearer pass-1");
+        plane.catalog.send_replace(catalog("shop", 2));
+        reaches(&directory, 2).await;
     }
 }

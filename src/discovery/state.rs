@@ -1,24 +1,25 @@
 //! What survives a restart while the control plane is down: the last snapshot, public keys, tokens.
 //!
 //! Each is a file of its own, written when it is received, atomically and for its owner's eyes only. A file that is
-//! damaged, too old, or of another project is refused with its reason; the proxy then starts as if it were not there.
+//! damaged, too old, or of another proxy is refused with its reason, and so is one whose project or issuer is another
+//! than the snapshot's; the proxy then starts as if it were not there.
 //!
 //! How old something is counts from when its source last said that it is current, not from its last change. So a small
 //! file beside it notes that, and a large one is not written again for it.
 
 use std::{
-    fs, io,
-    os::unix::fs::{DirBuilderExt, PermissionsExt},
+    fmt, fs, io,
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use aws_lc_rs::digest::{SHA256, digest};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
+    api::Catalog,
     model::ServiceName,
-    runtime::{Clock, write_private},
+    runtime::{Clock, PrivateFault, clear_leftovers, hex, read_private, sha256, write_private},
 };
 
 /// The version of the files' form.
@@ -62,6 +63,16 @@ pub enum StateFault {
         /// Who wrote it.
         found: String,
     },
+    /// It belongs to another project, or to another issuer.
+    #[error("{path} is of {found}, and the snapshot of {expected}")]
+    Elsewhere {
+        /// Which file.
+        path: PathBuf,
+        /// Whose the snapshot is.
+        expected: Origin,
+        /// Whose it is.
+        found: Origin,
+    },
     /// It is older than `control.max_snapshot_age`.
     #[error("{path} is {age:?} old, older than control.max_snapshot_age allows")]
     Old {
@@ -72,11 +83,36 @@ pub enum StateFault {
     },
 }
 
+/// Whose something is: what one project's issuer says means nothing to another.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// The project's name.
+    pub project: String,
+    /// The `iss` of its own tokens.
+    pub issuer: String,
+}
+
+impl Origin {
+    /// Whose a snapshot is.
+    #[must_use]
+    pub fn of(catalog: &Catalog) -> Self {
+        Self { project: catalog.project.name.to_string(), issuer: catalog.issuer.clone() }
+    }
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the project {:?} with the issuer {:?}", self.project, self.issuer)
+    }
+}
+
 /// A file as it is on disk. The content is text of its own, so that the checksum covers exactly its bytes.
 #[derive(Serialize, Deserialize)]
 struct Envelope {
     format: u32,
     service: String,
+    #[serde(default)]
+    origin: Origin,
     /// When it was received or confirmed, seconds since 1970.
     saved_at: i64,
     sha256: String,
@@ -118,6 +154,7 @@ impl State {
             .mode(0o700)
             .create(folder)
             .map_err(|source| StateFault::Io { path: folder.to_owned(), source })?;
+        clear_leftovers(folder);
         Ok(Self { folder: folder.to_owned(), service, clock })
     }
 
@@ -125,12 +162,17 @@ impl State {
         self.folder.join(format!("{name}.json"))
     }
 
-    /// Keeps `content` under `name`, as current now. Blocks on the disk.
+    /// Keeps `content` of `origin` under `name`, as current now. Blocks on the disk.
     ///
     /// # Errors
     /// [`StateFault::Io`]; what was kept before is then untouched.
-    pub fn keep<T: Serialize>(&self, name: &str, content: &T) -> Result<Seal, StateFault> {
-        self.write(&self.path(name), content, Duration::ZERO)
+    pub fn keep<T: Serialize>(
+        &self,
+        name: &str,
+        content: &T,
+        origin: &Origin,
+    ) -> Result<Seal, StateFault> {
+        self.write(&self.path(name), content, origin, Duration::ZERO)
     }
 
     /// Notes that what was kept under `name` with this seal was current `age` ago. Blocks on the disk.
@@ -138,13 +180,14 @@ impl State {
     /// # Errors
     /// [`StateFault::Io`]; what was noted before is then untouched.
     pub fn confirm(&self, name: &str, seal: &Seal, age: Duration) -> Result<(), StateFault> {
-        self.write(&self.path(&note_of(name)), seal, age).map(drop)
+        self.write(&self.path(&note_of(name)), seal, &Origin::default(), age).map(drop)
     }
 
     fn write<T: Serialize>(
         &self,
         path: &Path,
         content: &T,
+        origin: &Origin,
         age: Duration,
     ) -> Result<Seal, StateFault> {
         let io = |source| StateFault::Io { path: path.to_owned(), source };
@@ -154,6 +197,7 @@ impl State {
         let envelope = Envelope {
             format: FORMAT,
             service: self.service.to_string(),
+            origin: origin.clone(),
             saved_at: self.clock.unix_seconds().saturating_sub(age),
             sha256: seal.clone(),
             content,
@@ -174,6 +218,34 @@ impl State {
     ) -> Result<Option<Stored<T>>, StateFault> {
         let path = self.path(name);
         let Some(envelope) = self.read(&path)? else { return Ok(None) };
+        self.open_up(path, envelope, name, oldest)
+    }
+
+    /// As [`kept`](Self::kept) however old it is, but of `origin` only.
+    ///
+    /// # Errors
+    /// [`StateFault`] when there is something that must not be used.
+    pub fn kept_of<T: DeserializeOwned>(
+        &self,
+        name: &str,
+        origin: &Origin,
+    ) -> Result<Option<Stored<T>>, StateFault> {
+        let path = self.path(name);
+        let Some(envelope) = self.read(&path)? else { return Ok(None) };
+        if envelope.origin != *origin {
+            let (expected, found) = (origin.clone(), envelope.origin);
+            return Err(StateFault::Elsewhere { path, expected, found });
+        }
+        self.open_up(path, envelope, name, None)
+    }
+
+    fn open_up<T: DeserializeOwned>(
+        &self,
+        path: PathBuf,
+        envelope: Envelope,
+        name: &str,
+        oldest: Option<Duration>,
+    ) -> Result<Option<Stored<T>>, StateFault> {
         let seal = Seal(envelope.sha256);
         let current_at = self.confirmed(name, &seal).unwrap_or(i64::MIN).max(envelope.saved_at);
         // A clock that was set back makes no file younger than new.
@@ -201,19 +273,15 @@ impl State {
 
     fn read(&self, path: &Path) -> Result<Option<Envelope>, StateFault> {
         let path = path.to_owned();
-        let io = |source| StateFault::Io { path: path.clone(), source };
-        let facts = match fs::metadata(&path) {
-            Ok(facts) => facts,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(io(error)),
+        let bytes = match read_private(&path, LARGEST) {
+            Ok(bytes) => bytes,
+            Err(PrivateFault::Io(error)) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(None);
+            }
+            Err(PrivateFault::Io(source)) => return Err(StateFault::Io { path, source }),
+            Err(PrivateFault::Exposed) => return Err(StateFault::Exposed(path)),
+            Err(PrivateFault::TooLarge) => return Err(StateFault::Damaged(path)),
         };
-        if facts.permissions().mode() & 0o077 != 0 {
-            return Err(StateFault::Exposed(path));
-        }
-        if facts.len() > LARGEST {
-            return Err(StateFault::Damaged(path));
-        }
-        let bytes = fs::read(&path).map_err(io)?;
         let Ok(envelope) = serde_json::from_slice::<Envelope>(&bytes) else {
             return Err(StateFault::Damaged(path));
         };
@@ -240,20 +308,20 @@ fn note_of(name: &str) -> String {
 }
 
 fn checksum(content: &str) -> String {
-    use std::fmt::Write;
-    let mut text = String::with_capacity(64);
-    for byte in digest(&SHA256, content.as_bytes()).as_ref() {
-        // Writing to a string does not fail.
-        let _infallible = write!(text, "{byte:02x}");
-    }
-    text
+    hex(&sha256(content.as_bytes()))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     const WEEK: Option<Duration> = Some(Duration::from_secs(7 * 86_400));
+
+    fn ours() -> Origin {
+        Origin { project: "shop".to_owned(), issuer: "https://i".to_owned() }
+    }
 
     fn state(folder: &Path, service: &str) -> State {
         let clock = Clock::starting_at(jiff::Timestamp::from_second(1_800_000_000).unwrap());
@@ -265,7 +333,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let state = state(folder.path(), "web");
         assert_eq!(state.kept::<u64>("snapshot", WEEK).unwrap(), None);
-        state.keep("snapshot", &7u64).unwrap();
+        state.keep("snapshot", &7u64, &ours()).unwrap();
         tokio::time::advance(Duration::from_secs(60)).await;
         let found = state.kept::<u64>("snapshot", WEEK).unwrap().unwrap();
         assert_eq!((found.content, found.age), (7, Duration::from_secs(60)));
@@ -279,7 +347,7 @@ mod tests {
     async fn its_age_counts_from_its_last_confirmation() {
         let (folder, day) = (tempfile::tempdir().unwrap(), Duration::from_secs(86_400));
         let state = state(folder.path(), "web");
-        let seal = state.keep("snapshot", &7u64).unwrap();
+        let seal = state.keep("snapshot", &7u64, &ours()).unwrap();
         tokio::time::advance(10 * day).await;
         state.confirm("snapshot", &seal, Duration::from_secs(30)).unwrap();
         tokio::time::advance(day).await;
@@ -287,7 +355,7 @@ mod tests {
         assert_eq!((found.age, found.seal), (day + Duration::from_secs(30), seal.clone()));
         // What was confirmed is that content, and no other that takes its place.
         tokio::time::advance(day).await;
-        state.keep("snapshot", &8u64).unwrap();
+        state.keep("snapshot", &8u64, &ours()).unwrap();
         tokio::time::advance(day).await;
         state.confirm("snapshot", &seal, Duration::ZERO).unwrap();
         assert_eq!(state.kept::<u64>("snapshot", WEEK).unwrap().unwrap().age, day);
@@ -297,10 +365,21 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_file_that_was_tampered_with_is_refused() {
+    async fn what_a_killed_process_left_half_written_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        state(folder.path(), "web").keep("tokens", &1u8, &ours()).unwrap();
+        let leftover = folder.path().join(format!(".{}.tmp", uuid::Uuid::now_v7()));
+        fs::write(&leftover, "half a token").unwrap();
+        let again = state(folder.path(), "web");
+        assert!(!leftover.exists());
+        assert_eq!(again.kept::<u8>("tokens", None).unwrap().unwrap().content, 1);
+    }
+
+    #[tokio::test]
+    async fn a_damaged_file_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let state = state(folder.path(), "web");
-        state.keep("snapshot", &"abc").unwrap();
+        state.keep("snapshot", &"abc", &ours()).unwrap();
         let path = folder.path().join("snapshot.json");
         let text = fs::read_to_string(&path).unwrap();
         fs::write(&path, text.replace("abc", "abd")).unwrap();
@@ -310,9 +389,28 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_another_project_or_issuer_has_given_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = state(folder.path(), "web");
+        state.keep("tokens", &1u8, &ours()).unwrap();
+        assert_eq!(state.kept_of::<u8>("tokens", &ours()).unwrap().unwrap().content, 1);
+        for other in [
+            Origin { project: "bank".to_owned(), ..ours() },
+            Origin { issuer: "https://j".to_owned(), ..ours() },
+        ] {
+            let fault = state.kept_of::<u8>("tokens", &other).unwrap_err();
+            assert!(
+                matches!(&fault, StateFault::Elsewhere { found, .. } if *found == ours()),
+                "{fault}"
+            );
+        }
+        assert_eq!(state.kept_of::<u8>("none", &ours()).unwrap(), None);
+    }
+
+    #[tokio::test]
     async fn a_file_of_another_proxy_or_for_everybodys_eyes_is_refused() {
         let folder = tempfile::tempdir().unwrap();
-        state(folder.path(), "web").keep("snapshot", &1u8).unwrap();
+        state(folder.path(), "web").keep("snapshot", &1u8, &ours()).unwrap();
         let other = state(folder.path(), "reports").kept::<u8>("snapshot", WEEK);
         assert!(matches!(other, Err(StateFault::Other { .. })));
         let path = folder.path().join("snapshot.json");

@@ -1,4 +1,13 @@
-//! Issuers for tests: real keys, and tokens signed over whatever a test wants signed.
+//! Issuers for tests: real keys, and tokens signed over whatever a test wants signed; a token endpoint without a network.
+
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use aws_lc_rs::{
     rand::SystemRandom,
@@ -10,9 +19,21 @@ use aws_lc_rs::{
     },
 };
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use futures_util::{FutureExt, future::BoxFuture};
 use serde_json::{Value, json};
+use tokio::{runtime::Handle, time::sleep};
 
-use crate::identity::keys::Algorithm;
+use crate::{
+    api::TokenAnswer,
+    identity::{
+        TokenSource, TokenUnavailable, Tokens,
+        jwks::Jwks,
+        keys::{Algorithm, KeySet},
+        verify::{Trusted, Verifier},
+    },
+    model::{ScopeSet, ServiceName},
+    runtime::{Clock, Supervisor},
+};
 
 pub(super) fn base64url(bytes: impl AsRef<[u8]>) -> String {
     URL_SAFE_NO_PAD.encode(bytes)
@@ -110,4 +131,116 @@ impl Forge {
 /// A set of these keys.
 pub(super) fn set(keys: &[&Forge]) -> Value {
     json!({"keys": keys.iter().map(|key| key.jwk()).collect::<Vec<_>>()})
+}
+
+/// How long a token of the test issuer lives.
+pub(super) const LIFE: Duration = Duration::from_secs(3600);
+
+/// A token endpoint whose answers a test decides.
+#[derive(Default)]
+pub(super) struct Issuer {
+    asked: AtomicU32,
+    pub(super) down: AtomicBool,
+    /// The life of its tokens, if it is not the usual one.
+    pub(super) seconds: AtomicU64,
+    /// The key that signs, for tokens that are JWTs.
+    pub(super) kid: Mutex<Option<&'static str>>,
+}
+
+impl Issuer {
+    /// How often it was asked.
+    pub(super) fn asked(&self) -> u32 {
+        self.asked.load(Ordering::SeqCst)
+    }
+}
+
+/// Asks the issuer.
+pub(super) struct Source(pub(super) Arc<Issuer>);
+
+impl TokenSource for Source {
+    fn ask(
+        &self,
+        audience: &ServiceName,
+    ) -> BoxFuture<'static, Result<TokenAnswer, TokenUnavailable>> {
+        let turn = self.0.asked.fetch_add(1, Ordering::SeqCst) + 1;
+        let issuer = self.0.clone();
+        let text = match *issuer.kid.lock().unwrap() {
+            None => format!("{audience}-{turn}"),
+            Some(kid) => {
+                let head = base64url(format!(r#"{{"kid":"{kid}"}}"#));
+                let claims = format!(r#"{{"iss":"https://i","jti":"{turn}","exp":1900000000}}"#);
+                format!("{head}.{}.AA", base64url(claims))
+            }
+        };
+        async move {
+            sleep(Duration::from_millis(50)).await;
+            if issuer.down.load(Ordering::SeqCst) {
+                return Err(TokenUnavailable::Deadline);
+            }
+            let scope = ScopeSet::parse_list("read:data").unwrap();
+            let life = match issuer.seconds.load(Ordering::SeqCst) {
+                0 => LIFE,
+                seconds => Duration::from_secs(seconds),
+            };
+            Ok(TokenAnswer { access_token: text.into(), expires_in: Some(life), scope })
+        }
+        .boxed()
+    }
+}
+
+/// A supervisor of tasks on the current runtime.
+pub(super) fn here() -> Supervisor {
+    Supervisor::new(Handle::current())
+}
+
+/// Tokens of an issuer, but of these services from a file.
+pub(super) fn tokens(files: &[(&str, PathBuf)]) -> (Tokens, Arc<Issuer>) {
+    let issuer = Arc::new(Issuer::default());
+    let files = files.iter().map(|(name, path)| (name.parse().unwrap(), path.clone())).collect();
+    let clock = Clock::starting_at(jiff::Timestamp::from_second(1_800_000_000).unwrap());
+    let source = Arc::new(Source(issuer.clone()));
+    (Tokens::new(source, files, here(), clock), issuer)
+}
+
+/// The callee of most tests.
+pub(super) fn data() -> ServiceName {
+    "data".parse().unwrap()
+}
+
+/// Who issues what [`body`] says.
+pub(super) const ISSUER: &str = "https://control.example:7070";
+/// When it does.
+pub(super) const NOW: i64 = 1_800_000_000;
+/// For whom.
+pub(super) const HERE: &[&str] = &["data-intelligence"];
+
+/// Proper claims.
+pub(super) fn body() -> Value {
+    json!({
+        "iss": ISSUER, "sub": "web-application", "aud": "data-intelligence",
+        "exp": NOW + 3600, "iat": NOW, "nbf": NOW, "jti": "1",
+        "scope": "write:query read:data", "scopes": ["read:data", "write:query"],
+    })
+}
+
+/// Trusts the issuer with these keys, as the project's own.
+pub(super) fn trusting(keys: &[&Forge]) -> Verifier {
+    let keys = KeySet::from_json(&set(keys)).unwrap();
+    verifier(ISSUER, true, keys, &[])
+}
+
+/// Trusts one issuer.
+pub(super) fn verifier(issuer: &str, ours: bool, keys: KeySet, audiences: &[&str]) -> Verifier {
+    let issuer: Arc<str> = issuer.into();
+    Verifier::new(vec![Trusted {
+        issuer: issuer.clone(),
+        ours,
+        audiences: audiences.iter().map(|&name| name.to_owned()).collect(),
+        keys: Jwks::fixed(issuer, keys),
+    }])
+}
+
+/// Has no keys at all.
+pub(super) fn trusting_nobody() -> Verifier {
+    verifier(ISSUER, true, KeySet::default(), &[])
 }

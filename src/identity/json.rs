@@ -96,12 +96,49 @@ impl<'de> Deserialize<'de> for Strings<'de> {
     }
 }
 
-/// Seconds since 1970 as a JSON integer. Strings, fractions and numbers beyond `i64` are refused.
-pub(super) struct Seconds(pub(super) i64);
+/// A `NumericDate` (RFC 7519 §2): seconds since 1970, of which there may be a fraction. Strings and numbers beyond `i64`
+/// are refused.
+pub(super) struct Seconds {
+    /// The last whole second before or at it: for an end.
+    pub(super) floor: i64,
+    /// The first one at or after it: for a beginning.
+    pub(super) ceiling: i64,
+}
 
 impl<'de> Deserialize<'de> for Seconds {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        i64::deserialize(deserializer).map(Self)
+        deserializer.deserialize_any(SecondsVisitor)
+    }
+}
+
+struct SecondsVisitor;
+
+impl Visitor<'_> for SecondsVisitor {
+    type Value = Seconds;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a number of seconds")
+    }
+
+    fn visit_i64<E: Error>(self, whole: i64) -> Result<Seconds, E> {
+        Ok(Seconds { floor: whole, ceiling: whole })
+    }
+
+    fn visit_u64<E: Error>(self, whole: u64) -> Result<Seconds, E> {
+        self.visit_i64(i64::try_from(whole).map_err(E::custom)?)
+    }
+
+    fn visit_f64<E: Error>(self, number: f64) -> Result<Seconds, E> {
+        // Below 2^63, and no NaN.
+        if !(-9e18..=9e18).contains(&number) {
+            return Err(E::custom("a time beyond all time"));
+        }
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "a whole number within i64, as was checked"
+        )]
+        let whole = |number: f64| number as i64;
+        Ok(Seconds { floor: whole(number.floor()), ceiling: whole(number.ceil()) })
     }
 }
 

@@ -19,7 +19,6 @@ use arc_swap::{ArcSwap, Guard};
 use futures_util::{FutureExt, future::BoxFuture};
 use serde_json::Value;
 use tokio::{
-    runtime::Handle,
     sync::watch,
     time::{Instant, sleep, timeout},
 };
@@ -28,10 +27,8 @@ use url::Url;
 
 use crate::{
     api::Client,
-    identity::{
-        backoff::Backoff,
-        keys::{KeySet, KeySetError},
-    },
+    identity::keys::{KeySet, KeySetError},
+    runtime::{Backoff, Supervisor},
 };
 
 /// How long fetched keys are taken as they are.
@@ -128,7 +125,7 @@ pub struct Jwks {
     issuer: Arc<str>,
     keys: ArcSwap<KeySet>,
     generation: AtomicU64,
-    source: Option<(Fetch, Handle)>,
+    source: Option<(Fetch, Supervisor)>,
     state: Mutex<State>,
     /// Counts fetches that have ended, however they did.
     ended: watch::Sender<u64>,
@@ -146,6 +143,8 @@ struct State {
     /// Whether the log has told that keys cannot be fetched.
     told: bool,
     fetched_at: Option<Instant>,
+    /// When the last fetch that worked was begun.
+    as_of: Option<Instant>,
     asked_at: Option<Instant>,
     unknown: VecDeque<(Box<str>, Instant)>,
 }
@@ -163,14 +162,19 @@ impl Jwks {
         Self::build(issuer, keys, None)
     }
 
-    /// Keys that are fetched on `side`; `initial` are those of an earlier run, or none. Nothing is fetched
-    /// before [`Jwks::follow`] is run or a key is missed.
+    /// Keys that are fetched in tasks of `supervisor`; `initial` are those of an earlier run, or none. Nothing is
+    /// fetched before [`Jwks::follow`] is run or a key is missed.
     #[must_use]
-    pub fn fetched(issuer: Arc<str>, initial: KeySet, fetch: Fetch, side: Handle) -> Arc<Self> {
-        Self::build(issuer, initial, Some((fetch, side)))
+    pub fn fetched(
+        issuer: Arc<str>,
+        initial: KeySet,
+        fetch: Fetch,
+        supervisor: Supervisor,
+    ) -> Arc<Self> {
+        Self::build(issuer, initial, Some((fetch, supervisor)))
     }
 
-    fn build(issuer: Arc<str>, keys: KeySet, source: Option<(Fetch, Handle)>) -> Arc<Self> {
+    fn build(issuer: Arc<str>, keys: KeySet, source: Option<(Fetch, Supervisor)>) -> Arc<Self> {
         Arc::new(Self {
             issuer,
             keys: ArcSwap::from_pointee(keys),
@@ -195,6 +199,13 @@ impl Jwks {
     #[must_use]
     pub fn load(&self) -> Guard<Arc<KeySet>> {
         self.keys.load()
+    }
+
+    /// A moment at or after which the issuer had the keys that [`load`](Self::load) gives afterwards, and no others;
+    /// `None` before the first fetch that worked.
+    #[must_use]
+    pub fn as_of(&self) -> Option<Instant> {
+        self.lock().as_of
     }
 
     /// Rises with every change of the keys. Cheap enough for every request.
@@ -247,12 +258,12 @@ impl Jwks {
 
     /// Fetches now, or joins the fetch that is under way; `None` for fixed keys.
     pub async fn fetch(self: &Arc<Self>) -> Option<()> {
-        let (fetch, side) = self.source.as_ref()?;
+        let (fetch, supervisor) = self.source.as_ref()?;
         let mut ended = {
             let mut state = self.lock();
             let ended = self.ended.subscribe();
             if !state.fetching {
-                self.begin(&mut state, fetch, side);
+                self.begin(&mut state, fetch, supervisor);
             }
             ended
         };
@@ -295,7 +306,7 @@ impl Jwks {
 
     /// A fetch to wait for, unless it is too early for one or the key is known to be unknown.
     fn ask(self: &Arc<Self>, kid: &str) -> Option<(watch::Receiver<u64>, Whose)> {
-        let (fetch, side) = self.source.as_ref()?;
+        let (fetch, supervisor) = self.source.as_ref()?;
         let now = Instant::now();
         let mut state = self.lock();
         if state.is_unknown(kid, now) {
@@ -309,28 +320,35 @@ impl Jwks {
             return None;
         }
         state.asked_at = Some(now);
-        self.begin(&mut state, fetch, side);
+        self.begin(&mut state, fetch, supervisor);
         Some((ended, Whose::Ours))
     }
 
-    fn begin(self: &Arc<Self>, state: &mut State, fetch: &Fetch, side: &Handle) {
+    fn begin(self: &Arc<Self>, state: &mut State, fetch: &Fetch, supervisor: &Supervisor) {
         state.fetching = true;
         self.fetches.fetch_add(1, Ordering::Relaxed);
-        let (running, answer) = (Running { keys: self.clone(), worked: false }, fetch());
+        let (running, answer) =
+            (Running { keys: self.clone(), began: Instant::now(), worked: false }, fetch());
         // On the side runtime whoever asked, so that a worker that goes away does not take the fetch along.
-        side.spawn(running.carry(answer));
+        supervisor.spawn_until_end("jwks-fetch", running.carry(answer));
     }
 
-    fn take(&self, fetched: Result<Value, FetchFault>) -> Result<(), FetchFault> {
+    fn take(&self, fetched: Result<Value, FetchFault>, began: Instant) -> Result<(), FetchFault> {
         let fresh = KeySet::from_json(&fetched?)?;
-        self.lock().fetched_at = Some(Instant::now());
-        if self.load().same_as(&fresh) {
-            return Ok(());
+        let changed = !self.load().same_as(&fresh);
+        if changed {
+            info!(issuer = %self.issuer, keys = fresh.len(), "the issuer's keys changed");
+            self.keys.store(Arc::new(fresh));
+            self.generation.fetch_add(1, Ordering::Release);
         }
-        info!(issuer = %self.issuer, keys = fresh.len(), "the issuer's keys changed");
-        self.keys.store(Arc::new(fresh));
-        self.generation.fetch_add(1, Ordering::Release);
-        self.changes.send_modify(|count| *count += 1);
+        // After the keys: whoever reads this first and the keys then never takes old ones for new.
+        {
+            let mut state = self.lock();
+            (state.fetched_at, state.as_of) = (Some(Instant::now()), Some(began));
+        }
+        if changed {
+            self.changes.send_modify(|count| *count += 1);
+        }
         Ok(())
     }
 
@@ -362,13 +380,14 @@ impl State {
 /// A fetch under way; whatever ends it, those who wait are told.
 struct Running {
     keys: Arc<Jwks>,
+    began: Instant,
     worked: bool,
 }
 
 impl Running {
     async fn carry(mut self, answer: BoxFuture<'static, Result<Value, FetchFault>>) {
         let fetched = timeout(FETCH_LIMIT, answer).await.unwrap_or(Err(FetchFault::Deadline));
-        let (issuer, outcome) = (&self.keys.issuer, self.keys.take(fetched));
+        let (issuer, outcome) = (&self.keys.issuer, self.keys.take(fetched, self.began));
         let told = std::mem::replace(&mut self.keys.lock().told, outcome.is_err());
         match outcome {
             Ok(()) if told => info!(%issuer, "keys are fetched again"),
@@ -402,7 +421,7 @@ impl Drop for Running {
 mod tests {
     use std::sync::atomic::AtomicBool;
 
-    use tokio::time::advance;
+    use tokio::{runtime::Handle, time::advance};
 
     use super::*;
     use crate::identity::{
@@ -416,6 +435,10 @@ mod tests {
         asked: AtomicU64,
         down: AtomicBool,
         keys: Mutex<Vec<Forge>>,
+    }
+
+    fn here() -> Supervisor {
+        Supervisor::new(Handle::current())
     }
 
     impl Issuer {
@@ -444,7 +467,7 @@ mod tests {
                 }
                 .boxed()
             });
-            Jwks::fetched("https://i".into(), KeySet::default(), fetch, Handle::current())
+            Jwks::fetched("https://i".into(), KeySet::default(), fetch, here())
         }
 
         fn asked(&self) -> u64 {
@@ -503,7 +526,8 @@ mod tests {
     async fn keys_stay_while_the_issuer_is_down_and_come_back_with_it() {
         let issuer = Issuer::with(&["a"]);
         let jwks = issuer.jwks();
-        let following = Handle::current().spawn(jwks.follow());
+        let (supervisor, following) = (here(), jwks.follow());
+        supervisor.spawn("jwks", following);
         sleep(Duration::from_secs(1)).await;
         assert_eq!((issuer.asked(), jwks.stats().keys), (1, 1));
         issuer.down.store(true, Ordering::SeqCst);
@@ -518,7 +542,7 @@ mod tests {
         drop(jwks);
         // Nobody needs the keys any more, so nobody fetches them.
         sleep(Duration::from_secs(700)).await;
-        following.await.unwrap();
+        assert_eq!(supervisor.running(), [""; 0]);
     }
 
     #[tokio::test(start_paused = true)]

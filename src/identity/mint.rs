@@ -5,6 +5,10 @@
 //! the last token it may have signed has expired. So a verifier that caches keys for less than
 //! [`MintSettings::lead`] never meets a token whose key it has not seen.
 //!
+//! Clocks are set wrong and right again. A key whose moment lies further ahead than any rotation at `now` would have put
+//! it was made under a wrong clock, or `now` is wrong: which of both, nobody can know. So it is kept and published, as
+//! it may have signed, but nothing waits for it.
+//!
 //! Keys lie in one folder as PKCS#8 PEM files of mode 0600; the moment is part of the file name, the key id
 //! (RFC 7638 thumbprint) is computed. Nothing here reads a clock: callers pass `now`.
 
@@ -29,11 +33,13 @@ use uuid::Uuid;
 
 use crate::{
     model::{ScopeSet, ServiceName},
-    runtime::write_private,
+    runtime::{PrivateFault, clear_leftovers, read_private, write_private},
 };
 
 /// The `typ` of our tokens (RFC 9068 §2.1).
 const TOKEN_TYPE: &str = "at+jwt";
+/// A key file beyond this is none of ours.
+const KEY_FILE_LIMIT: u64 = 64 * 1024;
 /// How far a verifier's clock may be off before a retired key is missed.
 const CLOCK_SKEW: Duration = Duration::from_secs(300);
 /// The clock difference that is forgiven when our own tokens come back.
@@ -51,9 +57,18 @@ pub enum MintError {
         #[source]
         source: io::Error,
     },
-    /// A file in the key folder is no key of ours.
+    /// A file in the key folder is no key of ours, or not the one that its name says.
     #[error("{} is no signing key; move it away or restore it", path.display())]
     BrokenKey {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A key that others may have read signs nothing.
+    #[error(
+        "{} can be read by others than its owner; give it mode 0600 if nobody has, or remove it to have a new key made",
+        path.display()
+    )]
+    Exposed {
         /// The file.
         path: PathBuf,
     },
@@ -161,7 +176,7 @@ impl Mint {
     /// Reads the keys of the folder, or makes the first one. Blocks on the disk for a moment.
     ///
     /// # Errors
-    /// [`MintError::Storage`] and [`MintError::BrokenKey`].
+    /// [`MintError::Storage`], [`MintError::BrokenKey`] and [`MintError::Exposed`].
     pub fn open(settings: MintSettings, now: Timestamp) -> Result<Self, MintError> {
         let storage = |source| MintError::Storage { path: settings.folder.clone(), source };
         fs::DirBuilder::new()
@@ -169,6 +184,7 @@ impl Mint {
             .mode(0o700)
             .create(&settings.folder)
             .map_err(storage)?;
+        clear_leftovers(&settings.folder);
         let mut keys = Vec::new();
         for entry in fs::read_dir(&settings.folder).map_err(storage)? {
             let path = entry.map_err(storage)?.path();
@@ -212,7 +228,7 @@ impl Mint {
             scopes: scopes.clone(),
         };
         let keys = self.keys.load_full();
-        let key = signing(&keys, now);
+        let key = self.signing(&keys, now);
         let mut header = Header::new(Algorithm::ES256);
         header.typ = Some(TOKEN_TYPE.to_owned());
         header.kid = Some(key.id.clone());
@@ -283,9 +299,11 @@ impl Mint {
     /// [`MintError::Storage`] and [`MintError::Generate`]; the old keys then stay in force.
     pub fn tend(&self, now: Timestamp) -> Result<(), MintError> {
         let changing = self.change();
-        let newest = self.keys.load().last().map(|key| key.signs_from);
-        let due = newest.is_some_and(|from| {
-            let next = add(from, self.settings.period.saturating_sub(self.settings.lead));
+        let keys = self.keys.load_full();
+        let newest = keys.iter().rev().find(|key| key.signs_from <= now);
+        // Where no moment has come yet, the clock was wrong when the first key was made, or is now.
+        let due = newest.is_none_or(|key| {
+            let next = add(key.signs_from, self.settings.period.saturating_sub(self.settings.lead));
             next <= now
         });
         if due {
@@ -314,16 +332,42 @@ impl Mint {
         _changing: &MutexGuard<'_, ()>,
     ) -> Result<String, MintError> {
         let keys = self.keys.load_full();
-        if let Some(waiting) = keys.last().filter(|key| key.signs_from > now) {
+        if let Some(waiting) = keys.iter().find(|key| self.waits(key, now)) {
             return Ok(waiting.id.clone());
+        }
+        for key in keys.iter().filter(|key| key.signs_from > now) {
+            tracing::warn!(
+                key = key.id,
+                signs_from = %key.signs_from,
+                "a signing key is for a time far ahead: the clock is wrong now, or was when it was made; it is not waited for"
+            );
         }
         // On disk before anybody sees it: a key that was published must survive a crash.
         let key = Key::make(&self.settings.folder, add(now, self.settings.lead))?;
         let id = key.id.clone();
         let mut grown = keys.as_ref().clone();
         grown.push(Arc::new(key));
+        grown.sort_by_key(|key| key.signs_from);
         self.keys.store(Arc::new(grown));
         Ok(id)
+    }
+
+    /// The key that signs at `now`: the newest whose moment has come. When the clock was set back before all of
+    /// them, the oldest that is not just about to sign: verifiers have known it longest.
+    fn signing<'a>(&self, keys: &'a [Arc<Key>], now: Timestamp) -> &'a Key {
+        let come = keys.iter().rev().find(|key| key.signs_from <= now);
+        let signing =
+            come.or_else(|| keys.iter().find(|key| !self.waits(key, now))).or_else(|| keys.first());
+        #[expect(
+            clippy::expect_used,
+            reason = "the list begins with one key and only ever drops keys that have a successor"
+        )]
+        signing.expect("a mint has at least one key")
+    }
+
+    /// Whether the key is published and about to sign: its moment is as near as a rotation puts it.
+    fn waits(&self, key: &Key, now: Timestamp) -> bool {
+        key.signs_from > now && key.signs_from <= add(now, self.settings.lead + CLOCK_SKEW)
     }
 
     /// How many of the oldest keys have signed nothing that could still be valid.
@@ -331,17 +375,6 @@ impl Mint {
         let kept = self.settings.lifetime + CLOCK_SKEW;
         keys.iter().skip(1).take_while(|successor| add(successor.signs_from, kept) <= now).count()
     }
-}
-
-/// The key that signs at `now`: the newest whose moment has come. When the clock was set back before all of
-/// them, the oldest, which verifiers have known longest.
-fn signing(keys: &[Arc<Key>], now: Timestamp) -> &Key {
-    let signing = keys.iter().rev().find(|key| key.signs_from <= now).or_else(|| keys.first());
-    #[expect(
-        clippy::expect_used,
-        reason = "the list begins with one key and only ever drops keys that have a successor"
-    )]
-    signing.expect("a mint has at least one key")
 }
 
 impl Key {
@@ -360,16 +393,25 @@ impl Key {
     }
 
     fn read(path: PathBuf) -> Result<Self, MintError> {
-        let pem = fs::read_to_string(&path).map(SecretString::from);
-        let pem = pem.map_err(|source| MintError::Storage { path: path.clone(), source })?;
+        let content = read_private(&path, KEY_FILE_LIMIT).map_err(|fault| match fault {
+            PrivateFault::Io(source) => MintError::Storage { path: path.clone(), source },
+            PrivateFault::Exposed => MintError::Exposed { path: path.clone() },
+            PrivateFault::TooLarge => MintError::BrokenKey { path: path.clone() },
+        })?;
+        let Ok(pem) = String::from_utf8(content).map(SecretString::from) else {
+            return Err(MintError::BrokenKey { path });
+        };
         let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
-        let seconds = stem.strip_prefix("es256-").and_then(|rest| {
-            // A negative moment would begin with the separator; no key is that old.
-            rest.split_once('-').and_then(|(seconds, _id)| seconds.parse::<i64>().ok())
+        // A negative moment would begin with the separator; no key is that old.
+        let parts = stem.strip_prefix("es256-").and_then(|rest| rest.split_once('-'));
+        let named = parts.and_then(|(seconds, id)| {
+            Some((Timestamp::from_second(seconds.parse().ok()?).ok()?, id))
         });
-        let signs_from = seconds.and_then(|seconds| Timestamp::from_second(seconds).ok());
-        let Some(signs_from) = signs_from else { return Err(MintError::BrokenKey { path }) };
-        Self::parse(path.clone(), &pem, signs_from).map_err(|_source| MintError::BrokenKey { path })
+        let key = named.and_then(|(signs_from, id)| {
+            let key = Self::parse(path.clone(), &pem, signs_from).ok()?;
+            (key.id == id).then_some(key)
+        });
+        key.ok_or(MintError::BrokenKey { path })
     }
 
     fn parse(
@@ -527,12 +569,96 @@ mod tests {
     }
 
     #[test]
+    fn a_glimpse_of_a_clock_far_ahead_does_not_end_the_rotation() {
+        let folder = tempfile::tempdir().unwrap();
+        let mint = mint(folder.path());
+        let old = kid(&token(&mint, at(0)));
+        let (lead, century) = (15 * 60, 100 * 365 * 86_400);
+        mint.tend(at(century)).unwrap();
+        assert_eq!(fs::read_dir(folder.path().join("keys")).unwrap().count(), 2);
+        // Right again: the key of that day is no answer to whoever asks for another one.
+        let again = |mint: &Mint, now: i64| {
+            mint.tend(at(now)).unwrap();
+            let new = mint.rotate(at(now)).unwrap();
+            assert_eq!(mint.rotate(at(now + 60)).unwrap(), new, "one key waits at a time");
+            assert_eq!(kid(&token(mint, at(now + lead))), new);
+            new
+        };
+        let first = again(&mint, 100);
+        assert_ne!(first, old);
+        // Nor is it after a restart, and time rotates keys by itself.
+        let reopened = Mint::open(MintSettings::new(folder.path().join("keys")), at(5000)).unwrap();
+        let second = again(&reopened, 6000);
+        let period = 30 * 86_400;
+        reopened.tend(at(6000 + lead + period - lead)).unwrap();
+        assert_ne!(kid(&token(&reopened, at(6000 + lead + period))), second);
+    }
+
+    #[test]
+    fn a_first_key_that_was_made_under_a_clock_far_ahead_signs_until_the_next_has_been_published() {
+        let folder = tempfile::tempdir().unwrap();
+        let settings = || MintSettings::new(folder.path().join("keys"));
+        let century = 100 * 365 * 86_400;
+        let first = kid(&token(&Mint::open(settings(), at(century)).unwrap(), at(century)));
+        let mint = Mint::open(settings(), at(0)).unwrap();
+        assert_eq!(published(&mint, at(0)).len(), 2);
+        assert_eq!(kid(&token(&mint, at(15 * 60 - 1))), first);
+        assert_ne!(kid(&token(&mint, at(15 * 60))), first);
+    }
+
+    #[test]
+    fn a_glimpse_of_a_clock_far_behind_takes_no_key_away() {
+        let folder = tempfile::tempdir().unwrap();
+        let mint = mint(folder.path());
+        mint.rotate(at(0)).unwrap();
+        let (before, lead) = (token(&mint, at(1000)), 15 * 60);
+        mint.tend(at(-20 * 86_400)).unwrap();
+        mint.tend(at(1000)).unwrap();
+        assert!(mint.check(&before, ISSUER, "data-intelligence", at(1000)).is_ok());
+        assert_eq!(kid(&token(&mint, at(lead + 1))), kid(&before));
+    }
+
+    #[test]
     fn a_file_that_is_no_key_is_refused_by_name() {
         let folder = tempfile::tempdir().unwrap();
         let keys = folder.path().join("keys");
         fs::create_dir(&keys).unwrap();
-        fs::write(keys.join("es256-1800000000-x.pem"), "nothing").unwrap();
+        write_private(&keys.join("es256-1800000000-x.pem"), b"nothing").unwrap();
         let error = Mint::open(MintSettings::new(keys), at(0)).unwrap_err();
         assert!(error.to_string().contains("es256-1800000000-x.pem"), "{error}");
+    }
+
+    #[test]
+    fn a_key_that_others_can_read_or_under_a_wrong_name_is_refused_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let keys = folder.path().join("keys");
+        drop(mint(folder.path()));
+        let path = fs::read_dir(&keys).unwrap().next().unwrap().unwrap().path();
+        let open = || Mint::open(MintSettings::new(keys.clone()), at(0));
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+        let error = open().unwrap_err();
+        assert!(matches!(&error, MintError::Exposed { path: named } if *named == path), "{error}");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        assert!(open().is_ok());
+        // Somebody else's key put in its place.
+        let other = tempfile::tempdir().unwrap();
+        drop(mint(other.path()));
+        let theirs = fs::read_dir(other.path().join("keys")).unwrap().next().unwrap().unwrap();
+        fs::copy(theirs.path(), &path).unwrap();
+        let error = open().unwrap_err();
+        assert!(
+            matches!(&error, MintError::BrokenKey { path: named } if *named == path),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn what_a_killed_process_left_half_written_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        drop(mint(folder.path()));
+        let leftover = folder.path().join("keys").join(format!(".{}.tmp", Uuid::now_v7()));
+        fs::write(&leftover, "half a key").unwrap();
+        drop(mint(folder.path()));
+        assert!(!leftover.exists());
     }
 }

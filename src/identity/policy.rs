@@ -11,7 +11,7 @@ use std::{borrow::Cow, str::FromStr};
 use http::{HeaderValue, Method};
 
 use crate::{
-    identity::verify::{Caller, Claims},
+    identity::claims::{Caller, Claims},
     model::{Enforcement, Project, ScopeSet, ServiceName},
 };
 

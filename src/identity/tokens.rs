@@ -1,306 +1,39 @@
-//! Audience → bearer, renewed early.
+//! Audience → bearer: all outbound tokens of a process, one [`Slot`] per callee.
 //!
-//! One [`Slot`] per callee. A request looks into its slot without a lock; only when nothing usable lies there
-//! does it wait, together with everybody else, for the one question that is asked on the side runtime.
-//! Nobody who gives up waiting takes that question along. From half of its life a token that is in use is
-//! renewed behind the requests' back, and while the issuer is down the old one serves until five seconds
-//! before it expires: an expired token is never handed out.
+//! What is true of all of them at once is said here: which come from a file, which are worth keeping over a restart, and
+//! which nobody accepts any more although they have not expired.
 
 use std::{
     collections::HashMap,
-    fmt, io,
-    path::{Path, PathBuf},
+    fmt,
+    path::PathBuf,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
 
-use arc_swap::ArcSwapOption;
-use futures_util::{FutureExt, future::BoxFuture};
-use http::HeaderValue;
 use secrecy::{ExposeSecret, SecretString};
-use serde::{Deserialize, Serialize};
 use tokio::{
-    runtime::Handle,
     sync::watch,
-    time::{Instant, sleep, sleep_until, timeout},
+    time::{Instant, sleep},
 };
-use tracing::{debug, info, warn};
 
 use crate::{
-    api::{Client, ClientError, Credential, TokenAnswer},
-    identity::{backoff::Backoff, verify::peek_expiry},
-    model::{Project, ScopeSet, ServiceName},
-    runtime::Clock,
+    api::TokenAnswer,
+    identity::{
+        bearer::{Bearer, MARGIN, StoredToken},
+        keys::KeySet,
+        slot::{Shared, Slot, watch_file},
+        source::{TokenFile, TokenSource},
+    },
+    model::{Project, ServiceName},
+    runtime::{Clock, Supervisor},
 };
 
-/// A token is not used in its last seconds: it must still be good when it arrives.
-const MARGIN: Duration = Duration::from_secs(5);
-/// How long one question may take, all replicas included.
-const ASK_LIMIT: Duration = Duration::from_secs(20);
-/// Pauses after failures.
-const RETRY: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
 /// How often the wall clock is looked at.
 const CLOCK_EVERY: Duration = Duration::from_secs(1);
-/// How often a token file is looked at.
-const FILE_EVERY: Duration = Duration::from_secs(1);
-/// The life of a bearer from a file that does not say when it ends; the file is watched anyway.
-const NO_EXPIRY: Duration = Duration::from_secs(365 * 86_400);
-/// The largest token file that is read.
-const FILE_LIMIT: u64 = 64 * 1024;
-
-/// Why there is no token. Shared by all who waited for it.
-#[derive(Clone, Debug, thiserror::Error)]
-pub enum TokenUnavailable {
-    /// The issuer says no: `invalid_target` when the callee is not granted (RFC 8707 §2), `invalid_client`.
-    #[error("the issuer refuses a token ({code})")]
-    Refused {
-        /// The `error` of RFC 6749 §5.2.
-        code: String,
-        /// Status and detail.
-        #[source]
-        source: Arc<ClientError>,
-    },
-    /// The issuer gave no usable answer.
-    #[error("the issuer cannot be asked for a token")]
-    Unreachable(#[source] Arc<ClientError>),
-    /// It gave none in time.
-    #[error("the issuer gave no answer in time")]
-    Deadline,
-    /// What came cannot be sent, or has expired already.
-    #[error("the token cannot be used")]
-    Unusable,
-    /// The file with the token, or with the secret to ask for one, cannot be read.
-    #[error("{} cannot be read", path.display())]
-    File {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        #[source]
-        source: Arc<io::Error>,
-    },
-    /// Nothing is set up that could issue one.
-    #[error("no control plane and no token file gives tokens for this service")]
-    NoSource,
-}
-
-impl TokenUnavailable {
-    /// Whether the issuer said that the callee is not granted: no failure, but a missing permission.
-    #[must_use]
-    pub fn is_permission(&self) -> bool {
-        matches!(self, Self::Refused { code, .. } if matches!(code.as_str(), "invalid_target" | "access_denied"))
-    }
-
-    /// What it comes down to, for whoever called: no address, path or code.
-    #[must_use]
-    pub fn reason(&self) -> &'static str {
-        match self {
-            Self::Refused { code, .. } if code == "invalid_client" => {
-                "wrong credential: the issuer does not accept this proxy's own"
-            }
-            Self::Refused { .. } => "the issuer refuses a token for it",
-            Self::Unreachable(error) => match &**error {
-                ClientError::Refused { .. } => "the issuer is out of order or too busy",
-                ClientError::Unreachable { .. } => "the issuer cannot be reached",
-                ClientError::Malformed { .. } => "the issuer's answer cannot be used",
-                ClientError::Settings { .. } => "the issuer cannot be asked with these settings",
-            },
-            Self::Deadline => "the issuer cannot be reached: it gave no answer in time",
-            Self::Unusable => "the token cannot be used: it has expired or is malformed",
-            Self::File { .. } => "no credential: the file that holds it cannot be read",
-            Self::NoSource => "no credential: nothing is set up that gives tokens for it",
-        }
-    }
-}
-
-impl From<ClientError> for TokenUnavailable {
-    fn from(error: ClientError) -> Self {
-        match &error {
-            ClientError::Refused { code, .. } if !error.is_temporary() => {
-                Self::Refused { code: code.clone(), source: Arc::new(error) }
-            }
-            ClientError::Refused { .. }
-            | ClientError::Unreachable { .. }
-            | ClientError::Malformed { .. }
-            | ClientError::Settings { .. } => Self::Unreachable(Arc::new(error)),
-        }
-    }
-}
-
-/// Whoever issues bearers.
-pub trait TokenSource: Send + Sync + 'static {
-    /// Asks for a bearer for `audience`, once. Awaited on the side runtime.
-    fn ask(
-        &self,
-        audience: &ServiceName,
-    ) -> BoxFuture<'static, Result<TokenAnswer, TokenUnavailable>>;
-}
-
-/// The project's own token endpoint.
-#[derive(Clone, Debug)]
-pub struct ControlTokens {
-    client: Client,
-    credential: Credential,
-}
-
-impl ControlTokens {
-    /// Tokens for the bearer of `credential`, with all scopes that are granted to it.
-    #[must_use]
-    pub fn new(client: Client, credential: Credential) -> Self {
-        Self { client, credential }
-    }
-}
-
-impl TokenSource for ControlTokens {
-    fn ask(
-        &self,
-        audience: &ServiceName,
-    ) -> BoxFuture<'static, Result<TokenAnswer, TokenUnavailable>> {
-        let (asker, audience) = (self.clone(), audience.clone());
-        async move { Ok(asker.client.token(&asker.credential, audience.as_str(), None).await?) }
-            .boxed()
-    }
-}
-
-/// No issuer at all: a proxy that has only token files.
-#[derive(Clone, Copy, Debug)]
-pub struct NoTokens;
-
-impl TokenSource for NoTokens {
-    fn ask(&self, _: &ServiceName) -> BoxFuture<'static, Result<TokenAnswer, TokenUnavailable>> {
-        std::future::ready(Err(TokenUnavailable::NoSource)).boxed()
-    }
-}
-
-/// A bearer from elsewhere, in a file. Its life is that of the JWT in it, if it is one.
-struct TokenFile {
-    path: PathBuf,
-    clock: Clock,
-}
-
-impl TokenSource for TokenFile {
-    fn ask(&self, _: &ServiceName) -> BoxFuture<'static, Result<TokenAnswer, TokenUnavailable>> {
-        let (path, clock) = (self.path.clone(), self.clock);
-        async move {
-            let fault = |source: io::Error| TokenUnavailable::File {
-                path: path.clone(),
-                source: Arc::new(source),
-            };
-            let text = read_small(&path).await.map_err(fault)?;
-            let text = text.trim();
-            let left =
-                peek_expiry(text.as_bytes()).map(|at| at.saturating_sub(clock.unix_seconds()));
-            let expires_in = match left {
-                None => NO_EXPIRY,
-                Some(left) => Duration::from_secs(u64::try_from(left).unwrap_or(0)),
-            };
-            let scope = ScopeSet::default();
-            Ok(TokenAnswer { access_token: SecretString::from(text), expires_in, scope })
-        }
-        .boxed()
-    }
-}
-
-async fn read_small(path: &Path) -> io::Result<String> {
-    if tokio::fs::metadata(path).await?.len() > FILE_LIMIT {
-        return Err(io::Error::from(io::ErrorKind::FileTooLarge));
-    }
-    tokio::fs::read_to_string(path).await
-}
-
-/// One token, ready to be sent.
-pub struct Bearer {
-    header: HeaderValue,
-    scope: ScopeSet,
-    renew_at: Instant,
-    usable_until: Instant,
-    issued_at: i64,
-    expires_at: i64,
-}
-
-impl fmt::Debug for Bearer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { scope, expires_at, .. } = self;
-        f.debug_struct("Bearer")
-            .field("scope", scope)
-            .field("expires_at", expires_at)
-            .finish_non_exhaustive()
-    }
-}
-
-impl Bearer {
-    /// The value of `authorization`, marked sensitive.
-    #[must_use]
-    pub fn header(&self) -> &HeaderValue {
-        &self.header
-    }
-
-    /// The token alone, for the admin API.
-    #[must_use]
-    pub fn token(&self) -> SecretString {
-        let text = self.header.to_str().ok().and_then(|text| text.strip_prefix("Bearer "));
-        SecretString::from(text.unwrap_or_default())
-    }
-
-    /// The scopes it carries, as the issuer said.
-    #[must_use]
-    pub fn scope(&self) -> &ScopeSet {
-        &self.scope
-    }
-
-    /// Until when it may be sent: five seconds before it expires.
-    #[must_use]
-    pub fn usable_until(&self) -> Instant {
-        self.usable_until
-    }
-
-    /// When it expires, seconds since 1970 by this machine's clock.
-    #[must_use]
-    pub fn expires_at(&self) -> i64 {
-        self.expires_at
-    }
-
-    /// When it was received, likewise.
-    #[must_use]
-    pub fn issued_at(&self) -> i64 {
-        self.issued_at
-    }
-
-    fn is_usable(&self, now: Instant) -> bool {
-        now < self.usable_until
-    }
-
-    /// `None` when it cannot stand in a header or is in its last seconds already. `asked` is before the
-    /// question left, so that its way is not counted as life.
-    fn new(answer: &TokenAnswer, asked: Instant, issued_at: i64) -> Option<Self> {
-        let text = answer.access_token.expose_secret();
-        if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
-            return None;
-        }
-        let mut header = HeaderValue::try_from(format!("Bearer {text}")).ok()?;
-        header.set_sensitive(true);
-        let life = answer.expires_in.min(NO_EXPIRY);
-        let usable_until = asked + life.checked_sub(MARGIN).filter(|left| !left.is_zero())?;
-        // From half of its life, a little later for some, so that proxies do not renew together.
-        let renew_at = asked + life.mul_f64(0.5 + 0.1 * fastrand::f64());
-        let expires_at =
-            issued_at.saturating_add(i64::try_from(life.as_secs()).unwrap_or(i64::MAX));
-        let scope = answer.scope.clone();
-        Some(Self { header, scope, renew_at, usable_until, issued_at, expires_at })
-    }
-}
-
-/// A token on disk. It holds a secret: no `Debug`.
-#[derive(Clone, Serialize, Deserialize)]
-pub struct StoredToken {
-    callee: ServiceName,
-    token: String,
-    scope: ScopeSet,
-    issued_at: i64,
-    expires_at: i64,
-}
 
 /// Numbers for `infrar_token_*`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -326,14 +59,6 @@ struct Desk {
     slots: HashMap<ServiceName, Arc<Slot>>,
 }
 
-struct Shared {
-    side: Handle,
-    clock: Clock,
-    changes: watch::Sender<u64>,
-    received: AtomicU64,
-    failures: AtomicU64,
-}
-
 impl fmt::Debug for Tokens {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Tokens").field("slots", &self.lock().slots.len()).finish_non_exhaustive()
@@ -346,12 +71,12 @@ impl Tokens {
     pub fn new(
         source: Arc<dyn TokenSource>,
         files: HashMap<ServiceName, PathBuf>,
-        side: Handle,
+        supervisor: Supervisor,
         clock: Clock,
     ) -> Self {
         let changes = watch::Sender::new(0);
         let (received, failures) = (AtomicU64::new(0), AtomicU64::new(0));
-        let shared = Arc::new(Shared { side, clock, changes, received, failures });
+        let shared = Arc::new(Shared { supervisor, clock, changes, received, failures });
         Self { shared, source, desk: Mutex::new(Desk { files, slots: HashMap::new() }) }
     }
 
@@ -365,8 +90,8 @@ impl Tokens {
         slots.retain(|callee, _| before.get(callee) == files.get(callee));
     }
 
-    /// The slot for a callee, until [`read_from`](Self::read_from) says where else its token comes from. Takes a lock: look it up when a snapshot is
-    /// built, not for every request.
+    /// The slot for a callee, until [`read_from`](Self::read_from) says where else its token comes from. Takes a lock:
+    /// look it up when a snapshot is built, not for every request.
     #[must_use]
     pub fn slot(&self, callee: &ServiceName) -> Arc<Slot> {
         let mut desk = self.lock();
@@ -374,13 +99,12 @@ impl Tokens {
             return slot.clone();
         }
         let file = desk.files.get(callee);
-        let source = file.map_or_else(
-            || self.source.clone(),
-            |path| Arc::new(TokenFile { path: path.clone(), clock: self.shared.clock }),
-        );
+        let source = file
+            .map_or_else(|| self.source.clone(), |path| Arc::new(TokenFile { path: path.clone() }));
         let slot = Slot::new(callee.clone(), source, file.is_some(), self.shared.clone());
         if let Some(path) = file {
-            self.shared.side.spawn(watch_file(Arc::downgrade(&slot), path.clone()));
+            let watching = watch_file(Arc::downgrade(&slot), path.clone());
+            self.shared.supervisor.spawn_until_end("token-file", watching);
         }
         desk.slots.insert(callee.clone(), slot.clone());
         slot
@@ -398,7 +122,45 @@ impl Tokens {
         }
     }
 
-    /// Tells of every new token, so that they can be kept on disk when received.
+    /// Drops tokens of another issuer than `issuer`, which the project has now: nobody accepts them any more.
+    pub fn issued_by(&self, issuer: &str) {
+        self.discard("another issuer's", |bearer| {
+            bearer.issuer.as_deref().is_some_and(|other| other != issuer)
+        });
+    }
+
+    /// Drops tokens whose key is none of `keys`, if those are all the keys that the issuer had at `as_of` or later:
+    /// nobody can verify them any more.
+    pub fn signed_by(&self, keys: &KeySet, as_of: Instant) {
+        self.discard("its key is gone", |bearer| {
+            bearer.asked < as_of && bearer.unknown_key(keys).is_some()
+        });
+    }
+
+    /// A key by which a token is signed and that `keys` do not have, if there is any.
+    #[must_use]
+    pub fn unknown_key(&self, keys: &KeySet) -> Option<String> {
+        self.issued()
+            .into_iter()
+            .find_map(|(_, bearer)| bearer.unknown_key(keys).map(str::to_owned))
+    }
+
+    fn discard(&self, why: &'static str, is_worthless: impl Fn(&Bearer) -> bool) {
+        for (slot, bearer) in self.issued() {
+            if is_worthless(&bearer) {
+                slot.discard(&bearer, why);
+            }
+        }
+    }
+
+    /// The tokens that the issuer gave, as far as any are there.
+    fn issued(&self) -> Vec<(Arc<Slot>, Arc<Bearer>)> {
+        let desk = self.lock();
+        let slots = desk.slots.values().filter(|slot| !slot.from_file);
+        slots.filter_map(|slot| Some((slot.clone(), slot.bearer.load_full()?))).collect()
+    }
+
+    /// Tells of every token that comes or is found worthless, so that they can be kept on disk as they are.
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.shared.changes.subscribe()
@@ -408,17 +170,13 @@ impl Tokens {
     #[must_use]
     pub fn snapshot(&self) -> Vec<StoredToken> {
         let now = Instant::now();
-        let slots: Vec<_> =
-            self.lock().slots.values().filter(|slot| !slot.from_file).cloned().collect();
-        let stored = slots.iter().filter_map(|slot| {
-            let bearer = slot.bearer.load_full().filter(|bearer| bearer.is_usable(now))?;
-            Some(StoredToken {
-                callee: slot.callee.clone(),
-                token: bearer.token().expose_secret().to_owned(),
-                scope: bearer.scope.clone(),
-                issued_at: bearer.issued_at,
-                expires_at: bearer.expires_at,
-            })
+        let usable = self.issued().into_iter().filter(|(_, bearer)| bearer.is_usable(now));
+        let stored = usable.map(|(slot, bearer)| StoredToken {
+            callee: slot.callee.clone(),
+            token: bearer.token().expose_secret().to_owned(),
+            scope: bearer.scope.clone(),
+            issued_at: bearer.issued_at,
+            expires_at: bearer.expires_at,
         });
         stored.collect()
     }
@@ -432,7 +190,7 @@ impl Tokens {
             let left = token.expires_at.saturating_sub(today).min(life);
             let answer = TokenAnswer {
                 access_token: SecretString::from(token.token),
-                expires_in: Duration::from_secs(u64::try_from(left).unwrap_or(0)),
+                expires_in: Some(Duration::from_secs(u64::try_from(left).unwrap_or(0))),
                 scope: token.scope,
             };
             let slot = self.slot(&token.callee);
@@ -493,449 +251,13 @@ impl Tokens {
     }
 }
 
-/// The token for one callee. Shared by all workers.
-pub struct Slot {
-    callee: ServiceName,
-    source: Arc<dyn TokenSource>,
-    from_file: bool,
-    shared: Arc<Shared>,
-    bearer: ArcSwapOption<Bearer>,
-    /// Whether anybody looked at the present token: only those are renewed.
-    used: AtomicBool,
-    state: Mutex<State>,
-    /// Counts questions that have ended, however they did.
-    ended: watch::Sender<u64>,
-}
-
-#[derive(Default)]
-struct State {
-    asking: bool,
-    keeping: bool,
-    failures: u32,
-    /// The last failure, and until when it is the answer to everybody.
-    failed: Option<(TokenUnavailable, Instant)>,
-}
-
-impl fmt::Debug for Slot {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Slot").field("callee", &self.callee).finish_non_exhaustive()
-    }
-}
-
-impl Slot {
-    fn new(
-        callee: ServiceName,
-        source: Arc<dyn TokenSource>,
-        from_file: bool,
-        shared: Arc<Shared>,
-    ) -> Arc<Self> {
-        Arc::new(Self {
-            callee,
-            source,
-            from_file,
-            shared,
-            bearer: ArcSwapOption::empty(),
-            used: AtomicBool::new(false),
-            state: Mutex::default(),
-            ended: watch::Sender::new(0),
-        })
-    }
-
-    /// For whom.
-    #[must_use]
-    pub fn callee(&self) -> &ServiceName {
-        &self.callee
-    }
-
-    /// The token, if one lies ready. No lock, no wait.
-    #[must_use]
-    pub fn current(&self, now: Instant) -> Option<Arc<Bearer>> {
-        self.with_current(now, Arc::clone)
-    }
-
-    /// As [`Slot::current`], lending the token instead of counting a reference, which all cores would share.
-    pub fn with_current<T>(&self, now: Instant, read: impl FnOnce(&Arc<Bearer>) -> T) -> Option<T> {
-        let bearer = self.bearer.load();
-        let bearer = bearer.as_ref().filter(|bearer| bearer.is_usable(now))?;
-        // Written once per token: a store for each request would share the line between cores.
-        if !self.used.load(Ordering::Relaxed) {
-            self.used.store(true, Ordering::Relaxed);
-        }
-        Some(read(bearer))
-    }
-
-    /// The token, waited for when none lies ready. Whoever waits shares one question, and its failure; for a
-    /// moment after a failure it is the answer at once. Cancel-safe; the question goes on without the asker.
-    /// May be awaited on any runtime.
-    ///
-    /// # Errors
-    /// [`TokenUnavailable`].
-    pub async fn bearer(self: &Arc<Self>) -> Result<Arc<Bearer>, TokenUnavailable> {
-        if let Some(bearer) = self.current(Instant::now()) {
-            return Ok(bearer);
-        }
-        let mut ended = {
-            let mut state = self.lock();
-            let ended = self.ended.subscribe();
-            // A question may have ended between the look and the lock.
-            if let Some(bearer) = self.current(Instant::now()) {
-                return Ok(bearer);
-            }
-            if !state.asking {
-                state.refuse_early(Instant::now())?;
-                self.begin(&mut state);
-            }
-            ended
-        };
-        // The other end lives in this slot, so it cannot be gone.
-        let _told = ended.changed().await;
-        if let Some(bearer) = self.current(Instant::now()) {
-            return Ok(bearer);
-        }
-        let failed = self.lock().failed.clone();
-        Err(failed.map_or(TokenUnavailable::Unusable, |(fault, _)| fault))
-    }
-
-    /// Asks for a fresh token now, unless a question is under way.
-    fn ask(self: &Arc<Self>) {
-        let mut state = self.lock();
-        if !state.asking {
-            self.begin(&mut state);
-        }
-    }
-
-    fn begin(self: &Arc<Self>, state: &mut State) {
-        state.asking = true;
-        // On the side runtime whoever asked, so that a worker or request that goes away does not take it along.
-        self.shared.side.spawn(Asking { slot: self.clone(), outcome: None }.carry());
-    }
-
-    fn put(self: &Arc<Self>, bearer: Bearer) {
-        self.bearer.store(Some(Arc::new(bearer)));
-        self.used.store(false, Ordering::Relaxed);
-        let mut state = self.lock();
-        (state.failures, state.failed) = (0, None);
-        if !state.keeping && !self.from_file {
-            state.keeping = true;
-            self.shared.side.spawn(keep(Arc::downgrade(self)));
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// What the keeper should do, or `None` when there is nothing left to keep.
-    fn next_step(self: &Arc<Self>) -> Option<Step> {
-        let now = Instant::now();
-        let Some(bearer) = self.bearer.load_full().filter(|bearer| bearer.is_usable(now)) else {
-            let mut state = self.lock();
-            // Another token may have come before the lock.
-            if self.bearer.load().as_ref().is_some_and(|bearer| bearer.is_usable(now)) {
-                return Some(Step::Sleep(now));
-            }
-            self.bearer.store(None);
-            state.keeping = false;
-            return None;
-        };
-        if now < bearer.renew_at {
-            return Some(Step::Sleep(bearer.renew_at.min(bearer.usable_until)));
-        }
-        if !self.used.load(Ordering::Relaxed) {
-            let look = bearer.usable_until.duration_since(now) / 8;
-            let look = look.clamp(Duration::from_millis(250), Duration::from_secs(15));
-            return Some(Step::Sleep((now + look).min(bearer.usable_until)));
-        }
-        let mut state = self.lock();
-        if !state.asking {
-            let early = state.failed.as_ref().map(|(_, until)| *until).filter(|until| now < *until);
-            if let Some(until) = early {
-                return Some(Step::Sleep(until.min(bearer.usable_until)));
-            }
-            let ended = self.ended.subscribe();
-            self.begin(&mut state);
-            return Some(Step::Wait(ended));
-        }
-        Some(Step::Wait(self.ended.subscribe()))
-    }
-}
-
-impl State {
-    fn refuse_early(&self, now: Instant) -> Result<(), TokenUnavailable> {
-        match &self.failed {
-            Some((fault, until)) if now < *until => Err(fault.clone()),
-            _ => Ok(()),
-        }
-    }
-}
-
-/// What keeps a token fresh does next.
-enum Step {
-    Sleep(Instant),
-    Wait(watch::Receiver<u64>),
-}
-
-/// Renews a slot's token while it is used; ends when there is nothing left to renew.
-async fn keep(slot: Weak<Slot>) {
-    loop {
-        let Some(step) = slot.upgrade().and_then(|slot| slot.next_step()) else { return };
-        match step {
-            Step::Sleep(until) => sleep_until(until).await,
-            Step::Wait(mut ended) => {
-                let _told = ended.changed().await;
-            }
-        }
-    }
-}
-
-/// Reads a token file again whenever it is another one: content, or the link that a projected volume swaps.
-async fn watch_file(slot: Weak<Slot>, path: PathBuf) {
-    let mut seen = None;
-    loop {
-        let now = stamp(&path).await;
-        let Some(slot) = slot.upgrade() else { return };
-        if now.is_some() && now != seen {
-            slot.ask();
-        }
-        drop(slot);
-        seen = now;
-        sleep(FILE_EVERY).await;
-    }
-}
-
-async fn stamp(path: &Path) -> Option<(u64, u64, i64, i64)> {
-    use std::os::unix::fs::MetadataExt;
-    let file = tokio::fs::metadata(path).await.ok()?;
-    Some((file.ino(), file.len(), file.mtime(), file.mtime_nsec()))
-}
-
-/// A question under way; whatever ends it, those who wait are told.
-struct Asking {
-    slot: Arc<Slot>,
-    outcome: Option<Result<Bearer, TokenUnavailable>>,
-}
-
-impl Asking {
-    async fn carry(mut self) {
-        let shared = self.slot.shared.clone();
-        let (asked, today) = (Instant::now(), shared.clock.unix_seconds());
-        let answer = timeout(ASK_LIMIT, self.slot.source.ask(&self.slot.callee)).await;
-        let answer = answer.unwrap_or(Err(TokenUnavailable::Deadline));
-        let bearer = answer.and_then(|answer| {
-            Bearer::new(&answer, asked, today).ok_or(TokenUnavailable::Unusable)
-        });
-        self.outcome = Some(bearer);
-    }
-
-    fn settle(&mut self) {
-        let (slot, shared) = (&self.slot, &self.slot.shared);
-        // Without an outcome the source panicked or the runtime ends.
-        match self.outcome.take().unwrap_or(Err(TokenUnavailable::Unusable)) {
-            Ok(bearer) => {
-                if slot.lock().failures > 0 {
-                    info!(callee = %slot.callee, "there are tokens again");
-                }
-                debug!(callee = %slot.callee, expires_at = bearer.expires_at, "token received");
-                slot.put(bearer);
-                shared.received.fetch_add(1, Ordering::Relaxed);
-                shared.changes.send_modify(|count| *count += 1);
-            }
-            Err(fault) => {
-                shared.failures.fetch_add(1, Ordering::Relaxed);
-                let error = &fault as &dyn std::error::Error;
-                let mut state = slot.lock();
-                // Once per spell: it is asked for again every few seconds.
-                if state.failures == 0 {
-                    warn!(callee = %slot.callee, error, "no token");
-                } else {
-                    debug!(callee = %slot.callee, error, "still no token");
-                }
-                state.failures = state.failures.saturating_add(1);
-                let until = Instant::now() + RETRY.pause(state.failures);
-                state.failed = Some((fault, until));
-            }
-        }
-    }
-}
-
-impl Drop for Asking {
-    fn drop(&mut self) {
-        self.settle();
-        self.slot.lock().asking = false;
-        self.slot.ended.send_modify(|count| *count += 1);
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicU32;
-
-    use tokio::time::advance;
-
     use super::*;
-    use crate::identity::forge::base64url;
-
-    const LIFE: Duration = Duration::from_secs(3600);
-
-    #[derive(Default)]
-    struct Issuer {
-        asked: AtomicU32,
-        down: AtomicBool,
-    }
-
-    impl Issuer {
-        fn asked(&self) -> u32 {
-            self.asked.load(Ordering::SeqCst)
-        }
-    }
-
-    struct Source(Arc<Issuer>);
-
-    impl TokenSource for Source {
-        fn ask(
-            &self,
-            audience: &ServiceName,
-        ) -> BoxFuture<'static, Result<TokenAnswer, TokenUnavailable>> {
-            let turn = self.0.asked.fetch_add(1, Ordering::SeqCst) + 1;
-            let (issuer, text) = (self.0.clone(), format!("{audience}-{turn}"));
-            async move {
-                sleep(Duration::from_millis(50)).await;
-                if issuer.down.load(Ordering::SeqCst) {
-                    return Err(TokenUnavailable::Deadline);
-                }
-                let scope = ScopeSet::parse_list("read:data").unwrap();
-                Ok(TokenAnswer { access_token: text.into(), expires_in: LIFE, scope })
-            }
-            .boxed()
-        }
-    }
-
-    fn tokens(files: &[(&str, PathBuf)]) -> (Tokens, Arc<Issuer>) {
-        let issuer = Arc::new(Issuer::default());
-        let files =
-            files.iter().map(|(name, path)| (name.parse().unwrap(), path.clone())).collect();
-        let clock = Clock::starting_at(jiff::Timestamp::from_second(1_800_000_000).unwrap());
-        let source = Arc::new(Source(issuer.clone()));
-        (Tokens::new(source, files, Handle::current(), clock), issuer)
-    }
-
-    fn data() -> ServiceName {
-        "data".parse().unwrap()
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn ten_thousand_first_calls_cost_one_token() {
-        let (tokens, issuer) = tokens(&[]);
-        let slot = tokens.slot(&data());
-        assert!(slot.current(Instant::now()).is_none());
-        let calls = (0..10_000).map(|_| slot.bearer());
-        let bearers = futures_util::future::join_all(calls).await;
-        assert!(bearers.iter().all(|one| one.as_ref().unwrap().header() == "Bearer data-1"));
-        assert_eq!(issuer.asked(), 1);
-        assert!(slot.current(Instant::now()).unwrap().header().is_sensitive());
-    }
-
-    #[test]
-    fn callers_on_other_threads_wait_for_the_same_token() {
-        let side = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-        let _entered = side.enter();
-        let (tokens, issuer) = tokens(&[]);
-        let workers: Vec<_> = (0..4)
-            .map(|_| {
-                let slot = tokens.slot(&data());
-                std::thread::spawn(move || {
-                    let worker =
-                        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-                    worker.block_on(slot.bearer()).unwrap().header().clone()
-                })
-            })
-            .collect();
-        for worker in workers {
-            assert_eq!(worker.join().unwrap(), "Bearer data-1");
-        }
-        assert_eq!(issuer.asked(), 1);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_token_in_use_is_renewed_from_half_its_life_and_an_idle_one_is_not() {
-        let (tokens, issuer) = tokens(&[]);
-        let slot = tokens.slot(&data());
-        slot.bearer().await.unwrap();
-        sleep(LIFE.mul_f64(0.49)).await;
-        assert_eq!(issuer.asked(), 1);
-        sleep(LIFE.mul_f64(0.12)).await;
-        assert_eq!(issuer.asked(), 2);
-        // Nobody has looked at the second one, so nobody needs a third. It was received after half a life at the earliest.
-        sleep(LIFE.mul_f64(0.8)).await;
-        assert_eq!(issuer.asked(), 2);
-        // One look is enough, however late.
-        assert_eq!(slot.current(Instant::now()).unwrap().header(), "Bearer data-2");
-        sleep(Duration::from_secs(20)).await;
-        assert_eq!(slot.current(Instant::now()).unwrap().header(), "Bearer data-3");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn while_the_issuer_is_down_a_token_serves_until_five_seconds_before_its_end() {
-        let (tokens, issuer) = tokens(&[]);
-        let slot = tokens.slot(&data());
-        let begun = Instant::now();
-        slot.bearer().await.unwrap();
-        issuer.down.store(true, Ordering::SeqCst);
-        sleep_until(begun + LIFE - Duration::from_millis(5001)).await;
-        assert_eq!(slot.bearer().await.unwrap().header(), "Bearer data-1");
-        assert!(issuer.asked() > 10, "it must have tried: {}", issuer.asked());
-        sleep_until(begun + LIFE - MARGIN).await;
-        assert!(slot.current(Instant::now()).is_none());
-        assert!(matches!(slot.bearer().await, Err(TokenUnavailable::Deadline)));
-        issuer.down.store(false, Ordering::SeqCst);
-        sleep(Duration::from_secs(6)).await;
-        assert!(slot.bearer().await.is_ok());
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_failure_is_shared_and_not_asked_for_again_at_once() {
-        let (tokens, issuer) = tokens(&[]);
-        issuer.down.store(true, Ordering::SeqCst);
-        let slot = tokens.slot(&data());
-        let calls = (0..100).map(|_| slot.bearer());
-        let all = futures_util::future::join_all(calls).await;
-        assert!(all.iter().all(Result::is_err));
-        for _ in 0..100 {
-            assert!(slot.bearer().await.is_err());
-        }
-        assert_eq!(issuer.asked(), 1);
-        advance(Duration::from_millis(200)).await;
-        assert!(slot.bearer().await.is_err());
-        assert_eq!(issuer.asked(), 2);
-        assert_eq!(tokens.stats().failures, 2);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_caller_that_gives_up_does_not_take_the_question_along() {
-        let (tokens, issuer) = tokens(&[]);
-        let slot = tokens.slot(&data());
-        assert!(timeout(Duration::from_millis(1), slot.bearer()).await.is_err());
-        sleep(Duration::from_millis(60)).await;
-        assert!(slot.current(Instant::now()).is_some());
-        assert_eq!(issuer.asked(), 1);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_source_that_panics_leaves_nobody_waiting() {
-        struct Broken;
-        impl TokenSource for Broken {
-            fn ask(
-                &self,
-                _: &ServiceName,
-            ) -> BoxFuture<'static, Result<TokenAnswer, TokenUnavailable>> {
-                async { panic!("on purpose") }.boxed()
-            }
-        }
-        let clock = Clock::system();
-        let tokens = Tokens::new(Arc::new(Broken), HashMap::new(), Handle::current(), clock);
-        let answer = tokens.slot(&data()).bearer().await;
-        assert!(matches!(answer, Err(TokenUnavailable::Unusable)));
-    }
+    use crate::{
+        identity::forge::{LIFE, Source, data, here, tokens},
+        model::ScopeSet,
+    };
 
     #[tokio::test(start_paused = true)]
     async fn tokens_survive_a_restart_until_they_expire() {
@@ -949,7 +271,7 @@ mod tests {
             let start = jiff::Timestamp::from_second(1_800_000_000 + after).unwrap();
             let source = Arc::new(Source(issuer.clone()));
             let clock = Clock::starting_at(start);
-            let tokens = Tokens::new(source, HashMap::new(), Handle::current(), clock);
+            let tokens = Tokens::new(source, HashMap::new(), here(), clock);
             tokens.restore(serde_json::from_str(&written).unwrap());
             tokens
         };
@@ -1008,57 +330,31 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_spell_without_tokens_is_two_lines_in_the_log() {
-        let (paper, _guard) = crate::telemetry::overhear("info");
+    async fn a_token_goes_with_its_key_and_with_its_issuer() {
         let (tokens, issuer) = tokens(&[]);
-        issuer.down.store(true, Ordering::SeqCst);
-        let slot = tokens.slot(&data());
-        for _ in 0..10 {
-            assert!(slot.bearer().await.is_err());
-            sleep(Duration::from_secs(5)).await;
-        }
-        issuer.down.store(false, Ordering::SeqCst);
-        slot.bearer().await.unwrap();
-        let log = paper.text();
-        assert_eq!(log.lines().count(), 2, "{log}");
-        assert!(log.contains("no token callee=data error=the issuer gave no answer"), "{log}");
-        assert!(log.contains("there are tokens again callee=data"), "{log}");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_token_file_is_read_again_when_it_changes() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("token");
-        std::fs::write(&path, "first\n").unwrap();
-        let (tokens, issuer) = tokens(&[("data", path.clone())]);
-        let slot = tokens.slot(&data());
-        assert_eq!(slot.bearer().await.unwrap().header(), "Bearer first");
-        let swap = folder.path().join("new");
-        std::fs::write(&swap, "second").unwrap();
-        std::fs::rename(&swap, &path).unwrap();
-        sleep(Duration::from_secs(3)).await;
-        assert_eq!(slot.current(Instant::now()).unwrap().header(), "Bearer second");
-        assert_eq!((issuer.asked(), tokens.snapshot().len()), (0, 0));
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn an_expired_token_in_a_file_is_not_sent() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("token");
-        let token = |exp: i64| {
-            format!("{}.{}.AA", base64url("{}"), base64url(format!(r#"{{"exp":{exp}}}"#)))
+        let keys = |kid: &str| {
+            let key = crate::identity::forge::Forge::new(kid, crate::identity::Algorithm::EdDsa);
+            KeySet::from_json(&crate::identity::forge::set(&[&key])).unwrap()
         };
-        std::fs::write(&path, token(1_800_000_000 + 4)).unwrap();
-        let (tokens, _issuer) = tokens(&[("data", path.clone())]);
         let slot = tokens.slot(&data());
-        assert!(matches!(slot.bearer().await, Err(TokenUnavailable::Unusable)));
-        let gone: ServiceName = "gone".parse().unwrap();
-        assert_eq!(slot.callee(), &data());
-        std::fs::write(&path, token(1_800_000_000 + 600)).unwrap();
-        sleep(Duration::from_secs(6)).await;
-        let left = slot.bearer().await.unwrap().usable_until() - Instant::now();
-        assert!(left < Duration::from_secs(600), "{left:?}");
-        assert!(tokens.slot(&gone).bearer().await.is_ok());
+        *issuer.kid.lock().unwrap() = Some("k1");
+        let first = slot.bearer().await.unwrap();
+        let received = Instant::now();
+        assert_eq!(tokens.unknown_key(&keys("k1")), None);
+        assert_eq!(tokens.unknown_key(&keys("k2")).as_deref(), Some("k1"));
+        // Keys that are older than the token prove nothing against it.
+        tokens.signed_by(&keys("k2"), received - LIFE / 2);
+        tokens.signed_by(&keys("k1"), received);
+        tokens.issued_by("https://i");
+        assert!(Arc::ptr_eq(&slot.current(received).unwrap(), &first));
+        *issuer.kid.lock().unwrap() = Some("k2");
+        tokens.signed_by(&keys("k2"), received);
+        assert!(slot.current(received).is_none());
+        let second = slot.bearer().await.unwrap();
+        assert_eq!((tokens.unknown_key(&keys("k2")), issuer.asked()), (None, 2));
+        tokens.issued_by("https://moved");
+        assert!(slot.current(received).is_none());
+        assert!(!Arc::ptr_eq(&slot.bearer().await.unwrap(), &second));
     }
 
     #[tokio::test(start_paused = true)]
@@ -1069,67 +365,5 @@ mod tests {
         let printed = format!("{tokens:?} {slot:?} {bearer:?} {:?}", bearer.header());
         assert!(!printed.contains("data-1"), "{printed}");
         assert_eq!(bearer.token().expose_secret(), "data-1");
-    }
-
-    #[test]
-    fn questions_that_nobody_answers_hold_up_nothing_else() {
-        let side = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .max_blocking_threads(1)
-            .enable_all()
-            .build()
-            .unwrap();
-        side.block_on(async {
-            // Accepts, and says nothing.
-            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-            let url = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
-            let client = Client::new(crate::api::ClientSettings::new(vec![url], None)).unwrap();
-            let credential = Credential { client_id: data(), secret: "secret".into() };
-            let source = Arc::new(ControlTokens::new(client, credential));
-            let tokens = Tokens::new(source, HashMap::new(), Handle::current(), Clock::system());
-            let (first, second) = (tokens.slot(&data()), tokens.slot(&"reports".parse().unwrap()));
-            let looking_up_a_name = async {
-                // Both questions have arrived, so both wait for their answers.
-                let _held = (listener.accept().await.unwrap(), listener.accept().await.unwrap());
-                tokio::task::spawn_blocking(|| "found").await.unwrap()
-            };
-            tokio::select! {
-                found = looking_up_a_name => assert_eq!(found, "found"),
-                _ = first.bearer() => unreachable!("nobody answers"),
-                _ = second.bearer() => unreachable!("nobody answers"),
-            }
-        });
-        side.shutdown_background();
-    }
-
-    #[test]
-    fn a_missing_grant_is_told_apart_from_an_issuer_that_is_down() {
-        let refused = |status: u16, code: &str| {
-            TokenUnavailable::from(ClientError::Refused {
-                status: http::StatusCode::from_u16(status).unwrap(),
-                code: code.to_owned(),
-                detail: None,
-            })
-        };
-        assert!(refused(400, "invalid_target").is_permission());
-        assert!(!refused(401, "invalid_client").is_permission());
-        assert!(matches!(refused(503, "invalid_target"), TokenUnavailable::Unreachable(_)));
-        let missing = TokenUnavailable::File {
-            path: "/run/secrets/infrar".into(),
-            source: Arc::new(io::ErrorKind::NotFound.into()),
-        };
-        assert!(missing.to_string().contains("/run/secrets/infrar"), "the log names the file");
-        for (fault, begins) in [
-            (refused(401, "invalid_client"), "wrong credential"),
-            (refused(400, "invalid_target"), "the issuer refuses"),
-            (refused(503, "temporarily_unavailable"), "the issuer is out of order"),
-            (TokenUnavailable::Deadline, "the issuer cannot be reached"),
-            (TokenUnavailable::NoSource, "no credential"),
-            (missing, "no credential"),
-        ] {
-            let reason = fault.reason();
-            assert!(reason.starts_with(begins), "{fault:?}: {reason}");
-            assert!(!reason.contains('/') && !reason.contains("401"), "{reason}");
-        }
     }
 }

@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -16,11 +16,12 @@ use futures_util::{
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     net::{TcpSocket, TcpStream},
-    runtime::Handle,
+    sync::{Semaphore, oneshot},
+    task::spawn_blocking,
     time::{Instant, sleep, timeout},
 };
 
-use crate::model::Host;
+use crate::{model::Host, runtime::Supervisor};
 
 /// Silence after which the kernel asks whether the peer is still there, and how often it asks again.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
@@ -37,6 +38,9 @@ const FRESH: Duration = Duration::from_secs(5);
 const FAILED: Duration = Duration::from_secs(1);
 /// Longest look-up.
 const LOOKUP_LIMIT: Duration = Duration::from_secs(10);
+/// Most look-ups that the system is asked for at once. Whoever gives up waiting leaves its thread behind until the
+/// system gives up too, and there are as many threads again for files.
+const LOOKUPS: usize = 8;
 /// How long a connection waits for a new look-up when there is an older answer to fall back on.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Names remembered. When full, those that are not being looked up are forgotten.
@@ -158,7 +162,7 @@ type Lookup = Arc<dyn Fn(Arc<str>) -> BoxFuture<'static, io::Result<Vec<IpAddr>>
 pub struct Resolver(Arc<Inner>);
 
 struct Inner {
-    side: Handle,
+    supervisor: Supervisor,
     lookup: Lookup,
     names: Mutex<HashMap<Arc<str>, Entry>>,
 }
@@ -177,24 +181,42 @@ impl std::fmt::Debug for Resolver {
 }
 
 impl Resolver {
-    /// A resolver that asks the system, on `side`.
+    /// A resolver that asks the system, in tasks of `supervisor`.
     #[must_use]
-    pub fn new(side: Handle) -> Self {
-        Self::with_lookup(side, |name| {
+    pub fn new(supervisor: Supervisor) -> Self {
+        Self::asking(supervisor, |name| {
+            let found = (name, 0).to_socket_addrs()?;
+            Ok(found.map(|address| address.ip()).collect())
+        })
+    }
+
+    /// A resolver that asks `system`, which blocks.
+    fn asking<S>(supervisor: Supervisor, system: S) -> Self
+    where
+        S: Fn(&str) -> io::Result<Vec<IpAddr>> + Send + Sync + 'static,
+    {
+        let (system, places) = (Arc::new(system), Arc::new(Semaphore::new(LOOKUPS)));
+        Self::with_lookup(supervisor, move |name| {
+            let (system, places) = (Arc::clone(&system), Arc::clone(&places));
             Box::pin(async move {
-                let found = tokio::net::lookup_host((&*name, 0)).await?;
-                Ok(found.map(|address| address.ip()).collect())
+                let place = places.acquire_owned().await.map_err(io::Error::other)?;
+                let asking = spawn_blocking(move || {
+                    // Held by the thread: whoever waits for it may have left.
+                    let _place = place;
+                    system(&name)
+                });
+                asking.await.map_err(io::Error::other)?
             })
         })
     }
 
-    /// A resolver that asks `lookup`, on `side`: for tests, and for names that are not in DNS.
-    pub fn with_lookup<L>(side: Handle, lookup: L) -> Self
+    /// A resolver that asks `lookup`, in tasks of `supervisor`: for tests, and for names that are not in DNS.
+    pub fn with_lookup<L>(supervisor: Supervisor, lookup: L) -> Self
     where
         L: Fn(Arc<str>) -> BoxFuture<'static, io::Result<Vec<IpAddr>>> + Send + Sync + 'static,
     {
         let names = Mutex::default();
-        Self(Arc::new(Inner { side, lookup: Arc::new(lookup), names }))
+        Self(Arc::new(Inner { supervisor, lookup: Arc::new(lookup), names }))
     }
 
     /// Where to connect for `host` and `port`; never empty. An address stands for itself, `localhost` and names
@@ -251,7 +273,8 @@ impl Resolver {
     /// Asks on the side runtime; the answer is remembered whether or not somebody still waits for it.
     fn ask(&self, name: Arc<str>) -> Shared<BoxFuture<'static, Answer>> {
         let inner = Arc::clone(&self.0);
-        let task = self.0.side.spawn(async move {
+        let (sender, receiver) = oneshot::channel();
+        self.0.supervisor.spawn_until_end("look-up", async move {
             let outcome = timeout(LOOKUP_LIMIT, (inner.lookup)(Arc::clone(&name))).await;
             let answer = match outcome {
                 Ok(Ok(found)) if !found.is_empty() => Ok(deduplicated(found)),
@@ -263,9 +286,9 @@ impl Resolver {
                 Err(_elapsed) => Err(ResolveError::Slow { name: Arc::clone(&name) }),
             };
             inner.remember(name, &answer);
-            answer
+            let _nobody_waits = sender.send(answer);
         });
-        task.map(|outcome| outcome.unwrap_or(Err(ResolveError::Ended))).boxed().shared()
+        receiver.map(|outcome| outcome.unwrap_or(Err(ResolveError::Ended))).boxed().shared()
     }
 }
 
@@ -309,7 +332,7 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use futures_util::future::join_all;
-    use tokio::{net::TcpListener, time::advance};
+    use tokio::{net::TcpListener, runtime::Handle, time::advance};
 
     use super::*;
 
@@ -317,6 +340,10 @@ mod tests {
 
     fn v4(last: u8) -> IpAddr {
         IpAddr::V4(Ipv4Addr::new(192, 0, 2, last))
+    }
+
+    fn here() -> Supervisor {
+        Supervisor::new(Handle::current())
     }
 
     fn host(name: &str) -> Host {
@@ -327,7 +354,7 @@ mod tests {
     fn scripted(replies: &'static [Option<u8>]) -> (Resolver, Arc<AtomicUsize>) {
         let asked = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&asked);
-        let resolver = Resolver::with_lookup(Handle::current(), move |_name| {
+        let resolver = Resolver::with_lookup(here(), move |_name| {
             let reply = replies[count.fetch_add(1, Ordering::SeqCst)];
             Box::pin(async move {
                 sleep(Duration::from_millis(10)).await;
@@ -428,7 +455,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_stalled_resolver_delays_nobody_who_has_an_earlier_answer_for_long() {
         let first = AtomicUsize::new(0);
-        let resolver = Resolver::with_lookup(Handle::current(), move |_name| {
+        let resolver = Resolver::with_lookup(here(), move |_name| {
             let stalled = first.fetch_add(1, Ordering::SeqCst) > 0;
             Box::pin(async move {
                 if stalled {
@@ -444,6 +471,31 @@ mod tests {
         assert_eq!(began.elapsed(), PATIENCE);
         let fresh = resolver.resolve(&host("other.example"), 1).await;
         assert!(matches!(fresh, Err(ResolveError::Slow { .. })), "{fresh:?}");
+    }
+
+    #[test]
+    fn names_whose_look_up_never_ends_hold_up_no_file() {
+        let side = crate::runtime::Side::start().unwrap();
+        side.block_on(async {
+            let (release, held) = std::sync::mpsc::channel::<()>();
+            let held = Mutex::new(held);
+            let begun = tokio::sync::watch::Sender::new(0);
+            let count = begun.clone();
+            let resolver = Resolver::asking(Supervisor::new(side.handle()), move |_name| {
+                count.send_modify(|count| *count += 1);
+                // Ends with the test.
+                let _ended = lock(&held).recv();
+                Err(io::Error::other("dead"))
+            });
+            for number in 0..4 * LOOKUPS {
+                drop(resolver.known(&format!("dead-{number}.example").into()));
+            }
+            let mut begun = begun.subscribe();
+            begun.wait_for(|count| *count == LOOKUPS).await.unwrap();
+            assert!(tokio::fs::metadata("/").await.unwrap().is_dir());
+            assert_eq!(*begun.borrow(), LOOKUPS);
+            drop(release);
+        });
     }
 
     #[tokio::test]

@@ -98,7 +98,8 @@ impl Drop for Place {
 }
 
 /// What counts as one address: of IPv6 the /64 that one customer gets, else the address.
-fn source(peer: IpAddr) -> IpAddr {
+#[must_use]
+pub fn source(peer: IpAddr) -> IpAddr {
     match peer.to_canonical() {
         IpAddr::V6(address) => {
             Ipv6Addr::from_bits(address.to_bits() & !u128::from(u64::MAX)).into()

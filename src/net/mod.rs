@@ -4,6 +4,7 @@
 //! stall (name look-ups) is done on the side runtime and only its answer comes back.
 
 mod dial;
+mod flowing;
 mod gate;
 mod listen;
 mod own;
@@ -12,7 +13,8 @@ mod stream;
 mod tls;
 
 pub use dial::{Addresses, ResolveError, Resolver, connect, connect_any};
-pub use gate::{Gate, Opening, Place};
+pub use flowing::{Cut, Flowing};
+pub use gate::{Gate, Opening, Place, source};
 pub use listen::{BindError, BindErrors, accept, accept_rest, bind, try_bind};
 pub use own::is_own;
 pub use spread::{Handover, Open, Placement, Spread};

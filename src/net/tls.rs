@@ -348,7 +348,11 @@ impl ClientTls {
         Self::from_pem_named(ca, "the CA text")
     }
 
-    fn from_pem_named(ca: &[u8], from: &str) -> Result<Self, TlsError> {
+    /// As [`from_pem`](Self::from_pem), for text out of a file that `from` names.
+    ///
+    /// # Errors
+    /// [`TlsError`] when there is no usable certificate in it.
+    pub fn from_pem_named(ca: &[u8], from: &str) -> Result<Self, TlsError> {
         let bad = |source| TlsError::BadCertificate { from: from.to_owned(), source };
         let mut store = RootCertStore::empty();
         for certificate in certificates(ca, from)? {

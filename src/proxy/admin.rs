@@ -1,8 +1,8 @@
 //! The proxy's admin API, on loopback and on a runtime of its own: a slow scrape never touches a request.
 //!
 //! It has no password, so it guards itself against browsers: a `host` that is not loopback is DNS rebinding (421), an
-//! `origin` is a web page (403). The probes stand open to a network, so connections are numbered and none may keep
-//! silent for long. No operation reads a body.
+//! `origin` is a web page (403). The probes stand open to a network, so connections are numbered, none may keep silent or
+//! leave its answers unread for long, and a probe's connection has one answer. No operation reads a body.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -25,17 +25,19 @@ use tokio::{
     sync::Notify,
     time::timeout,
 };
+use tower_http::set_header::SetResponseHeaderLayer;
 
 use crate::{
     discovery::Directory,
-    net::{self, Gate},
+    net::{self, Cut, Flowing, Gate},
     proxy::route,
     runtime::{Phase, Shutdown, Supervisor},
     telemetry::Registry,
     wire::{PROBLEM_JSON, Problem, request_id},
 };
 
-/// No admin request takes longer than this, nor a request's head, nor does a connection stay longer without one.
+/// No admin request takes longer than this, nor a request's head, nor does a connection stay longer without one, or with
+/// an answer that gets nowhere.
 const LIMIT: Duration = Duration::from_secs(10);
 /// Connections of one listener: some probes, some scrapers and some people at a time.
 const CONNECTIONS: usize = 256;
@@ -84,7 +86,11 @@ impl Admin {
 
     fn probe_routes(&self) -> Router {
         let routes = self.probes().method_not_allowed_fallback(wrong_method);
-        routes.with_state(self.clone()).layer(middleware::from_fn(in_time))
+        let once = SetResponseHeaderLayer::overriding(
+            header::CONNECTION,
+            HeaderValue::from_static("close"),
+        );
+        routes.with_state(self.clone()).layer(middleware::from_fn(in_time)).layer(once)
     }
 
     fn probes(&self) -> Router<Self> {
@@ -119,14 +125,17 @@ impl Admin {
 /// One connection, HTTP/1.1, from its first byte to its last. A connection that keeps silent is closed.
 async fn converse<S>(stream: S, routes: Router)
 where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    S: AsyncRead + AsyncWrite + Cut + Unpin + Send + 'static,
 {
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(LIMIT)
         .max_headers(100)
         .max_buf_size(64 * 1024)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
+        .serve_connection(
+            TokioIo::new(Flowing::new(stream, LIMIT)),
+            TowerToHyperService::new(routes),
+        );
     if let Err(error) = served.await {
         tracing::debug!(error = &error as &dyn std::error::Error, "an admin connection broke");
     }
@@ -312,6 +321,32 @@ mod tests {
             assert_eq!(begun.elapsed(), LIMIT, "{words:?}");
             assert!(!String::from_utf8_lossy(&heard).contains("200"), "{words:?}");
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whoever_never_reads_its_answers_is_closed() {
+        let (mut client, server) = duplex(4096);
+        let request = "GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n";
+        client.write_all(request.repeat(80).as_bytes()).await.unwrap();
+        let begun = Instant::now();
+        let served = timeout(LIMIT * 5, converse(server, admin().routes())).await;
+        assert!(served.is_ok(), "it waits still");
+        assert_eq!(begun.elapsed(), LIMIT);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_probe_is_answered_once_per_connection() {
+        let (mut client, server) = duplex(64 * 1024);
+        let request = "GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n";
+        client.write_all(request.repeat(3).as_bytes()).await.unwrap();
+        let mut heard = String::new();
+        let (_, read) = tokio::join!(
+            converse(server, admin().probe_routes()),
+            client.read_to_string(&mut heard)
+        );
+        read.unwrap();
+        assert_eq!(heard.matches("HTTP/1.1 200").count(), 1, "{heard}");
+        assert!(heard.contains("connection: close"), "{heard}");
     }
 
     #[test]

@@ -6,7 +6,9 @@
 //! come. No other room starts a thread or a task by itself.
 
 mod alarm;
+mod backoff;
 mod clock;
+mod digest;
 mod files;
 mod panics;
 mod shutdown;
@@ -18,8 +20,10 @@ mod watchdog;
 mod worker;
 
 pub use alarm::Alarm;
+pub use backoff::Backoff;
 pub use clock::Clock;
-pub use files::write_private;
+pub use digest::{hex, sha256};
+pub use files::{PrivateFault, clear_leftovers, read_private, write_private};
 pub use panics::{panics, report_panics};
 pub use shutdown::{InFlight, Phase, Shutdown};
 pub use side::Side;

@@ -8,8 +8,9 @@ use crate::runtime::RuntimeError;
 const THREADS: usize = 2;
 /// Stack of a side thread. Address space only: pages that are never touched cost nothing.
 const STACK_BYTES: usize = 1024 * 1024;
-/// Most threads for blocking calls (name look-ups, files).
-const BLOCKING_THREADS: usize = 8;
+/// Most threads for blocking calls: half of them at most are look-ups of names (`net::Resolver`), which may hang for as
+/// long as the system's resolver likes; the others are for files. They come when they are needed and go again.
+const BLOCKING_THREADS: usize = 16;
 
 /// The runtime beside the data plane: control client, keys, tokens, files, DNS, admin, log writing.
 ///
