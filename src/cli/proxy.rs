@@ -27,7 +27,7 @@ use crate::{
     discovery::Directory,
     net::{self, Resolver, ServerTls},
     proxy::{self, Admin, Ends, Parts},
-    runtime::{Phase, Signal, Signals, Supervisor, cpus},
+    runtime::{Phase, RuntimeError, Signal, Signals, Supervisor, WorkerId, cpus},
     telemetry::Registry,
 };
 
@@ -70,6 +70,8 @@ impl Proxy {
         for note in file.notes() {
             tracing::warn!("{note}");
         }
+        let drained = Arc::clone(&running.drained);
+        let mut lost = None;
         loop {
             tokio::select! {
                 signal = signals.next() => match signal {
@@ -81,16 +83,40 @@ impl Proxy {
                     Signal::Reload => running.reload(load()),
                 },
                 () = changed(&mut watched) => running.reload(load()),
-                () = running.drained.notified() => break,
+                () = drained.notified() => break,
+                ended = running.running.lost() => {
+                    lost = Some(lost_worker(ended));
+                    break;
+                }
             }
         }
-        tracing::info!("told to end");
+        let ended = async {
+            match &lost {
+                None => {
+                    tracing::info!("told to end");
+                    running.end().await;
+                }
+                // The other workers finish what they have; whoever started the process starts a whole one.
+                Some(error) => {
+                    tracing::error!(%error, "a worker was lost: the proxy ends");
+                    running.give_up().await;
+                }
+            }
+        };
         tokio::select! {
-            () = running.end() => {}
+            () = ended => {}
             () = stopped(&mut signals) => tracing::warn!("told twice: ending at once"),
         }
         running.abort().await;
-        Ok(())
+        lost.map_or(Ok(()), Err)
+    }
+}
+
+/// What it means that a worker ended which nobody told to.
+fn lost_worker(ended: Result<WorkerId, RuntimeError>) -> anyhow::Error {
+    match ended {
+        Ok(worker) => anyhow::anyhow!("worker {worker} cannot serve"),
+        Err(error) => error.into(),
     }
 }
 
@@ -102,10 +128,13 @@ fn watch(file: Option<&Path>) -> Option<WatchedFile> {
     })
 }
 
+/// Ends when a signal says that the end does not come fast enough. The first one does not where the end began otherwise:
+/// in Kubernetes it follows a preStop hook that drains.
 async fn stopped(signals: &mut Signals) {
     loop {
         match signals.next().await {
-            Signal::Stop | Signal::StopAtOnce => return,
+            Signal::StopAtOnce => return,
+            Signal::Stop => tracing::info!("told to end: it is ending already"),
             Signal::Reload => {}
         }
     }
@@ -225,6 +254,15 @@ impl RunningProxy {
     /// The order of the end: not ready; no new connections in; what is in flight in ends; then the way out closes, once
     /// the application has ended.
     async fn end(&self) {
+        self.end_in_order(self.application_ended()).await;
+    }
+
+    /// The same of a proxy that is not whole, whose application was told nothing: calls out end with those that came in.
+    async fn give_up(&self) {
+        self.end_in_order(std::future::ready(())).await;
+    }
+
+    async fn end_in_order(&self, called_out: impl Future<Output = ()>) {
         let config::ShutdownTimes { grace, deadline } = self.helm.in_force.shutdown;
         let deadline = Instant::now() + deadline;
         let Ends { inbound, outbound } = &self.ends;
@@ -237,7 +275,7 @@ impl RunningProxy {
             inbound.advance(Phase::Drain);
             inbound.wait_idle().await;
             awaited.set("the application to end: it still accepts connections, or calls out");
-            self.application_ended().await;
+            called_out.await;
             awaited.set("calls of the application");
             outbound.advance(Phase::Drain);
             outbound.wait_idle().await;
