@@ -321,3 +321,32 @@ async fn under_load_every_call_that_found_the_door_open_is_answered() {
     drop(sidecar.app);
     assert_eq!(sidecar.infrar.ended().await.code(), Some(0), "{}", sidecar.infrar.log());
 }
+
+#[tokio::test]
+async fn a_signal_that_follows_a_drain_cuts_nothing_off_and_a_second_one_does() {
+    let drain = "POST /v1/drain HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+    for twice in [false, true] {
+        let mut sidecar = Sidecar::open("grace: 10ms, deadline: 120s").await;
+        let mut slow = Line::to(sidecar.inbound).await;
+        slow.say("GET /slow HTTP/1.1\r\nhost: data\r\n\r\n").await;
+        slow.hear("first").await;
+        // As Kubernetes does it: the preStop hook, and the signal when that is done.
+        assert_eq!(talk(sidecar.admin, drain).await.status(), 202);
+        sidecar.closed().await;
+        sidecar.infrar.signal("TERM");
+        until("it has heard", async || sidecar.infrar.log().contains("it is ending already")).await;
+        assert!(sidecar.infrar.runs(), "{}", sidecar.infrar.log());
+        if twice {
+            let told = Instant::now();
+            sidecar.infrar.signal("TERM");
+            sidecar.infrar.ended().await;
+            assert!(told.elapsed() < Duration::from_secs(3), "{:?}", told.elapsed());
+            assert!(sidecar.infrar.log().contains("told twice"), "{}", sidecar.infrar.log());
+            continue;
+        }
+        sidecar.release.send_replace(true);
+        assert_eq!(slow.rest().await, "\r\n4\r\nlast\r\n0\r\n\r\n");
+        drop(sidecar.app);
+        assert_eq!(sidecar.infrar.ended().await.code(), Some(0), "{}", sidecar.infrar.log());
+    }
+}

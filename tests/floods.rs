@@ -13,6 +13,7 @@
 mod support;
 
 use std::{
+    cell::Cell,
     net::SocketAddr,
     sync::{
         Arc,
@@ -101,6 +102,9 @@ impl Sidecar {
     }
 }
 
+/// What the answer to `/large` is long.
+const LARGE: usize = 1024 * 1024;
+
 /// Answers with `ok`; to `/hold` when it is released, to a body when that is whole.
 async fn answer(mut visit: Visit, whole: Arc<AtomicUsize>, mut released: watch::Receiver<bool>) {
     while let Some(head) = visit.head().await {
@@ -113,6 +117,11 @@ async fn answer(mut visit: Visit, whole: Arc<AtomicUsize>, mut released: watch::
             return;
         }
         whole.fetch_add(usize::from(framed), Ordering::Relaxed);
+        if head.contains(" /large") {
+            visit.say(format!("HTTP/1.1 200 OK\r\ncontent-length: {LARGE}\r\n\r\n")).await;
+            visit.say(vec![b'x'; LARGE]).await;
+            continue;
+        }
         visit.say("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await;
     }
 }
@@ -153,6 +162,85 @@ async fn resets_that_wait_until_the_request_was_accepted_end_the_connection_too(
         assert!((200..=500).contains(&stood), "{stood}");
     }
     sidecar.lives("patient resets").await;
+}
+
+#[tokio::test]
+async fn resets_of_requests_whose_bodies_are_open_end_the_connection_too() {
+    let mut sidecar = Sidecar::open("").await;
+    for way in sidecar.ways {
+        let mut frames = Frames::to(way).await;
+        let mut stood = 0;
+        while stood < 600 {
+            frames.say(frames::headers(2 * stood + 1, 0, &frames::request("POST", "/hold"))).await;
+            if !frames.settled().await {
+                break;
+            }
+            frames.say(frames::reset(2 * stood + 1)).await;
+            stood += 1;
+        }
+        assert!((200..=500).contains(&stood), "{stood}");
+    }
+    sidecar.lives("resets of open bodies").await;
+    // Nobody was told that the request was bad: its client had gone.
+    let log = sidecar.infrar.log();
+    let lines: Vec<_> = log.lines().filter(|line| line.contains("\"path\":\"/hold\"")).collect();
+    assert!(lines.len() >= 400, "{}", lines.len());
+    for line in lines {
+        assert!(line.contains("\"status\":499") && line.contains("client-gone"), "{line}");
+    }
+}
+
+#[tokio::test]
+async fn a_request_that_is_reset_before_anybody_looks_at_it_leaves_a_line_all_the_same() {
+    let sidecar = Sidecar::open("").await;
+    let [inbound, _] = sidecar.ways;
+    let mut frames = Frames::to(inbound).await;
+    let burst: Vec<u8> = (0..20)
+        .flat_map(|n| [frames::get(2 * n + 1, "/early"), frames::reset(2 * n + 1)].concat())
+        .collect();
+    frames.say(burst).await;
+    assert!(frames.settled().await);
+    let lines = || sidecar.infrar.log().matches("\"path\":\"/early\"").count();
+    until("each has its line", async || lines() == 20).await;
+}
+
+#[tokio::test]
+async fn what_a_client_does_not_read_is_not_held_for_it() {
+    const STREAMS: u32 = 80;
+    let sidecar = Sidecar::open("").await;
+    let [inbound, _] = sidecar.ways;
+    let mut frames = Frames::to(inbound).await;
+    // Windows as wide as there are.
+    let vast = 0x7fff_ffff_u32.to_be_bytes();
+    let setting = [&4u16.to_be_bytes()[..], &vast].concat();
+    frames.say(frames::frame(SETTINGS, 0, 0, &setting)).await;
+    frames.say(frames::frame(WINDOW_UPDATE, 0, 0, &(0x7fff_ffff_u32 - 65_535).to_be_bytes())).await;
+    assert!(frames.settled().await);
+    let before = sidecar.infrar.memory();
+    let asked: Vec<u8> = (0..STREAMS).flat_map(|n| frames::get(2 * n + 1, "/large")).collect();
+    frames.say(asked).await;
+    until("all are being answered", async || sidecar.heads().len() == 80).await;
+    let still = Cell::new((0, 0));
+    until("nothing moves any more", async || {
+        let (now, (before, looks)) = (sidecar.infrar.memory(), still.get());
+        still.set(if now.abs_diff(before) < 64 { (before, looks + 1) } else { (now, 0) });
+        looks > 50
+    })
+    .await;
+    let grown = sidecar.infrar.memory().saturating_sub(before);
+    assert!(grown < 24 * 1024, "{grown} KiB for one connection");
+    // Whoever reads after all gets everything.
+    let mut left = usize::try_from(STREAMS).expect("few");
+    let mut bytes = 0;
+    while left > 0 {
+        let frame = frames.next().await.expect("the connection stands");
+        assert!(![RST_STREAM, frames::GOAWAY].contains(&frame.kind), "{frame:?}");
+        if frame.kind == DATA {
+            bytes += frame.payload.len();
+            left -= usize::from(frame.has(END_STREAM));
+        }
+    }
+    assert_eq!(bytes, 80 * LARGE);
 }
 
 #[tokio::test]
@@ -346,6 +434,8 @@ async fn a_head_that_http_2_forbids_is_refused_and_never_passed_on() {
         ("an unknown pseudo-header", vec![method, scheme, authority, path, (":x", "1")]),
         ("a status", vec![method, scheme, authority, path, (":status", "200")]),
         ("two hosts", vec![method, scheme, path, ("host", "data"), ("host", "other")]),
+        ("a host that is none", vec![method, scheme, path, ("host", "data b, c")]),
+        ("a host with a path", vec![method, scheme, path, ("host", "data/x")]),
         ("another host", with(("host", "other"))),
         ("a length and no body", with(("content-length", "5"))),
         ("a signed length", with(("content-length", "+0"))),

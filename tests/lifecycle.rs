@@ -26,7 +26,10 @@ use base64::{
 use support::{
     Folder, Infrar, Line, Origin, Pair, Said, Visit, free_ports, get, readyz, talk, until,
 };
-use tokio::time::{Duration, Instant, interval};
+use tokio::{
+    io::AsyncWriteExt,
+    time::{Duration, Instant, interval},
+};
 
 #[tokio::test]
 async fn a_proxy_that_was_killed_calls_within_a_second_without_the_control_plane() {
@@ -448,5 +451,33 @@ async fn settings_that_are_wrong_end_the_start_with_all_their_faults() {
         "listen",
     ] {
         assert!(log.contains(fault), "{fault}: {log}");
+    }
+}
+
+#[tokio::test]
+async fn a_connection_that_the_app_has_closed_is_closed_here_too() {
+    let (closed, mut told) = tokio::sync::mpsc::channel(8);
+    let app = Origin::scripted(move |mut visit: Visit| {
+        let closed = closed.clone();
+        async move {
+            visit.head().await;
+            visit
+                .say("HTTP/1.1 200 OK\r\nkeep-alive: timeout=2\r\ncontent-length: 2\r\n\r\nok")
+                .await;
+            // It has had enough of a connection that is kept, and waits for the other side to see that.
+            drop(visit.line.stream.shutdown().await);
+            while visit.head().await.is_some() {}
+            closed.send(()).await.expect("the story waits");
+        }
+    })
+    .await;
+    let folder = Folder::new();
+    let (infrar, inbound, _admin) = alone(&folder, app.at).await;
+    for _ in 0..4 {
+        assert_eq!(get(inbound, "data", "/").await.body, "ok", "{}", infrar.log());
+    }
+    for _ in 0..4 {
+        let seen = tokio::time::timeout(support::PATIENCE, told.recv()).await;
+        assert!(seen.is_ok_and(|it| it.is_some()), "it stays half open");
     }
 }

@@ -10,15 +10,23 @@
 
 mod support;
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, sync::Arc};
 
 use rcgen::{CertificateParams, KeyPair};
+use rustls::{
+    ClientConfig, RootCertStore,
+    pki_types::{CertificateDer, ServerName, pem::PemObject},
+};
 use support::{
     Folder, Infrar, Line, Origin, Said, Visit,
     frames::{self, Frames, NO_ERROR},
     free_ports, get, header, talk, until,
 };
-use tokio::time::{Duration, Instant, interval};
+use tokio::{
+    net::TcpStream,
+    time::{Duration, Instant, interval},
+};
+use tokio_rustls::{TlsConnector, client::TlsStream};
 
 /// A sidecar with both ways open; the service `data` is the application behind it, so both ways lead to one origin.
 struct Sidecar {
@@ -27,7 +35,6 @@ struct Sidecar {
     out: SocketAddr,
     admin: SocketAddr,
     origin: Origin,
-    #[expect(dead_code, reason = "held for its Drop")]
     folder: Folder,
 }
 
@@ -339,4 +346,76 @@ async fn trailers_carry_nothing_that_a_head_may_not() {
             Some("2\r\nhi\r\n0\r\nx-sum: 8\r\n\r\n")
         );
     }
+}
+
+#[tokio::test]
+async fn who_connects_and_asks_for_nothing_does_not_keep_others_out_for_long() {
+    let keys = "limits: { header_timeout: 600ms, connections: 4 }\n";
+    let sidecar = Sidecar::open("off", "", keys).await;
+    for way in sidecar.ways() {
+        let mut kept = Line::to(way).await;
+        kept.say(CALL).await;
+        assert_eq!(kept.answer().await.body, "ok");
+        let mut silent = vec![Line::to(way).await, Line::to(way).await];
+        let mut streams = Frames::to(way).await;
+        until("there is room again", async || get(way, "data", "/").await.status() == 200).await;
+        for line in &mut silent {
+            assert_eq!(line.rest().await, "");
+        }
+        // It is told, and does not keep the place by not saying that it has heard.
+        assert_eq!(streams.end().await, Some(NO_ERROR));
+        // Who was answered stays for longer.
+        kept.say(CALL).await;
+        assert_eq!(kept.answer().await.body, "ok");
+    }
+    let tls = "{ cert_file: leaf.pem, key_file: leaf.key }";
+    let sidecar = Sidecar::open(tls, "", keys).await;
+    for protocol in [&b"http/1.1"[..], b"h2"] {
+        let mut line = greeted(&sidecar, protocol).await;
+        drop(line.rest().await);
+    }
+}
+
+/// A connection that has shaken hands, and agreed to speak `protocol`.
+async fn greeted(sidecar: &Sidecar, protocol: &[u8]) -> Line<TlsStream<TcpStream>> {
+    let mut roots = RootCertStore::empty();
+    let leaf = sidecar.folder.read("leaf.pem");
+    for root in CertificateDer::pem_slice_iter(leaf.as_bytes()) {
+        roots.add(root.expect("PEM")).expect("a root");
+    }
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .expect("versions")
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![protocol.to_vec()];
+    let stream = TcpStream::connect(sidecar.inbound).await.expect("it listens");
+    let name = ServerName::try_from("localhost").expect("a name");
+    let stream = TlsConnector::from(Arc::new(config)).connect(name, stream).await.expect("TLS");
+    Line::over(stream)
+}
+
+#[tokio::test]
+async fn connections_are_spread_evenly_over_the_workers_and_that_can_be_seen() {
+    let sidecar = Sidecar::open("off", "", "workers: 4\n").await;
+    let mut lines = Vec::new();
+    for _ in 0..40 {
+        let mut line = Line::to(sidecar.out).await;
+        line.say(CALL).await;
+        assert_eq!(line.answer().await.body, "ok");
+        lines.push(line);
+    }
+    let metrics = get(sidecar.admin, &sidecar.admin.to_string(), "/metrics").await.body;
+    for worker in 0..4 {
+        let row = format!("infrar_worker_connections{{worker=\"{worker}\"}} 10");
+        assert!(metrics.lines().any(|line| line == row), "{row}: {metrics}");
+    }
+    drop(lines);
+    until("they are gone", async || {
+        let said = get(sidecar.admin, &sidecar.admin.to_string(), "/metrics").await;
+        said.body.matches("infrar_worker_connections{worker=").count() == 4
+            && said.body.lines().any(|line| line == "infrar_connections 0")
+    })
+    .await;
 }

@@ -402,3 +402,26 @@ async fn a_project_that_learns_enforces_from_the_moment_it_names() {
         .await;
     assert!(jiff::Timestamp::now() >= end);
 }
+
+#[tokio::test]
+async fn limits_are_those_of_the_file_from_the_next_request_on_also_on_a_kept_connection() {
+    let app = Origin::plain("app").await;
+    let proxy = Proxy::open(&app, &[], OPEN).await;
+    let open = async || {
+        let mut line = Line::to(proxy.inbound).await;
+        line.say("GET / HTTP/1.1\r\nhost: web\r\n\r\n").await;
+        assert_eq!(line.answer().await.status(), 200, "{}", proxy.infrar.log());
+        line
+    };
+    let (mut large, mut slow) = (open().await, open().await);
+    proxy
+        .follows(Said { more: "limits: { body_bytes: 1KiB, stall_timeout: 300ms }\n", ..OPEN }, 1)
+        .await;
+    let post = "POST / HTTP/1.1\r\nhost: web\r\ntransfer-encoding: chunked\r\n\r\n";
+    large.say(format!("{post}600\r\n{}\r\n0\r\n\r\n", "x".repeat(0x600))).await;
+    let said = large.answer().await;
+    assert_eq!((said.status(), said.code()), (413, "body-too-large"), "{said:?}");
+    slow.say(format!("{post}3\r\nabc\r\n")).await;
+    let said = slow.answer().await;
+    assert_eq!((said.status(), said.code()), (408, "request-timeout"), "{said:?}");
+}

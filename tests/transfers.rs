@@ -18,10 +18,10 @@ use std::sync::{
 };
 
 use support::{
-    Line, Origin, Visit,
+    Line, Origin, PATIENCE, Visit,
     frames::{
         DATA, END_HEADERS, END_STREAM, ENHANCE_YOUR_CALM, GOAWAY, HEADERS, REFUSED_STREAM,
-        RST_STREAM,
+        RST_STREAM, block,
     },
     get, header,
     http2::{Frames, OK},
@@ -32,7 +32,7 @@ use tokio::{
     io::AsyncWriteExt,
     net::TcpStream,
     sync::Notify,
-    time::{Duration, Instant, interval, sleep},
+    time::{Duration, Instant, interval, sleep, timeout},
 };
 
 const H2: &str = "    protocol: h2\n";
@@ -632,4 +632,112 @@ async fn a_put_that_streams_never_meets_a_connection_that_had_died() {
     let said = line.answer().await;
     assert_eq!((said.status(), &*said.body), (200, "ok"), "{said:?}");
     assert_eq!(visits.load(Ordering::SeqCst), 2);
+}
+
+/// Answers the first request at once with the head of an answer and its first chunk, and tells when its client has gone.
+async fn early(mut visit: Visit, gone: Arc<Notify>) {
+    if visit.head().await.is_none() {
+        return;
+    }
+    visit.line.hear("abc").await;
+    visit.say("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nfirst\r\n").await;
+    while visit.head().await.is_some() {}
+    gone.notify_one();
+}
+
+/// The same over HTTP/2, whose requests share a connection.
+async fn early_h2(mut frames: Frames, gone: Arc<Notify>) {
+    let mut answered = 0;
+    while let Some(frame) = frames.next().await {
+        if frame.kind == DATA && frame.stream > answered {
+            answered = frame.stream;
+            frames.say(HEADERS, END_HEADERS, answered, OK).await;
+            frames.say(DATA, 0, answered, b"first").await;
+        }
+        if frame.kind == RST_STREAM {
+            gone.notify_one();
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_upload_that_breaks_off_behind_the_begin_of_its_answer_ends_both_and_is_its_clients_doing()
+ {
+    let (tell, told) = signal();
+    let h1 = Arc::clone(&tell);
+    let slow = Origin::scripted(move |visit: Visit| early(visit, Arc::clone(&h1))).await;
+    let many = h2_origin(move |_number, frames| early_h2(frames, Arc::clone(&tell))).await;
+    let keys = "limits: { body_bytes: 1KiB, stall_timeout: 60s }\n";
+    let services = [("data", &[slow.at][..], ""), ("many", &[many.at][..], H2)];
+    let sidecar = Sidecar::with(&services, keys).await;
+    for host in ["data", "many"] {
+        let chunked = CHUNKED.replace("data", host);
+        for (path, rest, code) in [
+            ("/leaves", None, "client-gone"),
+            ("/large", Some(format!("600\r\n{}\r\n", "x".repeat(0x600))), "body-too-large"),
+            ("/garbage", Some("nonsense\r\n".to_owned()), "bad-request"),
+        ] {
+            let path = format!("{path}-{host}");
+            let mut line = Line::to(sidecar.out).await;
+            line.say(format!("{}3\r\nabc\r\n", chunked.replace(" / ", &format!(" {path} ")))).await;
+            line.hear("first").await;
+            match rest {
+                None => drop(line),
+                Some(rest) => {
+                    line.say(rest).await;
+                    assert!(!line.rest().await.contains("0\r\n\r\n"));
+                }
+            }
+            timeout(PATIENCE, told.notified()).await.expect("the endpoint is told");
+            let logged = sidecar.line_of_path(&path).await;
+            assert!(
+                logged.contains(&format!("\"code\":\"{code}\""))
+                    && logged.contains("\"status\":200"),
+                "{logged}"
+            );
+        }
+        // Over HTTP/2 its client resets the stream.
+        let stream = TcpStream::connect(sidecar.out).await.expect("it listens");
+        let mut frames = Frames::client(stream, (3, 100)).await;
+        frames.ask(1, "POST", host, 0).await;
+        frames.say(DATA, 0, 1, b"abc").await;
+        frames.hear(DATA).await;
+        frames.say(RST_STREAM, 0, 1, &8u32.to_be_bytes()).await;
+        timeout(PATIENCE, told.notified()).await.expect("the endpoint is told");
+        let mine = || {
+            let log = sidecar.infrar.log();
+            log.lines()
+                .find(|line| {
+                    line.contains("\"path\":\"/\"")
+                        && line.contains(&format!("\"callee\":\"{host}\""))
+                })
+                .map(str::to_owned)
+        };
+        until("it is logged", async || mine().is_some()).await;
+        let logged = mine().expect("it was there");
+        assert!(
+            logged.contains("\"code\":\"client-gone\"") && logged.contains("\"status\":200"),
+            "{logged}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn an_answer_has_one_length_however_often_an_endpoint_says_it() {
+    let twice = [(":status", "200"), ("content-length", "2"), ("content-length", "2")];
+    let service = h2_origin(move |_number, mut frames| async move {
+        while let Some(stream) = frames.request().await {
+            frames.say(HEADERS, END_HEADERS, stream, &block(&twice)).await;
+            frames.say(DATA, END_STREAM, stream, b"ok").await;
+        }
+    })
+    .await;
+    let sidecar = Sidecar::open(&[("data", &[service.at], H2)]).await;
+    for method in ["GET", "HEAD"] {
+        let said = sidecar
+            .says(&format!("{method} / HTTP/1.1\r\nhost: data\r\nconnection: close\r\n\r\n"))
+            .await;
+        assert_eq!(said.status(), 200, "{said:?}");
+        assert_eq!(said.head.matches("content-length: 2").count(), 1, "{said:?}");
+    }
 }

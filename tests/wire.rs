@@ -827,3 +827,22 @@ async fn a_silent_service_is_given_up_at_its_deadline_also_in_the_words_of_grpc(
     })
     .await;
 }
+
+#[tokio::test]
+async fn a_tunnel_is_asked_for_without_a_body() {
+    let service = Origin::plain("ok").await;
+    let sidecar = Sidecar::open(&[("data", &[service.at], "")]).await;
+    let connect = "CONNECT data:80 HTTP/1.1\r\nhost: data:80\r\n";
+    for (framing, body) in
+        [("content-length: 5", "hello"), ("transfer-encoding: chunked", "0\r\n\r\n")]
+    {
+        let said = sidecar.says(&format!("{connect}{framing}\r\n\r\n{body}")).await;
+        assert_refused(&said, 400, "bad-request", "http_request_error");
+    }
+    assert_eq!(service.heads(), Vec::<String>::new());
+    let mut line = Line::to(sidecar.out).await;
+    line.say(format!("{connect}content-length: 0\r\n\r\nGET / HTTP/1.1\r\nhost: data\r\n\r\n"))
+        .await;
+    assert!(line.hear("\r\n\r\n").await.starts_with("HTTP/1.1 200 "));
+    assert_eq!(line.answer().await.body, "ok");
+}

@@ -195,7 +195,7 @@ fn differ_in_endpoints_alone(before: &Service, after: &Service) -> bool {
         service.endpoints.iter().map(|endpoint| endpoint.id.clone()).collect()
     };
     let (old, new) = (ids(before), ids(after));
-    let mut kept = old.clone();
+    let mut kept = old;
     let staying: std::collections::HashSet<&EndpointId> = new.iter().collect();
     kept.retain(|id| staying.contains(id));
     new.starts_with(&kept) && bare(before) == bare(after)

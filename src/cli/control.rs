@@ -58,7 +58,7 @@ impl ControlArgs {
     /// Whatever keeps it from beginning.
     pub(crate) async fn run(self) -> anyhow::Result<()> {
         // Watched before it is read, so that no edit falls between.
-        let mut watched = self.file().map(|file| Watched::new(file)).transpose()?;
+        let mut watched = self.file().map(Watched::new).transpose()?;
         let project = watched.as_mut().map(Watched::load).transpose()?;
         let mut signals = Signals::listen().context("signals cannot be listened to")?;
         let mut settings = control::Settings::new(self.listen, self.data_dir.clone());

@@ -15,6 +15,7 @@ use crate::{
     cost::{Meter, PriceBook, PriceClass},
     discovery::{Directory, Report, Sources},
     model::{EndpointId, NetworkMode, Place, ServiceName},
+    net::Spread,
     proxy,
     telemetry::{AccessLog, Registry, names, process_lines_dropped},
 };
@@ -33,7 +34,7 @@ pub(super) fn expose(
     let (tokens, trust) = (Arc::clone(&world.tokens), Arc::clone(&world.trust));
     let unpriced = Unpriced::default();
     registry.register_collector(Box::new(move |found| {
-        found.gauge(names::CONNECTIONS, &[], to_f64(spread.total()));
+        connections(found, &spread);
         if let Some(age) = directory.age() {
             found.gauge(names::SNAPSHOT_AGE, &[], age.as_secs_f64());
         }
@@ -88,6 +89,15 @@ pub(super) fn expose(
         }
         egress(found, &meter, &unpriced);
     }));
+}
+
+/// Open connections, in all and by worker.
+fn connections(found: &mut crate::telemetry::Families, spread: &Spread<usize>) {
+    found.gauge(names::CONNECTIONS, &[], to_f64(spread.total()));
+    for (worker, open) in spread.each().enumerate() {
+        let worker = worker.to_string();
+        found.gauge(names::WORKER_CONNECTIONS, &[("worker", &*worker)], to_f64(open));
+    }
 }
 
 /// What came of reading the settings again.

@@ -1,6 +1,9 @@
 //! `infrar project`: the project that the control plane's store has, and a file beside it.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use serde_json::{Value, json};
 
@@ -70,10 +73,10 @@ impl Project {
     /// Whatever keeps it from that.
     pub(crate) async fn run(self) -> anyhow::Result<()> {
         let text = match self.verb {
-            Verb::Import { file, form } => import(&read(file)?, &form).await?,
+            Verb::Import { file, form } => import(&read(&file)?, &form).await?,
             Verb::Export { form } => export(&form).await?,
             Verb::Diff { file, form } => {
-                let wanted = read(file)?;
+                let wanted = read(&file)?;
                 let (found, _) = form.found().await?;
                 let steps = steps(found.as_ref(), &wanted)?;
                 if form.json { as_json(&steps)? } else { told(&steps) }
@@ -83,8 +86,8 @@ impl Project {
     }
 }
 
-fn read(file: PathBuf) -> Result<ProjectDocument, config::Faults> {
-    let file = config::load_project(&file)?;
+fn read(file: &Path) -> Result<ProjectDocument, config::Faults> {
+    let file = config::load_project(file)?;
     Ok(control::document(file.project, &file.identities))
 }
 
@@ -175,7 +178,12 @@ fn flatten(path: String, value: Value, into: &mut BTreeMap<String, Value>) {
                 flatten(below(&id), item, into);
             }
         }
-        scalar => {
+        scalar @ (Value::Null
+        | Value::Bool(_)
+        | Value::Number(_)
+        | Value::String(_)
+        | Value::Array(_)
+        | Value::Object(_)) => {
             into.insert(path, scalar);
         }
     }

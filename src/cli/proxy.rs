@@ -3,7 +3,7 @@
 //! This is where the rooms meet: settings become parts, sources feed the directory, and signals become the order in
 //! which everything ends.
 
-use std::{cell::Cell, net::SocketAddr, path::Path, sync::Arc, time::Duration};
+use std::{cell::Cell, net::SocketAddr, num::NonZeroUsize, path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use tokio::{
@@ -27,7 +27,7 @@ use crate::{
     discovery::{AskReady, Directory, Presence},
     net::{self, Resolver, ServerTls},
     proxy::{self, Admin, Ends, Parts},
-    runtime::{Phase, Signal, Signals, Supervisor, cpus},
+    runtime::{Phase, RuntimeError, Signal, Signals, Supervisor, WorkerId, cpus},
     telemetry::Registry,
 };
 
@@ -70,6 +70,8 @@ impl Proxy {
         for note in file.notes() {
             tracing::warn!("{note}");
         }
+        let drained = Arc::clone(&running.drained);
+        let mut lost = None;
         loop {
             tokio::select! {
                 signal = signals.next() => match signal {
@@ -81,16 +83,40 @@ impl Proxy {
                     Signal::Reload => running.reload(load()),
                 },
                 () = changed(&mut watched) => running.reload(load()),
-                () = running.drained.notified() => break,
+                () = drained.notified() => break,
+                ended = running.running.lost() => {
+                    lost = Some(lost_worker(ended));
+                    break;
+                }
             }
         }
-        tracing::info!("told to end");
+        let ended = async {
+            match &lost {
+                None => {
+                    tracing::info!("told to end");
+                    running.end().await;
+                }
+                // The other workers finish what they have; whoever started the process starts a whole one.
+                Some(error) => {
+                    tracing::error!(%error, "a worker was lost: the proxy ends");
+                    running.give_up().await;
+                }
+            }
+        };
         tokio::select! {
-            () = running.end() => {}
+            () = ended => {}
             () = stopped(&mut signals) => tracing::warn!("told twice: ending at once"),
         }
         running.abort().await;
-        Ok(())
+        lost.map_or(Ok(()), Err)
+    }
+}
+
+/// What it means that a worker ended which nobody told to.
+fn lost_worker(ended: Result<WorkerId, RuntimeError>) -> anyhow::Error {
+    match ended {
+        Ok(worker) => anyhow::anyhow!("worker {worker} cannot serve"),
+        Err(error) => error.into(),
     }
 }
 
@@ -102,10 +128,13 @@ fn watch(file: Option<&Path>) -> Option<WatchedFile> {
     })
 }
 
+/// Ends when a signal says that the end does not come fast enough. The first one does not where the end began otherwise:
+/// in Kubernetes it follows a preStop hook that drains.
 async fn stopped(signals: &mut Signals) {
     loop {
         match signals.next().await {
-            Signal::Stop | Signal::StopAtOnce => return,
+            Signal::StopAtOnce => return,
+            Signal::Stop => tracing::info!("told to end: it is ending already"),
             Signal::Reload => {}
         }
     }
@@ -154,11 +183,7 @@ pub(crate) fn start(file: &ProxyFile) -> anyhow::Result<RunningProxy> {
         ward: Arc::clone(&ward),
         own,
     };
-    let count = match file.workers {
-        config::Workers::Auto => cpus(),
-        config::Workers::Count(count) => count,
-    };
-    let running = proxy::start(parts, count)?;
+    let running = proxy::start(parts, workers(file))?;
     let helm = Helm {
         in_force: file.clone(),
         workshop,
@@ -178,8 +203,7 @@ pub(crate) fn start(file: &ProxyFile) -> anyhow::Result<RunningProxy> {
     expose(&registry, &world, &directory, &meter, &running, Arc::clone(&helm.log));
     let drained = Arc::new(Notify::new());
     let ready = world.readiness(!file.inbound.is_empty());
-    let asked = Arc::clone(&ready);
-    let answering: AskReady = Arc::new(move || asked().is_ok());
+    let answering = answers(&ready);
     let admin = Admin {
         registry,
         directory: Arc::clone(&directory),
@@ -193,6 +217,18 @@ pub(crate) fn start(file: &ProxyFile) -> anyhow::Result<RunningProxy> {
     world.live(&supervisor, answering, Arc::new(move || shared.served()));
     watch_certificates(&supervisor, &helm);
     Ok(RunningProxy { helm, admin: admin_at, ends, supervisor, running, drained, presence })
+}
+
+fn workers(file: &ProxyFile) -> NonZeroUsize {
+    match file.workers {
+        config::Workers::Auto => cpus(),
+        config::Workers::Count(count) => count,
+    }
+}
+
+fn answers(ready: &proxy::Ready) -> AskReady {
+    let ready = Arc::clone(ready);
+    Arc::new(move || ready().is_ok())
 }
 
 fn bind(at: SocketAddr, key: &str) -> anyhow::Result<TcpListener> {
@@ -235,6 +271,15 @@ impl RunningProxy {
     /// The order of the end: not ready; no new connections in; what is in flight in ends; then the way out closes, once
     /// the application has ended.
     async fn end(&self) {
+        self.end_in_order(self.application_ended()).await;
+    }
+
+    /// The same of a proxy that is not whole, whose application was told nothing: calls out end with those that came in.
+    async fn give_up(&self) {
+        self.end_in_order(std::future::ready(())).await;
+    }
+
+    async fn end_in_order(&self, called_out: impl Future<Output = ()>) {
         let config::ShutdownTimes { grace, deadline } = self.helm.in_force.shutdown;
         let deadline = Instant::now() + deadline;
         let Ends { inbound, outbound } = &self.ends;
@@ -251,7 +296,7 @@ impl RunningProxy {
             inbound.wait_idle().await;
             self.take_leave().await;
             awaited.set("the application to end: it still accepts connections, or calls out");
-            self.application_ended().await;
+            called_out.await;
             awaited.set("calls of the application");
             outbound.advance(Phase::Drain);
             outbound.wait_idle().await;

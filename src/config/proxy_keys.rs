@@ -289,11 +289,15 @@ static LIMITS: Shape = Shape::Table(&[
         &Shape::Number { least: 1, most: 10_000 },
         "Fields of one head. Default 100.",
     ),
-    Key::new("header_timeout", &Shape::Text(&POSITIVE_SPAN), "Until a head is there. Default 10s."),
+    Key::new(
+        "header_timeout",
+        &Shape::Text(&POSITIVE_SPAN),
+        "Until a head is there; for the first one, from the connection on. Default 10s.",
+    ),
     Key::new(
         "idle_timeout",
         &Shape::Text(&POSITIVE_SPAN),
-        "A connection without a request. Default 1h.",
+        "A connection without a further request. Default 1h.",
     ),
     Key::new(
         "stall_timeout",

@@ -67,6 +67,6 @@ fn credential() -> Result<(SecretString, ServiceName), Rejection> {
     };
     let mut bytes = Zeroizing::new([0; 32]);
     fill(&mut *bytes).map_err(|_unspecified| none())?;
-    let secret = SecretString::from(URL_SAFE_NO_PAD.encode(&*bytes));
+    let secret = SecretString::from(URL_SAFE_NO_PAD.encode(*bytes));
     Ok((secret, FIRST_ADMIN.parse().map_err(|_never| none())?))
 }

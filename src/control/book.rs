@@ -233,10 +233,7 @@ impl Book {
     /// Whether a project with this hash was in force before another one took its place.
     pub(super) fn is_past(&self, hash: &str) -> bool {
         let Some(imported) = &self.imported else { return false };
-        let (last, before) = match imported.content.history.split_last() {
-            Some((last, before)) => (last, before),
-            None => return false,
-        };
+        let Some((last, before)) = imported.content.history.split_last() else { return false };
         last != hash && before.iter().any(|known| known == hash)
     }
 

@@ -124,7 +124,7 @@ mod tests {
         Change { revision, etag: String::new(), patches: Vec::new() }
     }
 
-    fn removal(name: String) -> Patch {
+    fn removal(name: &str) -> Patch {
         Patch::Service { name: name.parse().unwrap(), service: None }
     }
 
@@ -160,7 +160,7 @@ mod tests {
 
     #[test]
     fn a_large_change_arrives_whole_and_one_that_is_too_large_says_resync() {
-        let patches = |count| (0..count).map(|n| removal(format!("service-{n}"))).collect();
+        let patches = |count| (0..count).map(|n| removal(&format!("service-{n}"))).collect();
         let large = Change { revision: 7, etag: String::new(), patches: patches(500) };
         let mut events = Events::default();
         events.push(&frame(&large)).unwrap();

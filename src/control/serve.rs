@@ -252,33 +252,16 @@ impl Control {
         if settings.tls.is_none() && !settings.listen.ip().is_loopback() {
             return Err(ControlError::Plaintext { listen: settings.listen });
         }
-        let tls = settings.tls.as_ref().map(|files| {
-            ServerTls::from_files(&files.cert_file, &files.key_file, MinVersion::Tls13)
-                .map(Arc::new)
-        });
-        let tls = tls.transpose()?;
+        let tls = settings.tls.as_ref().map(certificate).transpose()?;
         let (listener, local_addr) = listen(settings.listen)?;
         let issuer = issuer(&settings, local_addr)?;
         let data_dir = take(&settings.data_dir)?;
-        let mint = Mint::open(
-            MintSettings {
-                folder: settings.data_dir.join("keys"),
-                lifetime: settings.token_lifetime,
-                lead: settings.key_lead,
-                period: settings.key_period,
-            },
-            settings.clock.now(),
-        )?;
+        let mint = mint(&settings)?;
         let supervisor = Supervisor::new(Handle::current());
         let store = Store::open(&settings.store, &supervisor).await?;
         let (registry, committer) = Registry::open(&issuer, store.clone()).await?;
         supervisor.spawn_until_end("control-registry", committer.run());
-        // One node has one file, and what that says is meant. Of several, one may be old.
-        let past = match settings.store {
-            Location::Sqlite(_) => Past::Taken,
-            Location::Postgres(_) => Past::Left,
-        };
-        let first_admin = begin(&registry, project, past, mint.kept()?).await?;
+        let first_admin = begin(&registry, project, past(&settings.store), mint.kept()?).await?;
         let mint = Arc::new(mint);
         let keys = Keys::open(Arc::clone(&mint), Arc::clone(&registry), settings.clock).await?;
         let leases = Arc::new(Leases::new(store.clone()));
@@ -316,6 +299,28 @@ impl Control {
         let revision = shared.registry.current().revision;
         tracing::info!(%local_addr, issuer, revision, "the control plane answers");
         Ok(Running { local_addr, issuer, shared, supervisor, data_dir, first_admin })
+    }
+}
+
+fn certificate(files: &TlsFiles) -> Result<Arc<ServerTls>, TlsError> {
+    ServerTls::from_files(&files.cert_file, &files.key_file, MinVersion::Tls13).map(Arc::new)
+}
+
+fn mint(settings: &Settings) -> Result<Mint, MintError> {
+    let keys = MintSettings {
+        folder: settings.data_dir.join("keys"),
+        lifetime: settings.token_lifetime,
+        lead: settings.key_lead,
+        period: settings.key_period,
+    };
+    Mint::open(keys, settings.clock.now())
+}
+
+/// One node has one file, and what that says is meant. Of several, one may be old.
+fn past(store: &Location) -> Past {
+    match store {
+        Location::Sqlite(_) => Past::Taken,
+        Location::Postgres(_) => Past::Left,
     }
 }
 

@@ -422,7 +422,7 @@ mod tests {
     use tokio::{runtime::Handle, time::sleep};
 
     use super::*;
-    use crate::{discovery::Directory, telemetry::overhear};
+    use crate::{discovery::Directory, runtime::Supervisor, telemetry::overhear};
 
     const NAME: &str = "data.example.com";
 
@@ -537,7 +537,7 @@ mod tests {
             });
             let follower = Follower::new(settings(kind), Arc::clone(&stats));
             let asked = book.clone();
-            Handle::current().spawn(async move {
+            Supervisor::new(Handle::current()).spawn_until_end("dns", async move {
                 follower.follow(&layer, || Ok::<_, LookupFault>(asked.clone())).await;
             });
             let stage = Self { directory, stats, book: book.clone(), told };

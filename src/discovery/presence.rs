@@ -43,7 +43,7 @@ pub struct Advertisement {
 
 /// How far the end of the proxy has come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Stage {
+enum Stage {
     /// It serves.
     #[default]
     Here,
@@ -184,7 +184,7 @@ impl Presence {
                     // A little apart from others that began with us.
                     lease.mul_f64(fastrand::f64().mul_add(0.1, 0.28))
                 }
-                Err(failure) => told.failed(failure, endpoint),
+                Err(failure) => told.failed(&failure, endpoint),
             };
             // An end that could not be told is not worth waiting for: the lease ends too.
             if now == Stage::Gone {
@@ -250,7 +250,7 @@ impl Told {
     }
 
     /// How long to wait before it is tried again.
-    fn failed(&mut self, failure: Failure, endpoint: &Advertisement) -> Duration {
+    fn failed(&mut self, failure: &Failure, endpoint: &Advertisement) -> Duration {
         let refusal = failure.source().and_then(|cause| cause.downcast_ref::<ClientError>());
         let refusal = refusal.or_else(|| failure.downcast_ref::<ClientError>());
         if let Some(ClientError::Refused { code, .. }) = refusal
@@ -262,7 +262,7 @@ impl Told {
         }
         let text = failure.to_string();
         if self.reported.as_ref() != Some(&text) {
-            tracing::warn!(endpoint = %endpoint.id, error = &*failure, "this endpoint is not registered");
+            tracing::warn!(endpoint = %endpoint.id, error = &**failure, "this endpoint is not registered");
             self.reported = Some(text);
         }
         if refusal.is_some_and(|error| !error.is_temporary()) {

@@ -219,15 +219,18 @@ fn is_target(method: &Method, uri: &Uri, target: &[u8]) -> bool {
 fn check_host(version: Version, fields: &Fields) -> Result<(), HeadError> {
     let mut hosts = fields.all(&header::HOST);
     let good = match hosts.next() {
-        Some(host) => hosts.next().is_none() && host.as_bytes().iter().all(is_host),
+        Some(host) => hosts.next().is_none() && is_host(host.as_bytes()),
         None => version == Version::HTTP_10,
     };
     if good { Ok(()) } else { Err(HeadError::Host) }
 }
 
-/// Whether a byte may stand in `uri-host [ ":" port ]` (RFC 3986 §3.2.2).
-fn is_host(byte: &u8) -> bool {
-    byte.is_ascii_alphanumeric() || b"-._~%!$&'()*+,;=:[]".contains(byte)
+/// Whether every byte may stand in `uri-host [ ":" port ]` (RFC 3986 §3.2.2).
+#[must_use]
+pub fn is_host(host: &[u8]) -> bool {
+    let may_stand =
+        |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~%!$&'()*+,;=:[]".contains(byte);
+    host.iter().all(may_stand)
 }
 
 /// Takes one response head off the front of `buffer`. `Ok(None)`: more bytes are needed, nothing was taken.

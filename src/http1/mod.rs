@@ -15,5 +15,5 @@ pub use chunked::{Chunk, ChunkDecoder, encode_chunk, encode_last_chunk};
 pub use encode::{encode_headers, encode_request_line, encode_status_line};
 pub use framing::{Framing, keeps_alive, request_framing, response_framing};
 pub use head::{
-    HeadError, HeadLimits, ParsedRequest, ParsedResponse, parse_request, parse_response,
+    HeadError, HeadLimits, ParsedRequest, ParsedResponse, is_host, parse_request, parse_response,
 };

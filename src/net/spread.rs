@@ -132,7 +132,12 @@ impl<T> Spread<T> {
     /// Open connections of all workers.
     #[must_use]
     pub fn total(&self) -> usize {
-        self.open.iter().map(|line| line.0.load(Ordering::Relaxed)).sum()
+        self.each().sum()
+    }
+
+    /// Open connections, worker by worker.
+    pub fn each(&self) -> impl Iterator<Item = usize> {
+        self.open.iter().map(|line| line.0.load(Ordering::Relaxed))
     }
 
     /// Open connections of one worker.

@@ -248,7 +248,7 @@ async fn connection(
 async fn first_bytes(stream: &mut Stream, guard: &Guard, story: &Rc<Story>) -> Option<BytesMut> {
     let limits = *story.worker().limits();
     let mut read = BytesMut::new();
-    guard.arm(limits.idle_timeout);
+    guard.arm(limits.first_request());
     loop {
         let undecided = read.len() < PREFACE.len() && PREFACE.starts_with(&read);
         if !read.is_empty() && !undecided {

@@ -21,7 +21,7 @@ pub(super) struct Flow {
     still: Cell<bool>,
     guard: OnceCell<Guard>,
     watchdog: Watchdog,
-    limit: Duration,
+    limit: Cell<Duration>,
 }
 
 impl Flow {
@@ -34,13 +34,14 @@ impl Flow {
             still: Cell::new(false),
             guard: OnceCell::new(),
             watchdog: watchdog.clone(),
-            limit,
+            limit: Cell::new(limit),
         })
     }
 
-    /// Another exchange begins, on the same connection.
-    pub(super) fn restart(&self) {
+    /// Another exchange begins, on the same connection and with the limit of the moment.
+    pub(super) fn restart(&self, limit: Duration) {
         self.moved();
+        self.limit.set(limit);
         self.received.set(0);
         self.sent.set(0);
     }
@@ -60,7 +61,7 @@ impl Flow {
     /// How long nothing may move.
     #[must_use]
     pub(super) fn limit(&self) -> Duration {
-        self.limit
+        self.limit.get()
     }
 
     /// The client sent so many more bytes of its body.
@@ -88,7 +89,7 @@ impl Flow {
     pub(super) fn poll_stalled(&self, cx: &Context<'_>) -> Poll<()> {
         let guard = self.guard.get_or_init(|| self.watchdog.register());
         if !self.still.replace(true) {
-            guard.arm(self.limit);
+            guard.arm(self.limit.get());
         }
         guard.poll_expired(cx)
     }
@@ -129,7 +130,9 @@ mod tests {
         sleep(10 * LIMIT).await;
         assert!(poll_fn(|cx| Poll::Ready(flow.poll_stalled(cx))).await.is_pending());
         assert_eq!((flow.received(), flow.sent()), (12, 16));
-        flow.restart();
+        flow.restart(3 * LIMIT);
         assert_eq!((flow.received(), flow.sent()), (0, 0));
+        let stalled = poll_fn(|cx| flow.poll_stalled(cx));
+        assert!(timeout(2 * LIMIT, stalled).await.is_err());
     }
 }

@@ -6,6 +6,8 @@
 
 mod accept;
 mod admin;
+mod answer_h2;
+mod backlog;
 mod complaint;
 mod edge;
 mod flow;
@@ -29,6 +31,7 @@ mod trial;
 mod tunnel;
 mod view;
 mod walk;
+mod wire_h1;
 mod worker;
 
 use std::{net::SocketAddr, num::NonZeroUsize, rc::Rc, sync::Arc, time::Duration};
@@ -237,6 +240,7 @@ fn worker(parts: Parts, site: Site) -> Worker {
         meter: parts.meter,
         registry: parts.registry,
         pools: Default::default(),
+        made: Default::default(),
         series: Default::default(),
     };
     Worker {
@@ -265,13 +269,6 @@ async fn prune(worker: Rc<Worker>) {
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        let now = tokio::time::Instant::now();
-        let view = worker.view.borrow().clone();
-        if let Some(view) = view {
-            view.prune(now);
-        }
-        for cluster in worker.outsiders.borrow().clusters() {
-            cluster.targets.iter().for_each(|target| target.pool.prune(now));
-        }
+        worker.surveyor.prune(tokio::time::Instant::now());
     }
 }

@@ -383,6 +383,12 @@ impl Record {
         self.close();
     }
 
+    /// The client did not wait for what it would have been answered.
+    pub(super) fn missed(mut self) {
+        (self.status, self.error) = (CLIENT_GONE, "client-gone");
+        self.close();
+    }
+
     /// The endpoint broke off midway: its head is with the client, and cannot say so any more.
     pub(super) fn broke(mut self, code: &'static str) {
         if self.error.is_empty() {

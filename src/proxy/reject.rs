@@ -9,7 +9,7 @@ use http::{HeaderName, HeaderValue, StatusCode, header};
 
 use crate::{
     model::{ScopeSet, ServiceName},
-    wire::{Body, Fields, PROBLEM_JSON, Problem, Response},
+    wire::{Body, BodyError, Fields, PROBLEM_JSON, Problem, Response},
 };
 
 /// Who did not answer as it should, in the words of whoever asked.
@@ -223,6 +223,17 @@ fn named(missing: &ScopeSet) -> String {
 pub(super) const UPSTREAM_RESET: &str = "upstream-reset";
 /// The code of an endpoint that took too long.
 pub(super) const DEADLINE: &str = "deadline";
+
+/// The code of a request's body that broke off when its answer had begun; `None`: its client has gone.
+pub(super) fn body_code(error: &BodyError) -> Option<&'static str> {
+    let rejection = match error {
+        BodyError::Incomplete => return None,
+        BodyError::Framing => Rejection::BadRequest(""),
+        BodyError::TooLarge { limit } => Rejection::BodyTooLarge { limit: *limit },
+        BodyError::Stalled { limit } => Rejection::RequestTimeout(*limit),
+    };
+    Some(rejection.code())
+}
 
 /// How a rejection is said in each language.
 struct Verdict {

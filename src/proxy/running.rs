@@ -8,7 +8,7 @@ use crate::{
     model::ServiceName,
     net::{self, BindError, Spread},
     proxy::reload::Opening,
-    runtime::{RuntimeError, Workers},
+    runtime::{RuntimeError, WorkerId, Workers},
     upstream::OwnAddresses,
 };
 
@@ -42,6 +42,14 @@ impl Running {
     /// [`RuntimeError`] when one of them broke.
     pub async fn join(self) -> Result<(), RuntimeError> {
         self.workers.join().await
+    }
+
+    /// Ends when a worker has ended that nobody told to: part of the listeners are deaf then. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`RuntimeError`] when it broke.
+    pub async fn lost(&mut self) -> Result<WorkerId, RuntimeError> {
+        self.workers.lost().await
     }
 
     /// Open connections of clients.

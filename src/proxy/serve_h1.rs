@@ -6,188 +6,41 @@
 use std::{
     cell::{Cell, RefCell},
     future::poll_fn,
-    io::{self, IoSlice},
+    io,
     pin::{Pin, pin},
     rc::Rc,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
 };
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{BufMut, Bytes, BytesMut};
 use http::{Method, StatusCode, Version, header};
-use http_body::{Body as _, Frame, SizeHint};
-#[cfg(target_os = "linux")]
-use socket2::SockRef;
+use http_body::Body as _;
 use tokio::io::AsyncWrite;
-use tokio_util::io::poll_read_buf;
 
 use crate::{
     http1::{
-        self, BodyDecoder, Framing, HeadError, ParsedRequest, Piece, encode_headers,
-        encode_status_line,
+        self, BodyDecoder, Framing, HeadError, ParsedRequest, encode_headers, encode_status_line,
     },
-    net::{LANDING_BYTES, Stream},
+    net::Stream,
     proxy::{
-        flow::Flow,
         headers,
         record::Record,
         reject::{self, Rejection},
         story::Story,
         tunnel,
+        wire_h1::{FIRST_READ, Incoming, Wire, client_gone, first_read, poll_write_all},
         worker::{Answer, Call, Peer},
     },
     runtime::{Alarm, Guard, Phase, Turn},
-    wire::{self, Body, BodyError, Fields, Interim, NextFrame, Request, Response},
+    wire::{Body, BodyError, Fields, Interim, NextFrame, Request, Response},
 };
 
-/// What a read asks for at first.
-const FIRST_READ: usize = 8 * 1024;
-/// What the first read of a large body asks for.
-const LARGE_READ: usize = 128 * 1024;
-/// What a read of a large body asks for at most.
-const LARGEST_READ: usize = 512 * 1024;
 /// Bytes of a body that are copied behind the head, so that both leave in one packet.
 const SMALL_BODY: usize = 16 * 1024;
 /// A connection on which no request follows for this long gives its buffers back.
 const PARK_AFTER: std::time::Duration = std::time::Duration::from_millis(250);
-/// What a client may send ahead of its answer.
-const READ_AHEAD: usize = 64 * 1024;
 /// How long a connection that is being closed still listens, so that its last answer is not lost to a reset.
 const LINGER: std::time::Duration = std::time::Duration::from_secs(1);
-
-/// A connection, shared by its task and the body of the request it carries; both run in the same task.
-struct Wire {
-    stream: RefCell<Stream>,
-    read: RefCell<BytesMut>,
-    guard: Guard,
-    /// The body of the request of the moment.
-    decoder: RefCell<BodyDecoder>,
-    /// The client waits for `100 Continue`.
-    expects: Cell<bool>,
-    broken: Cell<bool>,
-    next_read: Cell<usize>,
-    limit: Option<u64>,
-    /// What moves of the exchange of the moment.
-    flow: Rc<Flow>,
-}
-
-impl Wire {
-    fn poll_fill(&self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        let mut read = self.read.borrow_mut();
-        let mut stream = self.stream.borrow_mut();
-        if self.next_read.get() <= LANDING_BYTES {
-            let count = ready!(stream.poll_land(cx, &mut read))?;
-            if count == LANDING_BYTES {
-                self.next_read.set(LANDING_BYTES * 2);
-            }
-            return Poll::Ready(Ok(count));
-        }
-        read.reserve(self.next_read.get());
-        let room = read.capacity() - read.len();
-        let count = ready!(poll_read_buf(Pin::new(&mut *stream), cx, &mut *read))?;
-        if count >= room {
-            self.next_read.set((self.next_read.get() * 2).min(LARGEST_READ));
-        }
-        Poll::Ready(Ok(count))
-    }
-
-    /// Has the kernel acknowledge what came: a client that sends head and body in two writes and leaves Nagle's algorithm
-    /// on (urllib3 does, towards a proxy) holds the second back until then, and the kernel would wait 40 ms.
-    fn acknowledge(&self) {
-        #[cfg(target_os = "linux")]
-        if let Err(error) = SockRef::from(self.stream.borrow().tcp()).set_tcp_quickack(true) {
-            tracing::trace!(%error, "the kernel acknowledges when it likes");
-        }
-    }
-
-    /// Tells the client that its body is welcome.
-    fn poll_continue(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
-        let mut stream = self.stream.borrow_mut();
-        let mut stream = Pin::new(&mut *stream);
-        let written = ready!(stream.as_mut().poll_write(cx, CONTINUE))?;
-        self.expects.set(false);
-        if written < CONTINUE.len() {
-            // A client that cannot take 25 bytes before its body is not worth a state of its own.
-            return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
-        }
-        stream.poll_flush(cx)
-    }
-}
-
-/// The body of the request that a connection carries.
-struct Incoming(Rc<Wire>);
-
-impl Incoming {
-    fn fail(&self, error: BodyError) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        self.0.broken.set(true);
-        Poll::Ready(Some(Err(error)))
-    }
-}
-
-impl http_body::Body for Incoming {
-    type Data = Bytes;
-    type Error = BodyError;
-
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let wire = &self.0;
-        if wire.broken.get() {
-            return Poll::Ready(Some(Err(BodyError::Incomplete)));
-        }
-        if wire.expects.get() && ready!(wire.poll_continue(cx)).is_err() {
-            return self.fail(BodyError::Incomplete);
-        }
-        loop {
-            let piece = wire.decoder.borrow_mut().next(&mut wire.read.borrow_mut());
-            match piece {
-                Ok(Piece::Data(data)) => {
-                    wire.flow.receive(data.len());
-                    let received = wire.flow.received();
-                    if let Some(limit) = wire.limit.filter(|limit| received > *limit) {
-                        return self.fail(BodyError::TooLarge { limit });
-                    }
-                    return Poll::Ready(Some(Ok(Frame::data(data))));
-                }
-                Ok(Piece::Trailers(trailers)) => {
-                    wire.flow.moved();
-                    return Poll::Ready(wire::trailers(trailers).map(Ok));
-                }
-                Ok(Piece::End) => {
-                    wire.flow.moved();
-                    return Poll::Ready(None);
-                }
-                Ok(Piece::More) => {}
-                Err(_framing) => return self.fail(BodyError::Framing),
-            }
-            match wire.poll_fill(cx) {
-                Poll::Ready(Ok(0) | Err(_)) => return self.fail(BodyError::Incomplete),
-                Poll::Ready(Ok(_)) => wire.flow.moved(),
-                Poll::Pending if wire.flow.poll_stalled(cx).is_pending() => return Poll::Pending,
-                Poll::Pending => return self.fail(BodyError::Stalled { limit: wire.flow.limit() }),
-            }
-        }
-    }
-
-    fn is_end_stream(&self) -> bool {
-        !self.0.broken.get() && self.0.decoder.borrow().is_done()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        match &*self.0.decoder.borrow() {
-            BodyDecoder::Length(left) => SizeHint::with_exact(*left),
-            BodyDecoder::Chunked(_) | BodyDecoder::UntilClose => SizeHint::default(),
-        }
-    }
-}
-
-impl Drop for Incoming {
-    /// Whoever gave it up does not wait for it any more.
-    fn drop(&mut self) {
-        self.0.flow.moved();
-    }
-}
 
 /// What came of waiting for a head.
 enum Head {
@@ -229,6 +82,8 @@ enum Afterwards {
 enum Broken {
     /// The client left, or took nothing for too long.
     Client,
+    /// The rest of the request's body cannot be carried; our code for it.
+    Request(&'static str),
     /// The endpoint broke off; our code for it.
     Endpoint(&'static str),
 }
@@ -254,6 +109,8 @@ pub(super) struct Connection {
     peer: Peer,
     alarm: RefCell<Alarm>,
     write: BytesMut,
+    /// A request was answered on it.
+    served: bool,
 }
 
 impl Connection {
@@ -274,10 +131,10 @@ impl Connection {
             expects: Cell::new(false),
             broken: Cell::new(false),
             next_read: Cell::new(FIRST_READ),
-            limit: limits.body_bytes,
+            limit: Cell::new(limits.body_bytes),
             flow: story.flow(),
         });
-        Self { wire, story, peer, alarm: RefCell::default(), write: BytesMut::new() }
+        Self { wire, story, peer, alarm: RefCell::default(), write: BytesMut::new(), served: false }
     }
 
     /// Serves requests until either side has had enough.
@@ -307,7 +164,8 @@ impl Connection {
         *wire.read.borrow_mut() = BytesMut::new();
         self.write = BytesMut::new();
         self.alarm.get_mut().stop();
-        wire.guard.arm(self.story.worker().limits().idle_timeout);
+        let limits = self.story.worker().limits();
+        wire.guard.arm(if self.served { limits.idle_timeout } else { limits.first_request() });
         poll_fn(|cx| {
             if self.story.end().reached(Phase::Drain) || wire.guard.poll_expired(cx).is_ready() {
                 return Poll::Ready(false);
@@ -340,6 +198,7 @@ impl Connection {
                     if self.finish(response, record, &asked).await == Afterwards::Close {
                         return Pause::Over;
                     }
+                    self.served = true;
                 }
             }
         }
@@ -354,7 +213,7 @@ impl Connection {
             Request { method: head.method, uri, version, fields, body: Body::Empty }
         });
         let asked = Asked { method, version, keep_alive: false };
-        self.wire.flow.restart();
+        self.wire.flow.restart(self.story.worker().limits().stall_timeout);
         let refused = self.story.refuse(rejection, request, &self.wire.flow);
         if let Answer::Response(response, record) = refused {
             self.finish(response, record, &asked).await;
@@ -412,6 +271,10 @@ impl Connection {
             return Err(Rejection::BadRequest("CONNECT is for the outbound port"));
         }
         let framing = http1::request_framing(head.version, &head.fields).map_err(refuse)?;
+        // What follows its head belongs to the tunnel (RFC 9110 §9.3.6): a body would be cut out of that.
+        if head.method == Method::CONNECT && framing != Framing::None {
+            return Err(Rejection::BadRequest("CONNECT has no body"));
+        }
         if let (Framing::Length(length), Some(limit)) = (framing, limits.body_bytes)
             && length > limit
         {
@@ -424,7 +287,8 @@ impl Connection {
     fn request(&self, head: ParsedRequest, framing: Framing) -> (Box<Request>, Asked) {
         let limits = self.story.worker().limits();
         let wire = &self.wire;
-        wire.flow.restart();
+        wire.flow.restart(limits.stall_timeout);
+        wire.limit.set(limits.body_bytes);
         wire.broken.set(false);
         wire.next_read.set(FIRST_READ);
         let waits = head.version == Version::HTTP_11
@@ -516,7 +380,7 @@ impl Connection {
         match written {
             Ok(()) => record.settle(),
             Err(Broken::Client) => return Afterwards::Close,
-            Err(Broken::Endpoint(code)) => {
+            Err(Broken::Request(code) | Broken::Endpoint(code)) => {
                 record.broke(code);
                 return Afterwards::Close;
             }
@@ -614,7 +478,7 @@ impl Connection {
                 },
                 None => break,
                 // The end must look like no end: without the last chunk the client knows that something is missing.
-                Some(Err(_broken)) => return Err(Broken::Endpoint(reject::UPSTREAM_RESET)),
+                Some(Err(error)) => return Err(self.culprit(&error)),
             }
         }
         match framing {
@@ -625,6 +489,14 @@ impl Connection {
             Framing::Length(_) | Framing::None | Framing::UntilClose => {}
         }
         Ok(self.flush(Bytes::new()).await?)
+    }
+
+    /// Whose fault it is that an answer's body broke off: with the upload that goes on beside it, it ends too.
+    fn culprit(&self, error: &BodyError) -> Broken {
+        if !self.wire.broken.get() {
+            return Broken::Endpoint(reject::UPSTREAM_RESET);
+        }
+        reject::body_code(error).map_or(Broken::Client, Broken::Request)
     }
 
     /// Waits for the next piece of the answer's body.
@@ -728,64 +600,9 @@ impl Connection {
     }
 }
 
-/// What the first read of a body asks for: all of it, within bounds.
-fn first_read(framing: Framing) -> usize {
-    match framing {
-        Framing::Length(length) => {
-            usize::try_from(length).unwrap_or(usize::MAX).clamp(FIRST_READ, LARGE_READ)
-        }
-        Framing::None | Framing::Chunked | Framing::UntilClose => FIRST_READ * 2,
-    }
-}
-
 /// Whether waiting for the rest of a request's body would keep an answer that is complete already.
 fn body_is_short(body: &Body) -> bool {
     !matches!(body, Body::Stream(_))
-}
-
-/// Writes the buffer and then `frame`, and flushes.
-fn poll_write_all(
-    stream: &mut Stream,
-    write: &mut BytesMut,
-    frame: &mut Bytes,
-    cx: &mut Context<'_>,
-) -> Poll<io::Result<()>> {
-    let mut stream = Pin::new(stream);
-    while write.has_remaining() || frame.has_remaining() {
-        let written = match (write.is_empty(), frame.is_empty()) {
-            (true, _) => ready!(stream.as_mut().poll_write(cx, frame))?,
-            (_, true) => ready!(stream.as_mut().poll_write(cx, write))?,
-            (false, false) => {
-                let slices = [IoSlice::new(write), IoSlice::new(frame)];
-                ready!(stream.as_mut().poll_write_vectored(cx, &slices))?
-            }
-        };
-        if written == 0 {
-            return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
-        }
-        let of_buffer = written.min(write.len());
-        write.advance(of_buffer);
-        frame.advance(written - of_buffer);
-    }
-    stream.poll_flush(cx)
-}
-
-/// Whether the client has closed the connection while its request is being answered. What it sends ahead is kept for
-/// later, up to a bound.
-fn client_gone(wire: &Wire, cx: &mut Context<'_>) -> bool {
-    if !wire.decoder.borrow().is_done() || wire.read.borrow().len() >= READ_AHEAD {
-        return false;
-    }
-    // The socket is asked first: the buffer is still shared with the head that came in it, so that reading now would
-    // mean another one.
-    while let Poll::Ready(Ok(())) = { wire.stream.borrow().poll_readable(cx) } {
-        match wire.poll_fill(cx) {
-            Poll::Ready(Ok(0) | Err(_)) => return true,
-            Poll::Ready(Ok(_)) if wire.read.borrow().len() < READ_AHEAD => {}
-            Poll::Ready(Ok(_)) | Poll::Pending => return false,
-        }
-    }
-    false
 }
 
 fn refuse(error: HeadError) -> Rejection {

@@ -106,9 +106,9 @@ pub struct App {
 pub struct Limits {
     /// Size of a head.
     pub head: HeadLimits,
-    /// Until a request's head is complete, and until a TLS handshake is.
+    /// Until a request's head is complete, until a TLS handshake is, and until the first request begins.
     pub header_timeout: Duration,
-    /// How long a connection may be unused.
+    /// How long a connection may be unused, once a request was answered on it.
     pub idle_timeout: Duration,
     /// How long a body may stall.
     pub stall_timeout: Duration,
@@ -118,6 +118,14 @@ pub struct Limits {
     pub connections: usize,
     /// Bytes of a request's body.
     pub body_bytes: Option<u64>,
+}
+
+impl Limits {
+    /// How long a connection may be open without a request: whoever connects wants something.
+    #[must_use]
+    pub(super) fn first_request(&self) -> Duration {
+        self.header_timeout.min(self.idle_timeout)
+    }
 }
 
 impl Default for Limits {

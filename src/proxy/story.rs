@@ -9,6 +9,7 @@ use crate::{
         inbound::Inbound,
         live::Live,
         outbound::Outbound,
+        record::Desk,
         reject::Rejection,
         walk::Walk,
         worker::{Answer, Call, Worker},
@@ -104,15 +105,24 @@ impl Story {
         request: Option<Request>,
         flow: &Rc<Flow>,
     ) -> Answer {
-        let desk = match self.direction {
-            Direction::Outbound => &self.worker.outbound_desk,
-            Direction::Inbound => &self.worker.inbound_desk,
-        };
         let walk = match request {
-            Some(mut request) => Walk::begin(desk, &mut request, flow),
-            None => Walk::unread(desk, flow),
+            Some(mut request) => Walk::begin(self.desk(), &mut request, flow),
+            None => Walk::unread(self.desk(), flow),
         };
         walk.end(Err(rejection))
+    }
+
+    /// A request whose client did not wait until somebody looked at it.
+    pub(super) fn missed(&self, mut request: Request, flow: &Rc<Flow>) {
+        // Dropped, and thereby settled.
+        let _walk = Walk::begin(self.desk(), &mut request, flow);
+    }
+
+    fn desk(&self) -> &Desk {
+        match self.direction {
+            Direction::Outbound => &self.worker.outbound_desk,
+            Direction::Inbound => &self.worker.inbound_desk,
+        }
     }
 
     /// Whether `CONNECT` means something here.

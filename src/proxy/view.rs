@@ -6,7 +6,7 @@
 use std::{
     cell::RefCell,
     collections::HashMap,
-    rc::Rc,
+    rc::{Rc, Weak},
     sync::{Arc, Mutex, PoisonError},
     thread::{self, ThreadId},
     time::Duration,
@@ -245,13 +245,6 @@ impl View {
     pub(super) fn names(&self) -> impl Iterator<Item = &ServiceName> {
         self.catalog.project.services.keys()
     }
-
-    /// Closes connections that are too old or unused for too long.
-    pub(super) fn prune(&self, now: Instant) {
-        for target in self.clusters.values().flat_map(|cluster| &cluster.targets) {
-            target.pool.prune(now);
-        }
-    }
 }
 
 /// Which service an authority or a host belongs to. A host that several services share, told apart by ports (on one
@@ -342,6 +335,8 @@ pub(super) struct Surveyor {
     pub registry: Arc<Registry>,
     /// The pools of the last view.
     pub pools: RefCell<HashMap<PoolKey, Rc<Pool>>>,
+    /// Every pool it made, as long as somebody uses it.
+    pub made: RefCell<Vec<Weak<Pool>>>,
     /// The series of the last view.
     pub series: RefCell<HashMap<ServiceName, Rc<Series>>>,
 }
@@ -613,7 +608,20 @@ impl Surveyor {
             }
         };
         let pool = PoolSettings { head: settings.limits.head, ..PoolSettings::default() };
-        Some(Pool::new(pool, protocol, connector))
+        Some(self.keep(Pool::new(pool, protocol, connector)))
+    }
+
+    fn keep(&self, pool: Rc<Pool>) -> Rc<Pool> {
+        self.made.borrow_mut().push(Rc::downgrade(&pool));
+        pool
+    }
+
+    /// Closes connections that are too old or unused for too long.
+    pub(super) fn prune(&self, now: Instant) {
+        let pools: Vec<_> = self.made.borrow().iter().filter_map(Weak::upgrade).collect();
+        pools.iter().for_each(|pool| pool.prune(now));
+        drop(pools);
+        self.made.borrow_mut().retain(|pool| pool.strong_count() > 0);
     }
 
     /// The path to an endpoint.
@@ -704,7 +712,7 @@ impl Surveyor {
         let prefer_h2 = app.origin.scheme() == Scheme::Https;
         let pool =
             PoolSettings { head: settings.limits.head, prefer_h2, ..PoolSettings::default() };
-        let pool = Pool::new(pool, app.protocol, connector);
+        let pool = self.keep(Pool::new(pool, app.protocol, connector));
         let endpoint = Endpoint {
             id: id.clone(),
             url: app.origin.clone(),

@@ -114,11 +114,6 @@ impl Outsiders {
         }
         self.known.insert(origin, (cluster, self.calls));
     }
-
-    /// All of them.
-    pub(super) fn clusters(&self) -> impl Iterator<Item = &Rc<Cluster>> {
-        self.known.values().map(|(cluster, _)| cluster)
-    }
 }
 
 impl Worker {

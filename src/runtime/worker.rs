@@ -1,6 +1,15 @@
 //! The data plane's threads: one single-threaded runtime each, tasks that never change thread.
 
-use std::{fmt, io, num::NonZeroUsize, panic::AssertUnwindSafe, thread};
+use std::{
+    fmt,
+    future::{Future, poll_fn},
+    io,
+    num::NonZeroUsize,
+    panic::AssertUnwindSafe,
+    pin::Pin,
+    task::Poll,
+    thread,
+};
 
 use futures_util::FutureExt;
 use rustix::process::{Resource, getrlimit};
@@ -113,6 +122,26 @@ impl Workers {
     #[must_use]
     pub fn count(&self) -> usize {
         self.threads.len()
+    }
+
+    /// Ends when a worker has, which one that is watched in this way was not told to; says which, and how. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Panicked`] when its own future panicked.
+    pub async fn lost(&mut self) -> Result<WorkerId, RuntimeError> {
+        poll_fn(|cx| {
+            let ended = self.ends.iter_mut().enumerate().find_map(|(index, (_, end))| {
+                match Pin::new(end).poll(cx) {
+                    Poll::Ready(end) => Some((index, end)),
+                    Poll::Pending => None,
+                }
+            });
+            let Some((index, end)) = ended else { return Poll::Pending };
+            // Asked once more it would panic.
+            let (worker, _end) = self.ends.swap_remove(index);
+            Poll::Ready(end.map(|()| worker).map_err(|_gone| RuntimeError::Panicked { worker }))
+        })
+        .await
     }
 
     /// Waits until all have ended by themselves.
@@ -239,6 +268,31 @@ mod tests {
         })
         .unwrap();
         assert!(matches!(workers.join().await, Err(RuntimeError::Panicked { .. })));
+    }
+
+    #[tokio::test]
+    async fn a_worker_that_ends_before_the_others_is_noticed_at_once() {
+        let (end, _) = tokio::sync::broadcast::channel::<()>(1);
+        let ends = end.clone();
+        let mut workers =
+            Workers::start(NonZeroUsize::new(3).unwrap(), "infrar", move |worker: WorkerId| {
+                let mut told = ends.subscribe();
+                async move {
+                    match worker.index() {
+                        0 => drop(told.recv().await),
+                        1 => {}
+                        _ => panic!("on purpose"),
+                    }
+                }
+            })
+            .unwrap();
+        let (first, second) = (workers.lost().await, workers.lost().await);
+        let ended = |it: &Result<WorkerId, RuntimeError>| matches!(it, Ok(WorkerId(1)));
+        assert!(ended(&first) != ended(&second), "{first:?} {second:?}");
+        assert!(first.is_err() != second.is_err(), "{first:?} {second:?}");
+        assert!(workers.lost().now_or_never().is_none());
+        end.send(()).unwrap();
+        workers.join().await.unwrap();
     }
 
     #[test]

@@ -92,6 +92,11 @@ pub const LEARNED_GRANTS: Name = counter(
 );
 /// Client connections.
 pub const CONNECTIONS: Name = gauge("infrar_connections", "Open connections of clients.");
+/// The same by `worker`, which counts from 0.
+pub const WORKER_CONNECTIONS: Name = gauge(
+    "infrar_worker_connections",
+    "Open connections of clients, by the worker that serves them.",
+);
 /// Age of the snapshot in use.
 pub const SNAPSHOT_AGE: Name = gauge(
     "infrar_snapshot_age_seconds",
@@ -186,6 +191,7 @@ pub const ALL: &[Name] = &[
     ENDPOINT_LATENCY,
     LEARNED_GRANTS,
     CONNECTIONS,
+    WORKER_CONNECTIONS,
     SNAPSHOT_AGE,
     SNAPSHOT_REVISION,
     DNS_LOOKUPS,

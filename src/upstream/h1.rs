@@ -423,10 +423,16 @@ impl http_body::Body for Incoming {
         let this = &mut *self;
         loop {
             let Some(exchange) = &mut this.exchange else { return Poll::Ready(None) };
-            if !matches!(exchange.upload, Upload::Done | Upload::Failed)
-                && let Poll::Ready(Err(_broken)) = exchange.poll_upload(cx)
-            {
-                exchange.upload = Upload::Failed;
+            if !matches!(exchange.upload, Upload::Done | Upload::Failed) {
+                match exchange.poll_upload(cx) {
+                    // Who breaks off a request has no use for its answer, and the peer must not wait for the rest.
+                    Poll::Ready(Err(SendError::RequestBody(error))) => {
+                        this.exchange = None;
+                        return Poll::Ready(Some(Err(error)));
+                    }
+                    Poll::Ready(Err(_write)) => exchange.upload = Upload::Failed,
+                    Poll::Ready(Ok(())) | Poll::Pending => {}
+                }
             }
             match this.decoder.next(&mut exchange.connection.read) {
                 Ok(Piece::Data(data)) => {

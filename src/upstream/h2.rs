@@ -19,7 +19,7 @@ use h2::{
     Ping, PingPong, RecvStream, SendStream,
     client::{Connection, ResponseFuture, SendRequest},
 };
-use http::{Request, Uri, Version, uri::Authority};
+use http::{HeaderMap, Request, Uri, Version, header::CONTENT_LENGTH, uri::Authority};
 use http_body::{Body as _, Frame, SizeHint};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -27,6 +27,7 @@ use tokio::{
 };
 
 use crate::{
+    http1::HeadError,
     net::Stream,
     runtime,
     upstream::{Awaited, ConnectError, Failure, Outgoing, Progress, Received, SendError},
@@ -446,11 +447,31 @@ pub(super) async fn send(
         }
         unseen(error)
     })?;
-    let (parts, stream) = response.into_parts();
+    let (mut parts, stream) = response.into_parts();
+    // Two lines of one name are rare, and that is known without looking for one.
+    if parts.headers.len() > parts.headers.keys_len() {
+        one_length(&mut parts.headers).map_err(|error| Failure { error, answered: true })?;
+    }
     let upload = exchange.upload.take();
     let body = Incoming { stream, upload, trailers: false, seat };
     let body = gather(body).await;
     Ok(Received::Response(Response { status: parts.status, fields: parts.headers.into(), body }))
+}
+
+/// Leaves one `content-length` of several that say the same (RFC 9110 §8.6); `h2` holds the peer to the first.
+fn one_length(headers: &mut HeaderMap) -> Result<(), SendError> {
+    let mut lengths = headers.get_all(CONTENT_LENGTH).iter();
+    let first = lengths.next().cloned();
+    match (first, lengths.next()) {
+        (Some(first), Some(second)) => {
+            if *second != first || lengths.any(|other| *other != first) {
+                return Err(SendError::BadResponse(HeadError::Length));
+            }
+            headers.insert(CONTENT_LENGTH, first);
+            Ok(())
+        }
+        (_, None) | (None, _) => Ok(()),
+    }
 }
 
 /// The request line and headers as HTTP/2 sends them.
@@ -522,9 +543,13 @@ impl http_body::Body for Incoming {
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = &mut *self;
         if let Some(upload) = &mut this.upload
-            && upload.poll(cx).is_ready()
+            && let Poll::Ready(ended) = upload.poll(cx)
         {
             this.upload = None;
+            // Who breaks off a request has no use for its answer; the peer has been told.
+            if let Err(SendError::RequestBody(error)) = ended {
+                return Poll::Ready(Some(Err(error)));
+            }
         }
         if !this.trailers {
             match ready!(this.stream.poll_data(cx)) {

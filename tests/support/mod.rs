@@ -153,6 +153,14 @@ impl Infrar {
         matches!(self.child.try_wait(), Ok(None))
     }
 
+    /// What it holds of the machine's memory right now, in KiB.
+    pub(crate) fn memory(&self) -> u64 {
+        let id = self.child.id().expect("it runs");
+        let status = fs::read_to_string(format!("/proc/{id}/status")).expect("our own child");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a line");
+        line.trim().trim_end_matches(" kB").parse().expect("a number")
+    }
+
     /// Sends a signal by the shell's name of it.
     pub(crate) fn signal(&self, name: &str) {
         let id = self.child.id().expect("it runs").to_string();

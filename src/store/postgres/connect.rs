@@ -67,7 +67,10 @@ impl Connect for Way {
         let config = config.clone();
         Box::pin(async move {
             let (client, connection) = config.connect(self.tls.clone()).await?;
-            // Not through the supervisor: it ends with its client, and the pool wants to hold it.
+            #[expect(
+                clippy::disallowed_methods,
+                reason = "the task ends with its client, and the pool wants to hold it"
+            )]
             let task = self.side.spawn(async move {
                 if let Err(error) = connection.await {
                     tracing::debug!(%error, "a connection to the database broke");
