@@ -186,6 +186,12 @@ pub struct TlsFiles {
     pub key_file: PathBuf,
 }
 
+/// Where the registry is kept when nobody says.
+#[must_use]
+pub fn usual_store(data_dir: &Path) -> Location {
+    Location::Sqlite(data_dir.join("registry.db"))
+}
+
 /// What the control plane needs.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -223,7 +229,7 @@ impl Settings {
             listen,
             public_url: None,
             tls: None,
-            store: Location::Sqlite(data_dir.join("registry.db")),
+            store: usual_store(&data_dir),
             data_dir,
             token_lifetime: usual.lifetime,
             key_lead: usual.lead,
