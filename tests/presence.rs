@@ -231,3 +231,55 @@ async fn the_host_of_another_service_is_refused_and_the_log_says_so_once() {
     assert_eq!(stage.endpoints().await.unwrap(), []);
     assert_eq!(line(&thief.infrar.log()), 1, "{log}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_kept_snapshot_that_is_not_what_was_written_is_refused_by_name() {
+    use std::os::unix::fs::PermissionsExt;
+    let mut stage = Stage::open().await;
+    let app = Origin::plain("here").await;
+    let _callee = stage.callee("one", app.at, None).await;
+    stage.is_answered_by("here").await;
+    let kept = || {
+        let entries = std::fs::read_dir(stage.folder.path("caller")).unwrap();
+        entries.map(|entry| entry.unwrap().path()).filter(|path| path.is_file()).collect::<Vec<_>>()
+    };
+    let holds = |what: &str| {
+        kept().iter().any(|path| path.file_name().unwrap().to_string_lossy().starts_with(what))
+    };
+    until("all is kept", async || holds("snapshot") && holds("tokens")).await;
+    for path in kept() {
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o077, 0, "{} is for its owner alone", path.display());
+    }
+    stage.plane.kill().await;
+    stage.caller.kill().await;
+    // Whoever edits it, to send calls elsewhere, finds it refused.
+    let snapshot = "caller/snapshot.json";
+    let before = stage.folder.read(snapshot);
+    assert!(before.contains("127.0.0.1"), "{before}");
+    stage.folder.write(snapshot, &before.replace("127.0.0.1", "127.0.0.2"));
+    stage.caller = Pair::start_proxy(&stage.folder, "caller");
+    until("it is refused", async || stage.caller.log().contains("a kept file is not used")).await;
+    let log = stage.caller.log();
+    let line = log.lines().find(|line| line.contains("a kept file is not used")).unwrap();
+    assert!(line.contains("snapshot.json") && line.contains("damaged"), "{line}");
+    assert_ne!(get(stage.out, "data", "/").await.status(), 200, "{log}");
+    // As it was, it serves.
+    stage.caller.kill().await;
+    stage.folder.write(snapshot, &before);
+    stage.caller = Pair::start_proxy(&stage.folder, "caller");
+    stage.is_answered_by("here").await;
+    // And it may be too old for whoever says so.
+    stage.caller.kill().await;
+    let settings = stage.folder.read("caller.yaml");
+    stage.folder.write(
+        "caller.yaml",
+        &settings.replace("state_dir: caller", "state_dir: caller, max_snapshot_age: 1s"),
+    );
+    tokio::time::sleep(Duration::from_millis(1_100)).await;
+    stage.caller = Pair::start_proxy(&stage.folder, "caller");
+    until("it is refused", async || {
+        stage.caller.log().contains("older than control.max_snapshot_age allows")
+    })
+    .await;
+}

@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::{FutureExt, future::BoxFuture};
 use http::StatusCode;
 use infrar::{
     api::{
@@ -17,10 +18,12 @@ use infrar::{
         Patch, ProxyReport, Registration, Source, Told, Watch,
     },
     control::{Control, Identities, Identity, Running, Settings},
+    discovery::{self, Directory, Passes},
     model::{
         AuthMethod, EndpointId, EndpointState, Enforcement, NetworkMode, Networking, Project,
         Service, ServiceName,
     },
+    runtime::{Supervisor, open_files},
 };
 use secrecy::SecretString;
 use tokio::time::{sleep, timeout};
@@ -392,4 +395,109 @@ async fn requests_that_make_no_sense_are_told_what_would() {
     )
     .await;
     assert_eq!(status, StatusCode::PRECONDITION_FAILED);
+}
+
+#[tokio::test]
+async fn a_watcher_that_falls_behind_is_told_so_and_is_right_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let plane = Plane::start(folder.path()).await;
+    // It opens the stream and reads nothing, while more is told than is kept for those who are behind.
+    let mut watch = plane.watch().await;
+    let mut project = project();
+    for round in 0..700_u32 {
+        let services = (0..40).map(|n| {
+            let service = service(&format!("{}-{round}.s{n}.example", "x".repeat(50)));
+            (name(&format!("s{n}")), service)
+        });
+        project.services.extend(services);
+        plane.running.replace(project.clone(), &identities()).await.unwrap();
+    }
+    let end = plane.catalog().await;
+    let (mut changes, mut resyncs, mut seen) = (0, 0, 1);
+    while seen < end.revision {
+        match timeout(LONG, watch.next()).await.unwrap().unwrap().unwrap() {
+            Told::Change(change) => {
+                assert_eq!(change.revision, seen + 1, "a gap that nobody told of");
+                (seen, changes) = (change.revision, changes + 1);
+            }
+            Told::Resync(standing) => (seen, resyncs) = (standing.revision, resyncs + 1),
+            Told::Current(standing) => assert_eq!(standing.revision, seen),
+        }
+    }
+    assert_eq!(resyncs, 1, "after {changes} changes");
+    // What it is told from here on follows on what it fetches now.
+    let mut caught_up = plane.catalog().await;
+    plane.register("late", &registration("https://late.data.example")).await.unwrap();
+    match timeout(LONG, watch.next()).await.unwrap().unwrap().unwrap() {
+        Told::Change(change) => caught_up = change.apply(&caught_up).unwrap(),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(caught_up, plane.catalog().await);
+}
+
+/// The same bearer for ever.
+struct Pass(SecretString);
+
+impl Passes for Pass {
+    fn bearer(
+        &self,
+    ) -> BoxFuture<'static, Result<SecretString, Box<dyn std::error::Error + Send + Sync>>> {
+        std::future::ready(Ok(self.0.clone())).boxed()
+    }
+
+    fn refused(&self, _: &SecretString) {}
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thousand_that_come_back_at_once_are_caught_up_within_five_seconds() {
+    let folder = tempfile::tempdir().unwrap();
+    // Both ends of each connection are in this process, and a control plane takes half of its connections from one address.
+    let count = (open_files() / 4).min(1000);
+    let start = async |listen: SocketAddr, project: Project| {
+        let settings = Settings {
+            connections: 4 * count,
+            ..Settings::new(listen, folder.path().join("data"))
+        };
+        Control::start(settings, Some((project, identities()))).await.unwrap()
+    };
+    let running = start((Ipv4Addr::LOCALHOST, 0).into(), project()).await;
+    let at = running.local_addr();
+    let client = client(&running);
+    let data = Credential { client_id: name("data"), secret: "data".to_owned().into() };
+    let bearer = client.token(&data, CONTROL_AUDIENCE, None).await.unwrap().access_token;
+    let supervisor = Supervisor::new(tokio::runtime::Handle::current());
+    let passes = Arc::new(Pass(bearer));
+    let directories: Vec<Arc<Directory>> = (0..count).map(|_| Arc::default()).collect();
+    for directory in &directories {
+        let following =
+            discovery::Registry::new(client.clone(), passes.clone(), Arc::clone(directory));
+        supervisor.spawn_until_end("follower", following.follow());
+    }
+    let all_have = async |revision| {
+        let mut arrived = Vec::new();
+        for directory in &directories {
+            let mut changes = directory.changes();
+            while directory.load().is_none_or(|catalog| catalog.revision < revision) {
+                timeout(LONG, changes.changed()).await.unwrap().unwrap();
+            }
+            arrived.push(tokio::time::Instant::now());
+        }
+        arrived
+    };
+    all_have(1).await;
+    // A change reaches all.
+    let mut edited = project();
+    edited.services.remove("reports");
+    let begun = tokio::time::Instant::now();
+    running.replace(edited.clone(), &identities()).await.unwrap();
+    all_have(2).await;
+    eprintln!("a change at the last of {count}: {:?}", begun.elapsed());
+
+    running.shutdown().await;
+    edited.services.insert(name("late"), Arc::default());
+    let _running = start(at, edited).await;
+    let begun = tokio::time::Instant::now();
+    all_have(3).await;
+    eprintln!("caught up, the last of {count}: {:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
 }

@@ -36,7 +36,7 @@ use infrar::{
     },
     control::{Control, Running, Settings},
     discovery::{self, Directory, Passes},
-    runtime::Supervisor,
+    runtime::{Clock, Supervisor},
 };
 use secrecy::SecretString;
 use support::{Folder, Infrar, free_ports, until};
@@ -307,8 +307,14 @@ async fn a_replica_that_dies_under_load_costs_nobody_a_change() {
 
 /// A control plane in this process on that database.
 async fn plane(folder: &Path, name: &str, store: &str) -> Running {
+    plane_by(Clock::system(), folder, name, store).await
+}
+
+/// The same by another clock.
+async fn plane_by(clock: Clock, folder: &Path, name: &str, store: &str) -> Running {
     let mut settings = Settings::new((Ipv4Addr::LOCALHOST, 0).into(), folder.join(name));
     settings.store = store.parse().unwrap();
+    settings.clock = clock;
     settings.public_url = Some("http://127.0.0.1:9".parse().unwrap());
     let file = infrar::config::load_project(&folder.join("project.yaml")).unwrap();
     Control::start(settings, Some((file.project, file.identities))).await.unwrap()
@@ -395,4 +401,45 @@ async fn a_database_that_dies_in_mid_write_loses_nothing_that_was_acknowledged()
     let (data, id) = ("data".parse().unwrap(), wanted.first().unwrap().parse().unwrap());
     let (answer, _) = client.endpoint(&pass, &data, &id).await.unwrap();
     assert!(answer.expires_in.unwrap() > 200, "{answer:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_whose_clock_is_minutes_off_ends_no_lease_and_keeps_none() {
+    let Some(server) = shared() else { return };
+    let store = server.url(&server.new_database_name().await);
+    let folder = folder();
+    let right = plane(&folder.path(""), "right", &store).await;
+    let ahead = Clock::starting_at(Clock::system().now() + Duration::from_mins(5));
+    let ahead = plane_by(ahead, &folder.path(""), "ahead", &store).await;
+    let (right, ahead) = (client(&[right.local_addr()]), client(&[ahead.local_addr()]));
+    let pass = bearer(&right, "data", "the callee's secret").await;
+    let data = "data".parse().unwrap();
+    let [one, two] = ["one", "two"].map(|id| id.parse().unwrap());
+    let short = Registration { ttl_seconds: 5, ..registration(1) };
+    right.register(&pass, &data, &one, &short).await.unwrap();
+    ahead
+        .register(&pass, &data, &two, &Registration { ttl_seconds: 5, ..registration(2) })
+        .await
+        .unwrap();
+    let begun = std::time::Instant::now();
+    // One is looked after, at either replica in turn; the other is not.
+    while begun.elapsed() < Duration::from_secs(8) {
+        for client in [&right, &ahead] {
+            client.heartbeat(&pass, &data, &one).await.unwrap();
+            let left = client.endpoint(&pass, &data, &one).await.unwrap().0.expires_in;
+            assert!(left.is_some_and(|left| (3..=5).contains(&left)), "{left:?}");
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+        let there = client_ids(&ahead, &pass).await;
+        assert!(there.contains("one"));
+        let early = begun.elapsed() < Duration::from_secs(3);
+        assert!(!early || there.contains("two"), "gone after {:?}", begun.elapsed());
+    }
+    for client in [&right, &ahead] {
+        until("only one is left", async || client_ids(client, &pass).await.len() == 1).await;
+    }
+}
+
+async fn client_ids(client: &Client, bearer: &SecretString) -> BTreeSet<String> {
+    ids(&client.catalog(bearer, None).await.unwrap().unwrap().0)
 }
