@@ -25,7 +25,7 @@ use infrar::{
     model::EndpointState,
 };
 use secrecy::SecretString;
-use support::{Folder, Infrar, Origin, Pair, free_ports, get, until};
+use support::{Folder, Infrar, Origin, Pair, free_ports, get, readyz, until};
 
 /// Services without an endpoint in the project: whoever is one says so.
 const PROJECT: &str = "project: shop\nservices:\n  data: { scopes: [use] }\n  reports:\n    scopes: [use]\n    endpoints: \
@@ -40,6 +40,7 @@ struct Stage {
     plane: Infrar,
     out: SocketAddr,
     caller: Infrar,
+    caller_admin: SocketAddr,
     client: Client,
     bearer: SecretString,
 }
@@ -76,7 +77,7 @@ impl Stage {
             secret: "the caller's secret".to_owned().into(),
         };
         let bearer = client.token(&who, CONTROL_AUDIENCE, None).await.unwrap().access_token;
-        Self { folder, control, plane, out, caller, client, bearer }
+        Self { folder, control, plane, out, caller, caller_admin: admin, client, bearer }
     }
 
     /// Starts a sidecar of `data` that advertises `url`, or, without one, where it listens.
@@ -263,11 +264,13 @@ async fn a_kept_snapshot_that_is_not_what_was_written_is_refused_by_name() {
     let log = stage.caller.log();
     let line = log.lines().find(|line| line.contains("a kept file is not used")).unwrap();
     assert!(line.contains("snapshot.json") && line.contains("damaged"), "{line}");
-    assert_ne!(get(stage.out, "data", "/").await.status(), 200, "{log}");
+    until("it answers", async || readyz(stage.caller_admin).await.is_some()).await;
+    assert_ne!(readyz(stage.caller_admin).await, Some(200), "{log}");
     // As it was, it serves.
     stage.caller.kill().await;
     stage.folder.write(snapshot, &before);
     stage.caller = Pair::start_proxy(&stage.folder, "caller");
+    stage.caller.ready(stage.caller_admin).await;
     stage.is_answered_by("here").await;
     // And it may be too old for whoever says so.
     stage.caller.kill().await;

@@ -33,7 +33,7 @@ class Process:
         self.p = sp.Popen([BIN, *arguments], stdout=self.log, stderr=self.log); STARTED.append(self)
         while True:
             try:
-                s = socket.create_connection(("127.0.0.1", ready)); s.sendall(b"GET /readyz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+                s = socket.create_connection(("127.0.0.1", ready)); s.sendall(f"GET /readyz HTTP/1.1\r\nhost: 127.0.0.1:{ready}\r\nconnection: close\r\n\r\n".encode())
                 if s.recv(12).endswith(b"200"): break
             except OSError: pass
             if self.p.poll() is not None or time.monotonic() - begun > 60: sys.exit(open(self.log.name).read()[-2000:])
