@@ -237,9 +237,7 @@ async fn answer(
         }
     };
     join_cookies(&mut parts.headers);
-    if headers::list(parts.headers.get_all(header::EXPECT).iter(), "100-continue") {
-        upload.welcome.set(Welcome::Awaited);
-    }
+    upload.expected(&parts.headers);
     let incoming = Incoming::new(stream, (&flow, &upload), (limits.body_bytes, length));
     let body = gather(incoming).await;
     let interim = Interim::default();
@@ -341,6 +339,13 @@ struct Upload {
 }
 
 impl Upload {
+    /// Looks whether the client waits to be told that its body is welcome.
+    fn expected(&self, headers: &HeaderMap) {
+        if headers::list(headers.get_all(header::EXPECT).iter(), "100-continue") {
+            self.welcome.set(Welcome::Awaited);
+        }
+    }
+
     /// Nobody reads any more of the body.
     fn leave(&self, stream: RecvStream) {
         if !stream.is_end_stream() {
