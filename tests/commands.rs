@@ -460,7 +460,7 @@ async fn an_endpoint_is_registered_kept_drained_and_removed_by_hand_and_each_ste
     let mut keep = Infrar::start(&plane.folder, "keep", &keep);
     let is_there = || plane.says(&["services", "show", "data"]).contains("east.data.example");
     until("it is there", async || is_there()).await;
-    let begun = std::time::Instant::now();
+    let begun = tokio::time::Instant::now();
     while begun.elapsed() < std::time::Duration::from_secs(7) {
         assert!(is_there(), "{}", keep.log());
         tokio::time::sleep(std::time::Duration::from_millis(200)).await;

@@ -17,7 +17,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use infrar::{
@@ -26,6 +26,7 @@ use infrar::{
 };
 use secrecy::SecretString;
 use support::{Folder, Infrar, Origin, Pair, free_ports, get, readyz, until};
+use tokio::time::Instant;
 
 /// Services without an endpoint in the project: whoever is one says so.
 const PROJECT: &str = "project: shop\nservices:\n  data: { scopes: [use] }\n  reports:\n    scopes: [use]\n    endpoints: \

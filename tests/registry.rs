@@ -1,6 +1,12 @@
 //! Stories of the registry: endpoints come, are looked after and go; every change is told as what it changes; and what
 //! cannot be is refused with its reason.
-#![expect(clippy::unwrap_used, clippy::panic, reason = "the helpers of a test may fail it")]
+#![expect(
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    clippy::wildcard_enum_match_arm,
+    reason = "a story may fail"
+)]
 
 use std::{
     collections::BTreeMap,
