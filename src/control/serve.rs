@@ -304,7 +304,7 @@ impl Control {
         supervisor.spawn_until_end("control-accept", door.open(listener));
         let revision = shared.registry.current().revision;
         tracing::info!(%local_addr, issuer, revision, "the control plane answers");
-        Ok(Running { local_addr, issuer, shared, supervisor, data_dir, first_admin })
+        Ok(Running { local_addr, issuer, shared, supervisor, data_dir, first_admin, store })
     }
 }
 
@@ -337,6 +337,7 @@ pub struct Running {
     shared: Arc<Shared>,
     supervisor: Supervisor,
     first_admin: Option<SecretString>,
+    store: Store,
     #[expect(dead_code, reason = "the directory is ours until this is dropped")]
     data_dir: fs::File,
 }
@@ -419,6 +420,7 @@ impl Running {
                 "the control plane ended late"
             );
         }
+        self.store.clone().close().await;
     }
 }
 
