@@ -139,9 +139,12 @@ fn share(catalog: &mut Catalog, known: Option<&Catalog>) {
     }
 }
 
-/// Many endpoints are in few places, and a list that was read has room for more.
+/// Many endpoints are in few places, and a list that was read has room for more. It is moved because allocators leave a
+/// block that shrinks where it is.
 fn condense(service: &mut Service, places: &mut HashSet<Place>) {
-    service.endpoints.shrink_to_fit();
+    let mut exact = Vec::with_capacity(service.endpoints.len());
+    exact.append(&mut service.endpoints);
+    service.endpoints = exact;
     for endpoint in &mut service.endpoints {
         match places.get(&endpoint.place) {
             Some(known) => endpoint.place.clone_from(known),

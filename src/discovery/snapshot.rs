@@ -66,7 +66,8 @@ struct Hosts {
 impl Hosts {
     fn of(project: &Project) -> Self {
         let hasher = RandomState::default();
-        let mut owners = HashMap::<u64, ServiceName, RandomState>::default();
+        let endpoints = project.services.values().map(|service| service.endpoints.len()).sum();
+        let mut owners = HashMap::with_capacity_and_hasher(endpoints, RandomState::default());
         // Hosts without their port, where one is written: whoever has it as a whole authority comes first.
         let mut alone = HashMap::<u64, Option<ServiceName>, RandomState>::default();
         let mut text = String::new();
@@ -91,7 +92,6 @@ impl Hosts {
                 owners.entry(host).or_insert(owner);
             }
         }
-        owners.shrink_to_fit();
         Self { hasher, owners }
     }
 
