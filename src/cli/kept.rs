@@ -39,6 +39,10 @@ const TOKENS: &str = "tokens";
 
 /// How often it is noted that the snapshot is still current, at most.
 const NOTE_EVERY: Duration = Duration::from_secs(60);
+/// How often a large snapshot is written, at most.
+const WRITE_EVERY: Duration = Duration::from_secs(5);
+/// How many bytes are large.
+const LARGE: usize = 1024 * 1024;
 
 /// Reads what an earlier run has kept, and keeps what comes.
 pub(super) struct Keeper {
@@ -130,7 +134,18 @@ fn usable<T>(found: Result<Option<T>, StateFault>) -> Option<T> {
     })
 }
 
-/// Keeps each new snapshot, and notes now and then that the last one is still current.
+/// What keeping the snapshot has to do next.
+enum Due {
+    /// There is another one.
+    Changed,
+    /// The last one was put off for long enough.
+    PutOff,
+    /// The one on disk is still current.
+    Confirmed,
+}
+
+/// Keeps each new snapshot, and notes now and then that the last one is still current. Of a large one that keeps
+/// changing, the last is written when the one before it has lain there for a while.
 fn keep_snapshot(
     state: State,
     directory: Arc<Directory>,
@@ -142,32 +157,46 @@ fn keep_snapshot(
     // Well within the age that is allowed, or a snapshot could be too old although it was just confirmed.
     let pause = NOTE_EVERY.min(oldest / 8);
     async move {
-        let mut next = Instant::now();
+        let (mut next, mut next_large) = (Instant::now(), Instant::now());
+        let mut put_off = false;
         loop {
             let confirmed = async {
                 sleep_until(next).await;
                 confirmations.changed().await
             };
             // In this order: what is confirmed is the snapshot in force, which must be on disk before.
-            let changed = tokio::select! {
+            let due = tokio::select! {
                 biased;
-                told = changes.changed() => told.map(|()| true),
-                told = confirmed => told.map(|()| false),
+                () = sleep_until(next_large), if put_off => Ok(Due::PutOff),
+                told = changes.changed() => told.map(|()| Due::Changed),
+                told = confirmed, if !put_off => told.map(|()| Due::Confirmed),
             };
-            let (Ok(changed), Some(catalog)) = (changed, directory.base()) else { continue };
-            match &seal {
-                Some(seal) if !changed => {
+            let (Ok(due), Some(catalog)) = (due, directory.base()) else { continue };
+            match (&seal, due) {
+                (Some(seal), Due::Confirmed) => {
                     confirm(&state, seal.clone(), directory.age().unwrap_or_default()).await;
                 }
+                (_, Due::Changed) if Instant::now() < next_large && is_large(&catalog) => {
+                    put_off = true;
+                    continue;
+                }
                 // Also what could not be written when it came.
-                Some(_) | None => {
-                    let origin = Origin::of(&catalog);
-                    seal = keep(&state, SNAPSHOT, (*catalog).clone(), origin).await;
+                (_, Due::Changed | Due::PutOff | Due::Confirmed) => {
+                    put_off = false;
+                    seal = keep_catalog(&state, catalog).await;
+                    next_large = Instant::now() + WRITE_EVERY;
                 }
             }
             next = Instant::now() + pause;
         }
     }
+}
+
+/// Whether a snapshot is large once it is written, as far as that can be told without doing it.
+fn is_large(catalog: &Catalog) -> bool {
+    let services = catalog.project.services.values();
+    // What a service and an endpoint come to when they say little.
+    services.map(|service| 600 + 250 * service.endpoints.len()).sum::<usize>() > LARGE
 }
 
 /// Keeps keys and tokens on disk as they come, once it is known whose they are. `lying` is what lies there.
@@ -211,6 +240,11 @@ async fn keep_secrets(
             Ok(()) = followed.changed() => {}
         }
     }
+}
+
+async fn keep_catalog(state: &State, catalog: Arc<Catalog>) -> Option<Seal> {
+    let state = state.clone();
+    write(move || state.keep(SNAPSHOT, &*catalog, &Origin::of(&catalog))).await
 }
 
 async fn keep<T>(state: &State, name: &'static str, content: T, origin: Origin) -> Option<Seal>
@@ -350,6 +384,40 @@ mod tests {
         sleep(Duration::from_secs(60)).await;
         // The last confirmation counts from when it came, not from when it was noted.
         assert_eq!(runs.keeper().snapshot().unwrap().1.as_secs(), 61);
+    }
+
+    /// The snapshot of a project that is large when written.
+    fn large(revision: u64) -> Catalog {
+        let mut catalog = catalog(revision);
+        let service = Arc::<crate::model::Service>::default();
+        let names = (0..2000).map(|number| format!("service-{number}").parse().unwrap());
+        catalog.project.services = names.map(|name| (name, Arc::clone(&service))).collect();
+        catalog
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_large_snapshot_that_keeps_changing_is_written_now_and_then_and_at_last() {
+        let runs = Runs::new();
+        let (directory, _running, _) = runs.start();
+        let on_disk = || runs.keeper().snapshot().map(|(catalog, _)| catalog.revision);
+        directory.publish(large(1));
+        sleep(Duration::from_secs(1)).await;
+        assert_eq!(on_disk(), Some(1), "the first is written at once");
+        for revision in 2..=4 {
+            directory.publish(large(revision));
+            directory.confirm();
+            sleep(Duration::from_secs(1)).await;
+        }
+        assert_eq!(on_disk(), Some(1));
+        sleep(Duration::from_secs(3)).await;
+        assert_eq!(on_disk(), Some(4), "the last is written soon");
+        directory.publish(large(5));
+        sleep(Duration::from_secs(1)).await;
+        directory.publish(catalog(6));
+        sleep(Duration::from_secs(1)).await;
+        assert_eq!(on_disk(), Some(6), "one that is not large is written at once");
+        sleep(Duration::from_secs(10)).await;
+        assert_eq!(on_disk(), Some(6));
     }
 
     #[tokio::test(start_paused = true)]

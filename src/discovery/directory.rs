@@ -9,13 +9,16 @@ use std::{
 use arc_swap::ArcSwapOption;
 use tokio::{sync::watch, time::Instant};
 
-use super::overlay::{Layer, Layers};
+use super::{
+    overlay::{Layer, Layers, is_same},
+    snapshot::Snapshot,
+};
 use crate::api::Catalog;
 
 /// The snapshot of the moment, and when it was last confirmed.
 #[derive(Debug)]
 pub struct Directory {
-    current: ArcSwapOption<Catalog>,
+    current: ArcSwapOption<Snapshot>,
     layers: Mutex<Layers>,
     changes: watch::Sender<u64>,
     base_changes: watch::Sender<u64>,
@@ -40,6 +43,12 @@ impl Directory {
     /// The snapshot, once there is one.
     #[must_use]
     pub fn load(&self) -> Option<Arc<Catalog>> {
+        self.current.load().as_ref().map(|snapshot| Arc::clone(snapshot.catalog()))
+    }
+
+    /// The same with what is derived from it.
+    #[must_use]
+    pub fn snapshot(&self) -> Option<Arc<Snapshot>> {
         self.current.load_full()
     }
 
@@ -111,9 +120,12 @@ impl Directory {
         if !edit(&mut layers) {
             return false;
         }
-        let composed = layers.composed();
-        if composed.as_deref() != self.current.load().as_deref() {
-            self.current.store(composed);
+        let before = self.current.load_full();
+        let known = before.as_ref().map(|snapshot| snapshot.catalog());
+        let Some(composed) = layers.composed(known) else { return true };
+        if known.is_none_or(|known| !is_same(known, &composed)) {
+            let next = Snapshot::after(before.as_deref(), composed);
+            self.current.store(Some(Arc::new(next)));
             self.changes.send_modify(|count| *count += 1);
         }
         true

@@ -10,6 +10,7 @@ mod lookup;
 mod overlay;
 mod presence;
 mod registry;
+mod snapshot;
 mod source;
 mod state;
 
@@ -18,5 +19,6 @@ pub use dns::{DnsKind, DnsSettings, DnsStats};
 pub use overlay::{Deployment, Found, Layer};
 pub use presence::{Advertisement, AskReady, AskServed, Introduction, Presence};
 pub use registry::{Passes, Registry};
+pub use snapshot::Snapshot;
 pub use source::{Report, Source, Sources};
 pub use state::{Origin, Seal, State, StateFault, Stored};

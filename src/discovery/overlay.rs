@@ -3,6 +3,9 @@
 //! A source says which endpoints a service has; everything else about the service (scopes, time-outs, who may call it)
 //! stays what the snapshot says. Where several sources speak of one service, it has the endpoints of all of them. A
 //! service that the snapshot does not know is not made up: nobody would be permitted to call it.
+//!
+//! A service that did not change is the same object in the next snapshot, wherever that comes from: whoever derives
+//! something from it sees by that what to keep, and a large project is in memory once.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -15,7 +18,7 @@ use tokio_util::sync::DropGuard;
 use super::directory::Directory;
 use crate::{
     api::Catalog,
-    model::{Endpoint, ServiceName},
+    model::{Endpoint, Place, Project, Service, ServiceName},
 };
 
 /// Which endpoints a source found, by service.
@@ -47,8 +50,9 @@ impl Layers {
     }
 
     /// Puts another base in force; `false` when it is none.
-    pub(super) fn lay(&mut self, catalog: Catalog) -> bool {
-        if self.base.as_deref() == Some(&catalog) {
+    pub(super) fn lay(&mut self, mut catalog: Catalog) -> bool {
+        share(&mut catalog, self.base.as_deref());
+        if self.base.as_ref().is_some_and(|base| is_same(base, &catalog)) {
             return false;
         }
         self.base = Some(Arc::new(catalog));
@@ -84,8 +88,8 @@ impl Layers {
         self.over.remove(&id).is_some()
     }
 
-    /// What is in force. Without anything over it, that is the base itself and nothing is copied.
-    pub(super) fn composed(&mut self) -> Option<Arc<Catalog>> {
+    /// What is in force, after `before`. Without anything over it, that is the base itself and nothing is copied.
+    pub(super) fn composed(&mut self, before: Option<&Arc<Catalog>>) -> Option<Arc<Catalog>> {
         let base = self.base.as_ref()?;
         let found = merged(self.over.values().flatten());
         let strangers: BTreeSet<_> =
@@ -101,17 +105,72 @@ impl Layers {
         } else {
             let mut catalog = Catalog::clone(base);
             for (name, deployment) in found {
-                if let Some(service) = catalog.project.services.get_mut(&name) {
-                    let service = Arc::make_mut(service);
-                    service.endpoints = deployment.endpoints;
-                    service.absence = deployment.absence;
-                }
+                let Some(service) = catalog.project.services.get_mut(&name) else { continue };
+                let Deployment { endpoints, absence } = deployment;
+                let next = Service { endpoints, absence, ..Service::clone(service) };
+                let known = before.and_then(|before| before.project.services.get(&name));
+                *service = match known {
+                    Some(known) if **known == next => Arc::clone(known),
+                    Some(_) | None => Arc::new(next),
+                };
             }
             Arc::new(catalog)
         };
         self.strangers = strangers;
         Some(composed)
     }
+}
+
+/// Takes every service that did not change from `known`, and gives back what the others do not need.
+fn share(catalog: &mut Catalog, known: Option<&Catalog>) {
+    let mut places = HashSet::new();
+    let mut known = known.into_iter().flat_map(|it| &it.project.services).peekable();
+    for (name, service) in &mut catalog.project.services {
+        while known.next_if(|(other, _)| *other < name).is_some() {}
+        match known.next_if(|(other, _)| *other == name) {
+            Some((_, known)) if Arc::ptr_eq(known, service) => {}
+            Some((_, known)) if known == service => service.clone_from(known),
+            Some(_) | None => {
+                if let Some(service) = Arc::get_mut(service) {
+                    condense(service, &mut places);
+                }
+            }
+        }
+    }
+}
+
+/// Many endpoints are in few places, and a list that was read has room for more. It is moved because allocators leave a
+/// block that shrinks where it is.
+fn condense(service: &mut Service, places: &mut HashSet<Place>) {
+    let mut exact = Vec::with_capacity(service.endpoints.len());
+    exact.append(&mut service.endpoints);
+    service.endpoints = exact;
+    for endpoint in &mut service.endpoints {
+        match places.get(&endpoint.place) {
+            Some(known) => endpoint.place.clone_from(known),
+            None => {
+                places.insert(endpoint.place.clone());
+            }
+        }
+    }
+}
+
+/// Whether two snapshots are equal, of which the later one shares with the earlier one every service that is.
+pub(super) fn is_same(one: &Catalog, other: &Catalog) -> bool {
+    let Catalog { revision, issuer, project } = one;
+    let Project { name, networking, services, permissions, issuers, mode } = project;
+    *revision == other.revision
+        && *issuer == other.issuer
+        && *name == other.project.name
+        && *networking == other.project.networking
+        && *issuers == other.project.issuers
+        && *mode == other.project.mode
+        && services.len() == other.project.services.len()
+        && services
+            .iter()
+            .zip(&other.project.services)
+            .all(|((name, one), (named, other))| name == named && Arc::ptr_eq(one, other))
+        && *permissions == other.project.permissions
 }
 
 /// What all sources together found. Of two endpoints with one id the first stays: an older source's, whose connections
@@ -209,6 +268,36 @@ mod tests {
     fn ids(directory: &Directory) -> Vec<String> {
         let catalog = directory.load().unwrap();
         catalog.project.services["data"].endpoints.iter().map(|it| it.id.to_string()).collect()
+    }
+
+    #[test]
+    fn what_did_not_change_is_the_same_object_in_the_next_snapshot() {
+        let service = |name: &str| DATA.replace("\"data\"", &format!("\"{name}\""));
+        let both = format!("{},{}", service("data"), service("mail"));
+        let other = DATA.replace("\"max_attempts\":3", "\"max_attempts\":2");
+        let mixed = format!("{other},{}", service("mail"));
+        let directory = Arc::<Directory>::default();
+        let of = |name: &str| Arc::clone(&directory.load().unwrap().project.services[name]);
+        let layer = directory.layer();
+        layer.put(found("mail", &["a"]));
+        directory.publish(catalog(1, &both));
+        let (data, mail) = (of("data"), of("mail"));
+        // Another source finds something, and a whole catalog comes that says the same.
+        let second = directory.layer();
+        second.put(found("data", &["b"]));
+        assert!(Arc::ptr_eq(&mail, &of("mail")) && !Arc::ptr_eq(&data, &of("data")));
+        drop(second);
+        directory.publish(catalog(2, &both));
+        assert!(Arc::ptr_eq(&mail, &of("mail")) && Arc::ptr_eq(&data, &of("data")));
+        directory.publish(catalog(3, &mixed));
+        assert!(Arc::ptr_eq(&mail, &of("mail")) && !Arc::ptr_eq(&data, &of("data")));
+        // The same revision with other content is another snapshot; with the same it is none.
+        let mut changes = directory.changes();
+        changes.mark_unchanged();
+        directory.publish(catalog(3, &mixed));
+        assert!(!changes.has_changed().unwrap());
+        directory.publish(catalog(3, &both));
+        assert!(changes.has_changed().unwrap());
     }
 
     #[test]

@@ -69,17 +69,17 @@ impl Edge {
         let dispatch = walk.dispatch(call, &host, token);
         let (ward, record, grant) = (&self.worker.ward, &mut walk.record, &admitted.grant);
         let begun = record.started();
-        Forward::new(cluster, ward, dispatch, record, begun, grant).send().await
+        Forward::new(&cluster, ward, dispatch, record, begun, grant).send().await
     }
 }
 
 /// The service that a request is for.
-fn callee<'a>(
-    view: &'a View,
+fn callee(
+    view: &View,
     host: &HeaderValue,
     fields: &Fields,
     peer: &Peer,
-) -> Result<&'a Rc<Cluster>, Rejection> {
+) -> Result<Rc<Cluster>, Rejection> {
     let asked = host.to_str().unwrap_or_default();
     // An endpoint's authority leaves out the port of its scheme; a client may write it.
     let lower = route::lower(asked);
@@ -108,7 +108,7 @@ enum OneOrMany {
 
 /// The audience that an unverified token names, if it is a service. It only says which checks to run: the gate then
 /// verifies the token for exactly this service.
-fn audience<'a>(view: &'a View, fields: &Fields) -> Option<&'a Rc<Cluster>> {
+fn audience(view: &View, fields: &Fields) -> Option<Rc<Cluster>> {
     let value = fields.get(&header::AUTHORIZATION)?.as_bytes();
     let payload = value.split(|b| *b == b'.').nth(1).filter(|part| part.len() <= 8192)?;
     let json = URL_SAFE_NO_PAD.decode(payload).ok()?;

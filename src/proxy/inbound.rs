@@ -109,12 +109,12 @@ impl Gate {
         // A caller of another issuer has no row, whatever its subject is called.
         let granted = view
             .zip(claims.caller().ours())
-            .and_then(|(view, caller)| view.catalog.project.granted(caller, callee));
+            .and_then(|(view, caller)| view.catalog().project.granted(caller, callee));
         let listed = view
             .filter(|_| !claims.is_ours())
-            .and_then(|view| view.catalog.project.services.get(callee))
+            .and_then(|view| view.catalog().project.services.get(callee))
             .map(|service| &service.scopes);
-        let strictness = view.map_or(Strictness::Enforce, |view| view.strictness);
+        let strictness = view.map_or(Strictness::Enforce, |view| view.strictness());
         let grant = admit(claims, action, granted, listed, strictness);
         if grant.as_ref().is_ok_and(Grant::is_learned) {
             self.learned(claims, action, callee, granted);

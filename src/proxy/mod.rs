@@ -231,7 +231,7 @@ fn worker(parts: Parts, site: Site) -> Worker {
     let desk = |direction| Desk::new(&parts.registry, settings.access.clone(), direction, &me);
     let (outbound_desk, inbound_desk) = (desk(Direction::Outbound), desk(Direction::Inbound));
     let limits = Live::new(settings.limits);
-    let surveyor = Surveyor {
+    let surveyor = Rc::new(Surveyor {
         settings: settings.into(),
         ward: Arc::clone(&parts.ward),
         tokens: parts.tokens,
@@ -242,7 +242,7 @@ fn worker(parts: Parts, site: Site) -> Worker {
         pools: Default::default(),
         made: Default::default(),
         series: Default::default(),
-    };
+    });
     Worker {
         me,
         limits,

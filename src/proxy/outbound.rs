@@ -121,7 +121,7 @@ impl Outbound {
     /// A name without a dot can only be a service; a host with dots was meant for the world.
     fn unknown(&self, asked: &str, view: &View) -> Rejection {
         let name = route::service(asked);
-        let nearest = route::nearest(&name, view.names());
+        let nearest = route::nearest(&name, view.names_near(&name));
         if name.contains('.') && nearest.is_empty() {
             return Rejection::HostNotAllowed { authority: asked.to_owned() };
         }

@@ -16,7 +16,7 @@ use crate::{
         record::Record,
         reject::Rejection,
         route, walk,
-        worker::Peer,
+        worker::{Peer, Worker},
     },
     runtime::WorkerId,
     upstream::OwnAddresses,
@@ -31,6 +31,7 @@ pub fn service_named(authority: &str) -> Cow<'_, str> {
 
 /// The way out's look-up: which service a request is for, and whether it may be called.
 pub struct Routes {
+    worker: Rc<Worker>,
     outbound: Outbound,
     record: RefCell<Record>,
 }
@@ -46,8 +47,13 @@ impl Routes {
         worker.refresh();
         let flow = Flow::new(&worker.watchdog, worker.limits().stall_timeout);
         let record = worker.outbound_desk.open(&http::Method::GET, &http::Uri::default(), &flow);
-        let outbound = Outbound::new(worker, settings, None);
-        Some(Self { outbound, record: RefCell::new(record) })
+        let outbound = Outbound::new(Rc::clone(&worker), settings, None);
+        Some(Self { worker, outbound, record: RefCell::new(record) })
+    }
+
+    /// Takes over the snapshot of the moment, as a worker does that is told of it.
+    pub fn refresh(&self) {
+        self.worker.refresh();
     }
 
     /// Looks a request up.

@@ -1,11 +1,17 @@
 //! One worker's view of the project: the snapshot, with everything resolved that a request would otherwise look up.
 //!
 //! A view is built on the worker when the snapshot changes and replaced whole; requests that began on the old one end
-//! on it. Pools, vitals and budgets outlive views: an endpoint that did not change keeps its warm connections.
+//! on it. A service is resolved when it is first asked for, and what was resolved serves the next view too as long as
+//! neither the service nor anything else that it was resolved by changes. So a large project costs a worker what it
+//! uses of it. Pools, vitals and budgets outlive views: an endpoint that did not change keeps its warm connections.
+//!
+//! Of a small project, and of a large one as far as this proxy's service has grants at few, everything is resolved
+//! beforehand, so that its series exist at 0; other series begin with the first call.
 
 use std::{
     cell::RefCell,
     collections::HashMap,
+    ops::Bound,
     rc::{Rc, Weak},
     sync::{Arc, Mutex, PoisonError},
     thread::{self, ThreadId},
@@ -23,6 +29,7 @@ use crate::{
     api::Catalog,
     balance::{Aim, Budget, Candidate, CircuitState, Picker, Tick, Vitals},
     cost::{Kind, Leg, Meter, Path, PathKey, PriceBook, PriceClass, Site},
+    discovery::Snapshot,
     identity::{self, Grant, NotPermitted, Slot, Strictness, Tokens, permits},
     model::{
         AuthMethod, Circuit, Endpoint, EndpointId, EndpointState, Enforcement, NetworkMode,
@@ -197,40 +204,109 @@ pub(super) struct Cluster {
     pub absence: &'static str,
 }
 
+/// As many services are resolved before anybody asks for them.
+const FEW: usize = 256;
+/// As many names on either side in the alphabet are looked at for one that was meant.
+const NEIGHBOURS: usize = 500;
+
+/// The pools of the views that believe the same of their endpoints. The clusters hold them; here they are only found
+/// again.
+type Pools = Rc<RefCell<HashMap<PoolKey, Weak<Pool>>>>;
+
+/// What a cluster is made by, beside its service.
+struct Basis {
+    settings: Arc<Settings>,
+    pools: Pools,
+    strictness: Strictness,
+}
+
 /// A worker's view of the project.
 pub(super) struct View {
     /// What it was made from.
-    pub catalog: Arc<Catalog>,
-    clusters: HashMap<ServiceName, Rc<Cluster>, RandomState>,
-    /// Authority of an endpoint's `url`, and its host alone → its service.
-    hosts: HashMap<Box<str>, ServiceName, RandomState>,
-    /// Whether missing grants refuse.
-    pub strictness: Strictness,
+    pub snapshot: Arc<Snapshot>,
+    surveyor: Rc<Surveyor>,
+    basis: Basis,
+    /// The services that anybody has asked for.
+    clusters: RefCell<HashMap<ServiceName, Rc<Cluster>, RandomState>>,
 }
 
 impl View {
     /// The service with this name.
     #[must_use]
-    pub(super) fn cluster(&self, name: &str) -> Option<&Rc<Cluster>> {
-        self.clusters.get(name)
+    pub(super) fn cluster(&self, name: &str) -> Option<Rc<Cluster>> {
+        if let Some(known) = self.clusters.borrow().get(name) {
+            return Some(Rc::clone(known));
+        }
+        let (name, service) = self.catalog().project.services.get_key_value(name)?;
+        Some(self.resolve(name, service))
+    }
+
+    fn resolve(&self, name: &ServiceName, service: &Service) -> Rc<Cluster> {
+        let cluster = Rc::new(self.surveyor.cluster(&self.basis, self.catalog(), name, service));
+        self.clusters.borrow_mut().insert(name.clone(), Rc::clone(&cluster));
+        cluster
+    }
+
+    /// Takes over what an earlier view has resolved. What has changed since is resolved at once, while its pools are
+    /// there to be found.
+    fn inherit(&self, before: &Self) {
+        let (now, old) = (&self.catalog().project, &before.catalog().project);
+        let me = &self.basis.settings.service;
+        let same = Arc::ptr_eq(&self.basis.settings, &before.basis.settings)
+            && Rc::ptr_eq(&self.basis.pools, &before.basis.pools)
+            && self.basis.strictness == before.basis.strictness
+            && now.networking == old.networking
+            && now.permissions.get(me) == old.permissions.get(me);
+        for (name, cluster) in before.clusters.borrow().iter() {
+            let Some(service) = now.services.get(name) else { continue };
+            if same && old.services.get(name).is_some_and(|old| Arc::ptr_eq(old, service)) {
+                self.clusters.borrow_mut().insert(name.clone(), Rc::clone(cluster));
+            } else {
+                self.resolve(name, service);
+            }
+        }
+    }
+
+    /// Resolves what can be expected to be asked for, if that is not too much.
+    fn foresee(&self) {
+        let project = &self.catalog().project;
+        if project.services.len() <= FEW {
+            project.services.keys().for_each(|name| drop(self.cluster(name.as_str())));
+        } else if let Some(granted) = project.permissions.get(&self.basis.settings.service)
+            && granted.len() <= FEW
+        {
+            granted.keys().for_each(|name| drop(self.cluster(name.as_str())));
+        }
+    }
+
+    /// The project as the snapshot has it.
+    #[must_use]
+    pub(super) fn catalog(&self) -> &Arc<Catalog> {
+        self.snapshot.catalog()
+    }
+
+    /// Whether missing grants refuse.
+    #[must_use]
+    pub(super) fn strictness(&self) -> Strictness {
+        self.basis.strictness
     }
 
     /// The service one of whose endpoints has this authority or host, in lower case.
     #[must_use]
     pub(super) fn service_of(&self, authority: &str) -> Option<&ServiceName> {
-        self.hosts.get(authority)
+        self.snapshot.service_of(authority)
     }
 
     /// Whether missing grants refuse at `now` as they did when it was made.
     #[must_use]
     pub(super) fn is_as_strict_as_at(&self, now: jiff::Timestamp) -> bool {
-        Strictness::at(&self.catalog.project.mode, now) == self.strictness
+        Strictness::at(&self.catalog().project.mode, now) == self.strictness()
     }
 
     /// How much longer the project learns; `None` when this view does not.
     #[must_use]
     pub(super) fn learns_for(&self, now: jiff::Timestamp) -> Option<Duration> {
-        match (self.strictness, &self.catalog.project.mode) {
+        match (self.strictness(), &self.catalog().project.mode) {
             (Strictness::Learn, Enforcement::LearnUntil(end)) => {
                 // Not a moment too early, or it would be looked at in vain.
                 let left =
@@ -241,35 +317,15 @@ impl View {
         }
     }
 
-    /// Every name there is.
-    pub(super) fn names(&self) -> impl Iterator<Item = &ServiceName> {
-        self.catalog.project.services.keys()
+    /// Names that may be meant by `asked`: every one in a project that is not large, else its neighbours.
+    pub(super) fn names_near(&self, asked: &str) -> impl Iterator<Item = &ServiceName> {
+        let services = &self.catalog().project.services;
+        let before = (Bound::Unbounded, Bound::Excluded(asked));
+        let after = (Bound::Included(asked), Bound::Unbounded);
+        let before = services.range::<str, _>(before).rev().take(NEIGHBOURS);
+        let after = services.range::<str, _>(after).take(NEIGHBOURS);
+        before.chain(after).map(|(name, _)| name)
     }
-}
-
-/// Which service an authority or a host belongs to. A host that several services share, told apart by ports (on one
-/// machine only), is nobody's.
-fn hosts<'a>(
-    services: impl IntoIterator<Item = (&'a ServiceName, &'a Service)>,
-) -> HashMap<Box<str>, ServiceName, RandomState> {
-    let mut whole = HashMap::<Box<str>, ServiceName, RandomState>::default();
-    let mut alone = HashMap::<Box<str>, Option<ServiceName>, RandomState>::default();
-    for (name, service) in services {
-        for endpoint in &service.endpoints {
-            whole.insert(endpoint.url.authority().into(), name.clone());
-            let host = endpoint.url.host().to_string();
-            let owner = alone.entry(host.into()).or_insert_with(|| Some(name.clone()));
-            if owner.as_ref().is_some_and(|owner| owner != name) {
-                *owner = None;
-            }
-        }
-    }
-    for (host, owner) in alone {
-        if let Some(owner) = owner {
-            whole.entry(host).or_insert(owner);
-        }
-    }
-    whole
 }
 
 /// Counts a connection's bytes on the path it takes.
@@ -333,11 +389,11 @@ pub(super) struct Surveyor {
     pub meter: Arc<Meter>,
     /// Counts requests.
     pub registry: Arc<Registry>,
-    /// The pools of the last view.
-    pub pools: RefCell<HashMap<PoolKey, Rc<Pool>>>,
+    /// The pools that views from now on may find.
+    pub pools: RefCell<Pools>,
     /// Every pool it made, as long as somebody uses it.
     pub made: RefCell<Vec<Weak<Pool>>>,
-    /// The series of the last view.
+    /// The series of what was ever resolved.
     pub series: RefCell<HashMap<ServiceName, Rc<Series>>>,
 }
 
@@ -371,44 +427,40 @@ impl Surveyor {
         let _old = self.pools.take();
     }
 
-    /// The view of a snapshot.
+    /// The view of a snapshot, after `before`.
     #[must_use]
-    pub(super) fn survey(&self, catalog: Arc<Catalog>) -> Rc<View> {
-        let settings = self.settings();
-        let strictness = Strictness::at(&catalog.project.mode, Clock::system().now());
-        let mut kept = HashMap::new();
-        let clusters = catalog
-            .project
-            .services
-            .iter()
-            .map(|(name, service)| {
-                let cluster =
-                    self.cluster(&settings, &catalog, name, service, strictness, &mut kept);
-                (name.clone(), Rc::new(cluster))
-            })
-            .collect();
-        let services = catalog.project.services.iter();
-        let hosts = hosts(services.map(|(name, service)| (name, &**service)));
-        // Pools that no endpoint uses any more end with the requests that still hold them.
-        *self.pools.borrow_mut() = kept;
-        Rc::new(View { hosts, clusters, catalog, strictness })
+    pub(super) fn survey(
+        self: &Rc<Self>,
+        snapshot: Arc<Snapshot>,
+        before: Option<&View>,
+    ) -> Rc<View> {
+        let mode = &snapshot.catalog().project.mode;
+        let strictness = Strictness::at(mode, Clock::system().now());
+        let pools = Rc::clone(&self.pools.borrow());
+        let basis = Basis { settings: self.settings(), pools, strictness };
+        let clusters = RefCell::default();
+        let view = View { snapshot, surveyor: Rc::clone(self), basis, clusters };
+        if let Some(before) = before {
+            view.inherit(before);
+        }
+        view.foresee();
+        Rc::new(view)
     }
 
     fn cluster(
         &self,
-        settings: &Settings,
+        basis: &Basis,
         catalog: &Catalog,
         name: &ServiceName,
         service: &Service,
-        strictness: Strictness,
-        kept: &mut HashMap<PoolKey, Rc<Pool>>,
     ) -> Cluster {
+        let settings = &*basis.settings;
         let mut absence = service.absence.unwrap_or("it has no endpoints");
         let ways = self.ways(settings, &catalog.project.networking, service, &mut absence);
         let mut targets = Vec::new();
         let mut candidates = Vec::new();
         for way in ways {
-            match self.target(settings, name, service, &way, kept) {
+            match self.target(basis, name, service, &way) {
                 Some((target, candidate)) => {
                     targets.push(Rc::new(target));
                     candidates.push(candidate);
@@ -420,7 +472,7 @@ impl Surveyor {
         Cluster {
             service: name.clone(),
             callee: Callee::Service(name.clone()),
-            grant: permits(&catalog.project, &settings.service, name, strictness),
+            grant: permits(&catalog.project, &settings.service, name, basis.strictness),
             token: (wants_token && settings.role != Role::Edge).then(|| self.tokens.slot(name)),
             targets,
             candidates,
@@ -501,12 +553,12 @@ impl Surveyor {
 
     fn target(
         &self,
-        settings: &Settings,
+        basis: &Basis,
         name: &ServiceName,
         service: &Service,
         way: &Way<'_>,
-        kept: &mut HashMap<PoolKey, Rc<Pool>>,
     ) -> Option<(Target, Candidate)> {
+        let settings = &*basis.settings;
         let outbound = settings.outbound.as_ref();
         // Cross-cloud calls may go through this cloud's own edge.
         let edge = outbound.and_then(|outbound| outbound.via.as_ref()).filter(|_| {
@@ -517,12 +569,15 @@ impl Surveyor {
         });
         let address = edge.unwrap_or(way.address);
         let key = PoolKey::of(name, way, address, service.protocol);
-        let found = self.pools.borrow().get(&key).cloned();
+        let found = basis.pools.borrow().get(&key).and_then(Weak::upgrade);
         let pool = match found {
             Some(pool) => pool,
-            None => self.pool(settings, name, way, edge, service.protocol)?,
+            None => {
+                let made = self.pool(settings, name, way, edge, service.protocol)?;
+                basis.pools.borrow_mut().insert(key, Rc::downgrade(&made));
+                made
+            }
         };
-        kept.insert(key, Rc::clone(&pool));
         let direct = match edge {
             Some(_) => {
                 let direct = self.connector(settings, way.address, &way.endpoint.url)?;
@@ -622,6 +677,8 @@ impl Surveyor {
         pools.iter().for_each(|pool| pool.prune(now));
         drop(pools);
         self.made.borrow_mut().retain(|pool| pool.strong_count() > 0);
+        let findable = self.pools.borrow();
+        findable.borrow_mut().retain(|_, pool| pool.strong_count() > 0);
     }
 
     /// The path to an endpoint.
@@ -780,4 +837,203 @@ fn tallied(mut connector: Connector, path: Option<&Path>, kinds: &[Kind]) -> Con
         };
     }
     connector
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+    use tokio::runtime::Handle;
+
+    use super::*;
+    use crate::{
+        discovery::Directory,
+        identity::NoTokens,
+        net::ClientTls,
+        proxy::{
+            OutboundSettings,
+            settings::{Limits, UnknownHosts},
+        },
+        runtime::Supervisor,
+    };
+
+    fn settings() -> Arc<Settings> {
+        let outbound = OutboundSettings {
+            listen: "127.0.0.1:0".parse().unwrap(),
+            ports: Default::default(),
+            unknown_hosts: UnknownHosts::Deny,
+            via: None,
+            override_authorization: false,
+        };
+        Arc::new(Settings {
+            role: Role::Sidecar,
+            service: "web".parse().unwrap(),
+            place: Some("aws_us_east_1".parse().unwrap()),
+            zone: None,
+            outbound: Some(outbound),
+            inbound: Vec::new(),
+            limits: Limits::default(),
+            tls: Arc::new(ClientTls::new(None).unwrap()),
+            access: None,
+        })
+    }
+
+    /// A worker's surveyor, the directory that it follows and its last view.
+    struct Post {
+        surveyor: Rc<Surveyor>,
+        directory: Arc<Directory>,
+        view: Option<Rc<View>>,
+    }
+
+    impl Post {
+        fn new() -> Self {
+            let supervisor = Supervisor::new(Handle::current());
+            let clock = Clock::system();
+            let tokens = Tokens::new(Arc::new(NoTokens), HashMap::new(), supervisor.clone(), clock);
+            let surveyor = Rc::new(Surveyor {
+                settings: settings().into(),
+                ward: Arc::default(),
+                tokens: Arc::new(tokens),
+                resolver: Resolver::new(supervisor),
+                own: OwnAddresses::default(),
+                meter: Arc::default(),
+                registry: Arc::default(),
+                pools: Default::default(),
+                made: Default::default(),
+                series: Default::default(),
+            });
+            Self { surveyor, directory: Arc::default(), view: None }
+        }
+
+        fn survey(&mut self) -> Rc<View> {
+            let snapshot = self.directory.snapshot().unwrap();
+            let view = self.surveyor.survey(snapshot, self.view.as_deref());
+            self.surveyor.ward.sweep();
+            self.view = Some(Rc::clone(&view));
+            view
+        }
+
+        /// The view of a project as a control plane would send it whole.
+        fn publish(&mut self, project: &Value) -> Rc<View> {
+            let revision = self.directory.load().map_or(1, |catalog| catalog.revision + 1);
+            let project = serde_json::from_value(project.clone()).unwrap();
+            self.directory.publish(Catalog { revision, issuer: String::new(), project });
+            self.survey()
+        }
+
+        fn resolved(&self) -> usize {
+            self.view.as_ref().map_or(0, |view| view.clusters.borrow().len())
+        }
+    }
+
+    fn service(ids: &[&str]) -> Value {
+        let mut service = serde_json::to_value(Service::default()).unwrap();
+        let endpoints = ids.iter().map(|id| {
+            json!({
+                "id": id, "url": format!("https://{id}.example"), "internal_url": null, "private_url": null,
+                "place": "azure_eastus", "zone": null, "auth_method": "none", "weight": 100, "state": "active",
+            })
+        });
+        service["endpoints"] = endpoints.collect();
+        service
+    }
+
+    /// `data` and `mail`, and as many others.
+    fn project(others: usize) -> Value {
+        let mut services: serde_json::Map<_, _> =
+            (0..others).map(|number| (format!("other-{number}"), service(&["x"]))).collect();
+        services.insert("data".to_owned(), service(&["a", "b"]));
+        services.insert("mail".to_owned(), service(&["m"]));
+        json!({"name": "shop", "networking": {"multi_cloud": true, "default_mode": "public", "connections": []},
+            "services": services, "permissions": {"web": {"data": ["use"]}}, "issuers": [], "mode": "enforce"})
+    }
+
+    #[tokio::test]
+    async fn a_cluster_is_kept_while_nothing_changes_that_it_is_made_of() {
+        let mut post = Post::new();
+        let mut project = project(0);
+        let before = post.publish(&project);
+        let (data, mail) = (before.cluster("data").unwrap(), before.cluster("mail").unwrap());
+        project["services"]["data"] = service(&["b", "c"]);
+        let after = post.publish(&project);
+        let changed = after.cluster("data").unwrap();
+        assert!(Rc::ptr_eq(&mail, &after.cluster("mail").unwrap()));
+        assert!(!Rc::ptr_eq(&data, &changed));
+        // The endpoint that stayed kept its connections and what is known of it.
+        let (old, new) = (&data.targets[1], &changed.targets[0]);
+        assert_eq!((old.id.as_str(), new.id.as_str()), ("b", "b"));
+        assert!(Rc::ptr_eq(&old.pool, &new.pool) && Arc::ptr_eq(&old.vitals, &new.vitals));
+        // What is gone is gone with whoever still uses it.
+        let gone = Rc::downgrade(&data.targets[0].pool);
+        drop((before, data));
+        assert!(gone.upgrade().is_none());
+        post.surveyor.prune(Instant::now());
+        assert_eq!(post.surveyor.pools.borrow().borrow().len(), 3);
+        let known = post.surveyor.ward.conditions();
+        assert_eq!(known.len(), 3, "{known:?}");
+
+        project["services"].as_object_mut().unwrap().remove("mail");
+        assert!(post.publish(&project).cluster("mail").is_none());
+    }
+
+    #[tokio::test]
+    async fn grants_of_others_change_nothing_and_those_of_this_service_all() {
+        let mut post = Post::new();
+        let mut project = project(0);
+        let first = post.publish(&project).cluster("mail").unwrap();
+        assert!(first.grant.is_err());
+        project["permissions"]["batch"] = json!({"mail": ["use"]});
+        let second = post.publish(&project).cluster("mail").unwrap();
+        assert!(Rc::ptr_eq(&first, &second));
+        project["permissions"]["web"]["mail"] = json!(["use"]);
+        let third = post.publish(&project).cluster("mail").unwrap();
+        assert!(third.grant.is_ok());
+        assert!(Rc::ptr_eq(&first.targets[0].pool, &third.targets[0].pool));
+        project["mode"] = json!({"learn_until": "9999-01-01T00:00:00Z"});
+        assert!(!Rc::ptr_eq(&third, &post.publish(&project).cluster("mail").unwrap()));
+        project["networking"]["multi_cloud"] = json!(false);
+        assert!(post.publish(&project).cluster("mail").unwrap().targets.is_empty());
+    }
+
+    #[tokio::test]
+    async fn other_settings_make_every_cluster_anew_and_another_world_every_pool() {
+        let mut post = Post::new();
+        let first = post.publish(&project(0)).cluster("data").unwrap();
+        post.surveyor.survey_by(settings());
+        let second = post.survey().cluster("data").unwrap();
+        assert!(!Rc::ptr_eq(&first, &second));
+        assert!(Rc::ptr_eq(&first.targets[0].pool, &second.targets[0].pool));
+        let old = post.view.clone().unwrap();
+        post.surveyor.begin_anew();
+        let third = post.survey().cluster("data").unwrap();
+        assert!(!Rc::ptr_eq(&second.targets[0].pool, &third.targets[0].pool));
+        // What an old view still resolves is of the old world.
+        old.clusters.borrow_mut().clear();
+        let late = old.cluster("data").unwrap();
+        assert!(Rc::ptr_eq(&second.targets[0].pool, &late.targets[0].pool));
+    }
+
+    #[tokio::test]
+    async fn of_a_large_project_only_what_is_granted_or_used_is_resolved() {
+        let mut post = Post::new();
+        let mut project = project(FEW);
+        let view = post.publish(&project);
+        assert_eq!(post.resolved(), 1, "web has a grant at data");
+        assert!(view.cluster("other-7").is_some() && view.cluster("nobody").is_none());
+        assert_eq!(post.resolved(), 2);
+        let used = view.cluster("other-7").unwrap();
+        project["services"]["mail"] = service(&[]);
+        let next = post.publish(&project);
+        assert_eq!(post.resolved(), 2);
+        assert!(Rc::ptr_eq(&used, &next.cluster("other-7").unwrap()));
+    }
+
+    #[tokio::test]
+    async fn names_are_looked_for_in_the_neighbourhood() {
+        let mut post = Post::new();
+        let view = post.publish(&project(3));
+        assert_eq!(view.names_near("nail").count(), 5);
+        let view = post.publish(&project(3 * NEIGHBOURS));
+        assert_eq!(view.names_near("other-5").count(), 2 * NEIGHBOURS);
+        assert!(view.names_near("other-5").any(|name| name.as_str() == "other-5"));
+    }
 }

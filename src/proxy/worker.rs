@@ -13,8 +13,7 @@ use http::Uri;
 use tokio::time::Instant;
 
 use crate::{
-    api::Catalog,
-    discovery::Directory,
+    discovery::{Directory, Snapshot},
     identity::Verifier,
     model::{Host, Origin, Scheme, ServiceName},
     net::Stream,
@@ -62,7 +61,7 @@ pub(super) struct Worker {
     /// What the workers share about endpoints.
     pub ward: Arc<Ward>,
     /// Makes views.
-    pub surveyor: Surveyor,
+    pub surveyor: Rc<Surveyor>,
     /// The view, once there is a snapshot.
     pub view: RefCell<Option<Rc<View>>>,
     /// Verifies tokens.
@@ -133,14 +132,14 @@ impl Worker {
 
     /// The same cluster, or what has become of one that leads nowhere: its endpoints may be there before this worker was
     /// told of them.
-    pub(super) fn latest(&self, cluster: &Rc<Cluster>) -> Rc<Cluster> {
+    pub(super) fn latest(&self, cluster: Rc<Cluster>) -> Rc<Cluster> {
         if !cluster.targets.is_empty() {
-            return Rc::clone(cluster);
+            return cluster;
         }
         self.refresh();
         let view = self.view.borrow().clone();
         let latest = view.as_ref().and_then(|view| view.cluster(cluster.service.as_str()));
-        Rc::clone(latest.unwrap_or(cluster))
+        latest.unwrap_or(cluster)
     }
 
     /// Who verifies tokens right now.
@@ -195,29 +194,30 @@ impl Worker {
 
     /// Takes over the snapshot of the moment, if it is another than the one in use or means something else by now.
     pub(super) fn refresh(&self) {
-        let Some(catalog) = self.directory.load() else { return };
+        let Some(snapshot) = self.directory.snapshot() else { return };
         let now = Clock::system().now();
         let same = self.view.borrow().as_ref().is_some_and(|view| {
-            Arc::ptr_eq(&view.catalog, &catalog) && view.is_as_strict_as_at(now)
+            Arc::ptr_eq(&view.snapshot, &snapshot) && view.is_as_strict_as_at(now)
         });
         if !same {
-            self.survey(catalog);
+            self.survey(snapshot);
         }
     }
 
     /// Looks at the snapshot of the moment with other settings.
     pub(super) fn look_again(&self) {
-        if let Some(catalog) = self.directory.load() {
-            self.survey(catalog);
+        if let Some(snapshot) = self.directory.snapshot() {
+            self.survey(snapshot);
         }
     }
 
-    fn survey(&self, catalog: Arc<Catalog>) {
-        let revision = catalog.revision;
-        let view = self.surveyor.survey(catalog);
+    fn survey(&self, snapshot: Arc<Snapshot>) {
+        let revision = snapshot.catalog().revision;
+        let before = self.view.borrow().clone();
+        let view = self.surveyor.survey(snapshot, before.as_deref());
         // Dropped after the borrow: what goes with the old view may look at the new one.
         let old = self.view.replace(Some(view));
-        drop(old);
+        drop((old, before));
         self.ward.serves(revision);
         self.ward.sweep();
     }
