@@ -281,7 +281,31 @@ pub(crate) struct Issuer {
 #[schema(rename_all = "snake_case")]
 pub(crate) enum Enforcement {
     Enforce,
-    LearnUntil(String),
+    LearnUntil(Moment),
+}
+
+/// A moment in time (RFC 3339).
+#[derive(ToSchema)]
+#[schema(format = DateTime)]
+pub(crate) struct Moment(String);
+
+/// What one proxy said, and when.
+#[derive(ToSchema)]
+pub(crate) struct ProxyRow {
+    /// Made by the proxy at its start.
+    instance: uuid::Uuid,
+    /// Who it speaks for.
+    service: ServiceName,
+    /// How long ago it was heard of.
+    seen_seconds_ago: u64,
+    /// The revision that its newest requests walk by.
+    revision: u64,
+    /// Where it runs, where that is known.
+    place: Option<Place>,
+    /// `sidecar`, `edge` or `dev`.
+    role: String,
+    /// Its release.
+    version: String,
 }
 
 #[cfg(test)]

@@ -148,6 +148,7 @@ impl FromRequestParts<App> for Instance {
 #[into_params(parameter_in = Query)]
 pub(super) struct From {
     /// The revision that is known; without it the stream begins with `resync`.
+    #[param(nullable = false)]
     pub(super) from: Option<u64>,
 }
 
@@ -174,11 +175,35 @@ async fn path<T: DeserializeOwned + Send>(parts: &mut Parts, shared: &App) -> Re
 #[expect(dead_code, reason = "written into the document; `operations::precondition` reads them")]
 pub(super) struct Conditions {
     /// Only if this is still its ETag, as an answer carried it; `*`: if it is there at all.
-    #[param(rename = "if-match", pattern = r#"^(\*|"[0-9]{1,19}"(, ?"[0-9]{1,19}")*)$"#)]
+    #[param(
+        rename = "if-match",
+        nullable = false,
+        pattern = r#"^(\*|"[0-9]{1,19}"(, ?"[0-9]{1,19}")*)$"#
+    )]
     if_match: Option<String>,
     /// `*`: only if it is not there yet.
-    #[param(rename = "if-none-match", pattern = r"^\*$")]
+    #[param(rename = "if-none-match", nullable = false, pattern = r"^\*$")]
     if_none_match: Option<String>,
+}
+
+/// What a reader of the catalog, or of the watch, knows already; as [`Conditions`], for the document.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Header)]
+#[expect(dead_code, reason = "written into the document; `services::catalog` reads it")]
+pub(super) struct KnownCatalog {
+    /// The ETag of the catalog that is known.
+    #[param(rename = "if-none-match", nullable = false)]
+    if_none_match: Option<String>,
+}
+
+/// See [`KnownCatalog`].
+#[derive(IntoParams)]
+#[into_params(parameter_in = Header)]
+#[expect(dead_code, reason = "written into the document; the watch reads it")]
+pub(super) struct LastEvent {
+    /// The `id` of the last event that came.
+    #[param(rename = "last-event-id", nullable = false)]
+    last_event_id: Option<String>,
 }
 
 /// Refuses bodies that say themselves that they are too large, on every route that takes only small ones or none.

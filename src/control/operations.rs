@@ -221,10 +221,14 @@ pub(super) async fn report(
 ) -> Result<Response, Rejection> {
     shared.admit(&claims, CATALOG_READ)?;
     let report: ProxyReport = read(&headers, body, BODY_LIMIT).await?;
-    if report.role.len() > 16 || report.version.len() > 64 {
+    let short = |text: &str, most| text.chars().count() <= most;
+    if !short(&report.role, 16) || !short(&report.version, 64) {
         return Err(Rejection::BadRequest {
-            detail: "role has at most 16 bytes, version 64".to_owned(),
+            detail: "role has at most 16 characters, version 64".to_owned(),
         });
+    }
+    if i64::try_from(report.revision).is_err() {
+        return Err(Rejection::BadRequest { detail: "no revision is so large".to_owned() });
     }
     shared.proxies.hear(instance, claims.sub, report);
     Ok(StatusCode::NO_CONTENT.into_response())

@@ -110,11 +110,11 @@ impl Rejection {
 
     /// When to come again, in seconds.
     fn retry_after(&self) -> Option<u64> {
-        match self {
-            Self::TooOften { wait } => Some(*wait),
-            Self::Overloaded | Self::StoreUnavailable | Self::NoProject => Some(1),
-            _ => None,
+        if let Self::TooOften { wait } = self {
+            return Some(*wait);
         }
+        let soon = matches!(self, Self::Overloaded | Self::StoreUnavailable | Self::NoProject);
+        soon.then_some(1)
     }
 
     /// RFC 6750 §3: what kind of token would be accepted.

@@ -21,7 +21,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use crate::{
     api::{CATALOG_READ, Catalog, KEYS_WRITE, ServiceAnswer, ServiceList},
     control::{
-        asked::{From, Named, Public, Reader, Writer, bounded},
+        asked::{From, KnownCatalog, LastEvent, Named, Public, Reader, Writer, bounded},
         contract::{self, Guarded, Malformed, OfService},
         guard::{self, Guard},
         intake::Intake,
@@ -110,7 +110,7 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
 /// Everything a proxy needs to know.
 #[utoipa::path(
     get, path = "/v1/catalog", operation_id = "catalog", tag = "catalog",
-    params(("if-none-match" = Option<String>, Header, description = "The ETag of the catalog that is known")),
+    params(KnownCatalog),
     responses(
         (status = 200, description = "The catalog", body = Catalog, headers(("etag" = String), ("cache-control" = String))),
         (status = 304, description = "It is the one that is known", headers(("etag" = String), ("cache-control" = String))),
@@ -133,7 +133,7 @@ async fn catalog(
 /// `current` (a `Standing`). After `resync` the catalog must be fetched. A browser's `last-event-id` counts before `from`.
 #[utoipa::path(
     get, path = "/v1/watch", operation_id = "watch", tag = "catalog",
-    params(From, ("last-event-id" = Option<String>, Header, description = "The `id` of the last event that came")),
+    params(From, LastEvent),
     responses(
         (status = 200, description = "The stream", body = String, content_type = "text/event-stream",
             headers(("cache-control" = String))),
