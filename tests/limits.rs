@@ -227,6 +227,31 @@ async fn who_says_nothing_in_the_handshake_is_given_up() {
 }
 
 #[tokio::test]
+async fn a_refusal_over_http2_lets_a_client_that_is_still_sending_finish() {
+    let sidecar = Sidecar::open("off", "", "").await;
+    let at = sidecar.ways().into_iter().next().unwrap();
+    let mut streams = Frames::to(at).await;
+    // Refused by its head alone; the body is on its way.
+    let mut fields = frames::request("POST", "/").to_vec();
+    fields.extend([("host", "a"), ("host", "b")]);
+    streams.say(frames::headers(1, frames::END_HEADERS, &fields)).await;
+    assert_eq!(streams.answer(1).await.map(|(status, _)| status), Ok(400));
+    for _ in 0..3 {
+        streams.say(frames::frame(frames::DATA, 0, 1, &[b'x'; 1000])).await;
+    }
+    streams.say(frames::frame(frames::DATA, frames::END_STREAM, 1, b"the end")).await;
+    streams.say(frames::get(3, "/")).await;
+    // Some clients take a reset behind the answer for a failure.
+    loop {
+        let frame = streams.next().await.expect("the connection stands");
+        assert!(frame.stream != 1 || frame.kind != frames::RST_STREAM, "{frame:?}");
+        if frame.stream == 3 && frame.kind == frames::DATA && frame.has(frames::END_STREAM) {
+            break;
+        }
+    }
+}
+
+#[tokio::test]
 async fn an_idle_connection_is_closed_whatever_it_speaks_and_a_busy_one_is_not() {
     let sidecar = Sidecar::open("off", "", "limits: { idle_timeout: 500ms }\n").await;
     for way in sidecar.ways() {

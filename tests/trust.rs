@@ -734,7 +734,10 @@ async fn certificates_that_change_are_taken_up_by_themselves_while_connections_s
         })
     })
     .await;
-    assert!(callee.infrar.log().contains("a new certificate is in use"), "{}", callee.infrar.log());
+    until("the new certificate is told of", async || {
+        callee.infrar.log().contains("a new certificate is in use")
+    })
+    .await;
     // Whoever was connected all the time has noticed nothing.
     old.say(call).await;
     assert_eq!(old.answer().await.body, "reached");

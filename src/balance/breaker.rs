@@ -237,12 +237,19 @@ impl Breaker {
         }
     }
 
-    /// What came of the request that `pass` was for.
-    pub fn settle(&self, pass: Pass, outcome: Outcome, circuit: &Circuit, now: Tick) {
+    /// What came of the request that `pass` was for. Gives the state that the circuit came to by it; `None`: it stayed.
+    pub fn settle(
+        &self,
+        pass: Pass,
+        outcome: Outcome,
+        circuit: &Circuit,
+        now: Tick,
+    ) -> Option<CircuitState> {
         let word = self.0.load(Relaxed);
         if word == 0 && outcome != Outcome::Failure {
-            return;
+            return None;
         }
+        let mut reached = None;
         // An `Err` is "nothing to write".
         let _unchanged = self.0.fetch_update(Relaxed, Relaxed, |word| {
             let word = Word::read(word);
@@ -250,8 +257,10 @@ impl Breaker {
                 None => word.after_request(outcome, circuit, now),
                 Some(began) => word.after_probe(began, outcome, circuit, now),
             };
+            reached = next.map(|next| next.state).filter(|state| *state != word.state);
             next.map(Word::word)
         });
+        reached
     }
 
     /// An operator takes the circuit over, or gives it back. Given back, it starts closed and without failures.
@@ -300,7 +309,7 @@ mod tests {
         let breaker = Breaker::default();
         for _ in 0..circuit.failure_threshold {
             let pass = breaker.admit(circuit, at(1)).unwrap();
-            breaker.settle(pass, Outcome::Failure, circuit, at(1));
+            let _reached = breaker.settle(pass, Outcome::Failure, circuit, at(1));
         }
         breaker
     }

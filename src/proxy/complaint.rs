@@ -8,6 +8,7 @@ use std::{cell::RefCell, collections::HashMap, error::Error, time::Duration};
 use tokio::time::Instant;
 
 use crate::{
+    balance::CircuitState,
     model::{EndpointId, ServiceName},
     proxy::view::{Cluster, Target},
     upstream::ConnectError,
@@ -37,6 +38,22 @@ pub(super) fn no_connection(cluster: &Cluster, target: &Target, error: &ConnectE
     // The name that the certificate must have is the host of the endpoint's `url`, whatever the address.
     let named = target.authority.host();
     tracing::warn!(%service, %endpoint, %address, named, error, "no connection to an endpoint");
+}
+
+/// Says that the circuit of `target` opened or closed.
+#[cold]
+pub(super) fn circuit(cluster: &Cluster, target: &Target, state: CircuitState) {
+    let (service, endpoint, mode) = (&cluster.callee, &target.id, target.mode);
+    match state {
+        CircuitState::Open => tracing::warn!(
+            %service, %endpoint, %mode, recovery_timeout = ?cluster.aim.circuit().recovery_timeout,
+            "the circuit is open: the endpoint has failed too often and is left alone"
+        ),
+        CircuitState::Closed => {
+            tracing::info!(%service, %endpoint, %mode, "the circuit is closed again");
+        }
+        CircuitState::HalfOpen => {}
+    }
 }
 
 fn is_due(said: &mut Said, key: (ServiceName, EndpointId), now: Instant) -> bool {

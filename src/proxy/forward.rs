@@ -161,7 +161,9 @@ impl<'a> Forward<'a> {
             let now = Instant::now();
             forward.record.waited(now);
             let outcome = if opened.is_ok() { Outcome::Success } else { Outcome::Failure };
-            trial.settle(outcome, now);
+            if let Some(state) = trial.settle(outcome, now) {
+                complaint::circuit(cluster, &target, state);
+            }
             match opened {
                 Ok(stream) => {
                     forward.record.carried_by(flight);
@@ -264,7 +266,9 @@ impl<'a> Forward<'a> {
         let outcome = self.exchange(&target, begun, &mut trial).await;
         let now = Instant::now();
         self.record.waited(now);
-        trial.settle(judge(&outcome), now);
+        if let Some(state) = trial.settle(judge(&outcome), now) {
+            complaint::circuit(self.cluster, &target, state);
+        }
         Ok(match outcome {
             Ok(received) => match self.betterable(&received) {
                 // Held back: returned after all when there is no better one.

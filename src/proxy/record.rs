@@ -188,6 +188,7 @@ impl Desk {
                 request_id: None,
                 trace: None,
                 attempts: 0,
+                upstream: Duration::ZERO,
             })
         });
         Record {
@@ -195,9 +196,9 @@ impl Desk {
             series: Rc::clone(&self.unknown),
             error: "",
             status: 0,
-            upstream: Duration::ZERO,
-            paused: Duration::ZERO,
-            wait: None,
+            waited: Duration::ZERO,
+            waits_since: None,
+            pauses: false,
             own: Own::Everything,
             flow: Rc::clone(flow),
             flight: None,
@@ -250,15 +251,8 @@ struct Notes {
     request_id: Option<HeaderValue>,
     trace: Option<TraceContext>,
     attempts: u32,
-}
-
-/// What an exchange waits for, and since when.
-#[derive(Clone, Copy)]
-enum Wait {
-    /// An endpoint, to be reached and to answer.
-    Endpoint(Instant),
-    /// The time of the next attempt.
-    Pause(Instant),
+    /// Time spent waiting for endpoints.
+    upstream: Duration,
 }
 
 /// What of an exchange's time was the proxy's own.
@@ -277,12 +271,12 @@ pub(super) struct Record {
     series: Rc<Series>,
     error: &'static str,
     status: u16,
-    /// Time spent waiting for endpoints.
-    upstream: Duration,
-    /// Time spent between attempts.
-    paused: Duration,
-    /// What is waited for right now; whoever leaves meanwhile is not the proxy's delay.
-    wait: Option<Wait>,
+    /// Time spent waiting for endpoints, and between attempts.
+    waited: Duration,
+    /// Since when either is waited for right now; whoever leaves meanwhile is not the proxy's delay.
+    waits_since: Option<Instant>,
+    /// Whether that is a pause between attempts.
+    pauses: bool,
     own: Own,
     /// What has moved of the bodies.
     flow: Rc<Flow>,
@@ -326,7 +320,7 @@ impl Record {
 
     /// An attempt began at `begun`: the endpoint is waited for.
     pub(super) fn attempt(&mut self, endpoint: &EndpointId, mode: NetworkMode, begun: Instant) {
-        self.wait = Some(Wait::Endpoint(begun));
+        (self.waits_since, self.pauses) = (Some(begun), false);
         if let Some(notes) = &mut self.notes {
             notes.attempts += 1;
         }
@@ -342,7 +336,7 @@ impl Record {
 
     /// From `begun` on nothing is done until it is time for another attempt.
     pub(super) fn pauses(&mut self, begun: Instant) {
-        self.wait = Some(Wait::Pause(begun));
+        (self.waits_since, self.pauses) = (Some(begun), true);
     }
 
     /// What moves of the bodies.
@@ -353,13 +347,14 @@ impl Record {
 
     /// What was waited for came, or came not, at `now`.
     pub(super) fn waited(&mut self, now: Instant) {
-        match self.wait.take() {
-            Some(Wait::Endpoint(begun)) => self.upstream += now.duration_since(begun),
-            Some(Wait::Pause(begun)) => self.paused += now.duration_since(begun),
-            None => {}
+        if let Some(begun) = self.waits_since.take() {
+            let span = now.duration_since(begun);
+            self.waited += span;
+            if let (Some(notes), false) = (&mut self.notes, self.pauses) {
+                notes.upstream += span;
+            }
         }
-        let spent = self.upstream + self.paused;
-        self.own = Own::Until(now.duration_since(self.started).saturating_sub(spent));
+        self.own = Own::Until(now.duration_since(self.started).saturating_sub(self.waited));
     }
 
     /// From here on both sides speak to each other directly.
@@ -403,7 +398,7 @@ impl Record {
         }
         self.settled = true;
         let now = Instant::now();
-        if self.wait.is_some() {
+        if self.waits_since.is_some() {
             self.waited(now);
         }
         let duration = now.duration_since(self.started);
@@ -442,7 +437,7 @@ impl Record {
             bytes_in: self.flow.received(),
             bytes_out: self.flow.sent(),
             duration,
-            upstream_duration: self.upstream,
+            upstream_duration: notes.upstream,
             trace_id: notes.trace.as_ref().map_or("", TraceContext::trace_id),
             request_id: &text(&notes.request_id),
         });

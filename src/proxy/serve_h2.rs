@@ -19,7 +19,7 @@ use h2::{
 };
 use http::{HeaderMap, Method, StatusCode, Version, header, request::Parts};
 use http_body::{Frame, SizeHint};
-use tokio::time::{Duration, Instant};
+use tokio::time::{Duration, Instant, timeout};
 
 use crate::{
     http1::{self, HeadLimits},
@@ -47,6 +47,9 @@ const SEND_BUFFER: usize = 256 * 1024;
 /// Streams that a client may reset before we have seen them, and streams that we reset for its errors, before the
 /// connection is ended.
 const RESETS: usize = 100;
+/// How much is read of a body that was answered before its end, and for how long, before its stream is reset.
+const LET_OUT: usize = 64 * 1024;
+const LET_OUT_WITHIN: Duration = Duration::from_secs(1);
 /// A stream that its client resets within this time and without an answer was given up (Envoy's
 /// `premature_reset_min_stream_lifetime_seconds`).
 const GIVEN_UP_WITHIN: Duration = Duration::from_secs(1);
@@ -228,13 +231,13 @@ async fn answer(
         Ok(length) => length,
         Err(rejection) => {
             let refusal = story.refuse(rejection, Some(with_body(parts, Body::Empty)), &flow);
-            return outlet.finish(refusal, &mut respond, &method).await;
+            outlet.finish(refusal, &mut respond, &method).await;
+            upload.leave(stream);
+            return upload.let_out().await;
         }
     };
     join_cookies(&mut parts.headers);
-    if headers::list(parts.headers.get_all(header::EXPECT).iter(), "100-continue") {
-        upload.welcome.set(Welcome::Awaited);
-    }
+    upload.expected(&parts.headers);
     let incoming = Incoming::new(stream, (&flow, &upload), (limits.body_bytes, length));
     let body = gather(incoming).await;
     let interim = Interim::default();
@@ -262,7 +265,10 @@ async fn answer(
     // A reset ends an upload first, and the walk with it.
     let missed = walked.is_none() || (upload.broken.get() && is_reset(&mut respond).await);
     match walked {
-        Some(answer) if !missed => outlet.finish(answer, &mut respond, &method).await,
+        Some(answer) if !missed => {
+            outlet.finish(answer, &mut respond, &method).await;
+            upload.let_out().await;
+        }
         unwanted => {
             seat.given_up(story.worker().watchdog.coarse_now());
             if let Some(Answer::Response(_, record) | Answer::Tunnel(_, _, record)) = unwanted {
@@ -328,6 +334,44 @@ struct Upload {
     welcome: Cell<Welcome>,
     /// The body broke off.
     broken: Cell<bool>,
+    /// What nobody has read of it.
+    rest: Cell<Option<RecvStream>>,
+}
+
+impl Upload {
+    /// Looks whether the client waits to be told that its body is welcome.
+    fn expected(&self, headers: &HeaderMap) {
+        if headers::list(headers.get_all(header::EXPECT).iter(), "100-continue") {
+            self.welcome.set(Welcome::Awaited);
+        }
+    }
+
+    /// Nobody reads any more of the body.
+    fn leave(&self, stream: RecvStream) {
+        if !stream.is_end_stream() {
+            self.rest.set(Some(stream));
+        }
+    }
+
+    /// Reads a little more of a body that was answered before its end. The reset that follows else (RFC 9113 §8.1)
+    /// meets clients that are just sending, and some take it for a failure and the answer for lost.
+    async fn let_out(&self) {
+        let Some(mut rest) = self.rest.take() else { return };
+        Box::pin(async move {
+            let reading = async {
+                let mut left = LET_OUT;
+                while let Some(Ok(data)) = rest.data().await {
+                    if rest.flow_control().release_capacity(data.len()).is_err() {
+                        return;
+                    }
+                    let Some(less) = left.checked_sub(data.len()) else { return };
+                    left = less;
+                }
+            };
+            let _over = timeout(LET_OUT_WITHIN, reading).await;
+        })
+        .await;
+    }
 }
 
 /// Whether a client has been told that its body is welcome (`expect: 100-continue`).
@@ -362,7 +406,8 @@ fn join_cookies(headers: &mut HeaderMap) {
 
 /// The body of a request.
 struct Incoming {
-    stream: RecvStream,
+    /// Until this is dropped.
+    stream: Option<RecvStream>,
     flow: Rc<Flow>,
     upload: Rc<Upload>,
     limit: Option<u64>,
@@ -377,7 +422,11 @@ impl Incoming {
         (limit, length): (Option<u64>, Option<u64>),
     ) -> Self {
         let (flow, upload) = (Rc::clone(flow), Rc::clone(upload));
-        Self { stream, flow, upload, limit, length, trailers: false }
+        Self { stream: Some(stream), flow, upload, limit, length, trailers: false }
+    }
+
+    fn has_ended(&self) -> bool {
+        self.stream.as_ref().is_none_or(RecvStream::is_end_stream)
     }
 
     fn took(&mut self, data: &Bytes) -> Result<(), BodyError> {
@@ -386,13 +435,15 @@ impl Incoming {
         if let Some(limit) = self.limit.filter(|limit| received > *limit) {
             return Err(BodyError::TooLarge { limit });
         }
-        let released = self.stream.flow_control().release_capacity(data.len());
-        released.map_err(|_source| BodyError::Incomplete)
+        let released =
+            self.stream.as_mut().map(|stream| stream.flow_control().release_capacity(data.len()));
+        released.transpose().map(drop).map_err(|_source| BodyError::Incomplete)
     }
 
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let Some(stream) = &mut self.stream else { return Poll::Ready(None) };
         if !self.trailers {
-            let polled = self.stream.poll_data(cx);
+            let polled = stream.poll_data(cx);
             let welcome = &self.upload.welcome;
             if welcome.get() == Welcome::Awaited {
                 welcome.set(if polled.is_pending() { Welcome::Due } else { Welcome::Said });
@@ -406,7 +457,8 @@ impl Incoming {
                 None => self.trailers = true,
             }
         }
-        match ready!(self.stream.poll_trailers(cx)) {
+        let Some(stream) = &mut self.stream else { return Poll::Ready(None) };
+        match ready!(stream.poll_trailers(cx)) {
             Ok(Some(trailers)) => Poll::Ready(wire::trailers(trailers).map(Ok)),
             Ok(None) => Poll::Ready(None),
             Err(_) => Poll::Ready(Some(Err(BodyError::Incomplete))),
@@ -418,18 +470,27 @@ impl Drop for Incoming {
     /// Whoever gave it up does not wait for it any more.
     fn drop(&mut self) {
         self.flow.moved();
+        if let Some(stream) = self.stream.take() {
+            self.upload.leave(stream);
+        }
     }
 }
 
 /// A small request is usually here in full when its head is.
 async fn gather(mut body: Incoming) -> Body {
-    if body.stream.is_end_stream() {
+    if body.has_ended() {
         return Body::Empty;
     }
-    let first = poll_fn(|cx| Poll::Ready(body.stream.poll_data(cx))).await;
+    let first = poll_fn(|cx| {
+        Poll::Ready(match &mut body.stream {
+            Some(stream) => stream.poll_data(cx),
+            None => Poll::Ready(None),
+        })
+    })
+    .await;
     if let Poll::Ready(Some(Ok(data))) = first {
         return match body.took(&data) {
-            Ok(()) if body.stream.is_end_stream() => data.into(),
+            Ok(()) if body.has_ended() => data.into(),
             Ok(()) => Body::stream(Prepended::new(Ok(data), body)),
             Err(error) => {
                 body.upload.broken.set(true);
@@ -465,7 +526,7 @@ impl http_body::Body for Incoming {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.stream.is_end_stream()
+        self.has_ended()
     }
 
     fn size_hint(&self) -> SizeHint {

@@ -7,7 +7,7 @@
 use tokio::time::Instant;
 
 use crate::{
-    balance::{Outcome, Pass, Vitals},
+    balance::{CircuitState, Outcome, Pass, Vitals},
     model::Circuit,
     proxy::view::Ward,
 };
@@ -39,9 +39,9 @@ impl<'a> Trial<'a> {
         self.since = since;
     }
 
-    /// It came to this at `now`.
-    pub(super) fn settle(mut self, outcome: Outcome, now: Instant) {
-        let Some(pass) = self.pass.take() else { return };
+    /// It came to this at `now`; gives the state that the circuit came to by it.
+    pub(super) fn settle(mut self, outcome: Outcome, now: Instant) -> Option<CircuitState> {
+        let pass = self.pass.take()?;
         let tick = self.ward.tick(now);
         let took = self.since.map(|since| now.duration_since(since));
         let latency = &self.vitals.latency;
@@ -51,7 +51,7 @@ impl<'a> Trial<'a> {
             (Outcome::Success, None) | (Outcome::Unknown, _) => {}
             (Outcome::Failure, took) => latency.penalize(took.unwrap_or_default(), tick),
         }
-        self.vitals.breaker.settle(pass, outcome, self.circuit, tick);
+        self.vitals.breaker.settle(pass, outcome, self.circuit, tick)
     }
 }
 
