@@ -169,11 +169,11 @@ async fn path<T: DeserializeOwned + Send>(parts: &mut Parts, shared: &App) -> Re
         .map_err(|error| Rejection::BadRequest { detail: format!("the path: {error}") })
 }
 
-/// `if-match` and `if-none-match` of what changes something, as the document tells them.
+/// `if-match` of what changes something, as the document tells it.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Header)]
-#[expect(dead_code, reason = "written into the document; `operations::precondition` reads them")]
-pub(super) struct Conditions {
+#[expect(dead_code, reason = "written into the document; `operations::precondition` reads it")]
+pub(super) struct IfMatch {
     /// Only if this is still its ETag, as an answer carried it; `*`: if it is there at all.
     #[param(
         rename = "if-match",
@@ -181,12 +181,19 @@ pub(super) struct Conditions {
         pattern = r#"^(\*|"[0-9]{1,19}"(, ?"[0-9]{1,19}")*)$"#
     )]
     if_match: Option<String>,
+}
+
+/// `if-none-match` of what makes something.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Header)]
+#[expect(dead_code, reason = "written into the document; `operations::precondition` reads it")]
+pub(super) struct IfAbsent {
     /// `*`: only if it is not there yet.
     #[param(rename = "if-none-match", nullable = false, pattern = r"^\*$")]
     if_none_match: Option<String>,
 }
 
-/// What a reader of the catalog, or of the watch, knows already; as [`Conditions`], for the document.
+/// What a reader of the catalog, or of the watch, knows already; for the document.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Header)]
 #[expect(dead_code, reason = "written into the document; `services::catalog` reads it")]

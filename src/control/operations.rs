@@ -21,7 +21,7 @@ use crate::{
         ProjectDocument, ProxyList, ProxyReport, REGISTRY_WRITE, Registration,
     },
     control::{
-        asked::{BODY_LIMIT, Conditions, Instance, OneEndpoint, Reader, Writer},
+        asked::{BODY_LIMIT, IfAbsent, IfMatch, Instance, OneEndpoint, Reader, Writer},
         contract::{
             Adjusting, Changing, Guarded, Malformed, OfEndpoint, OfService, Reading, Registering,
             Replacing,
@@ -62,7 +62,7 @@ pub(super) async fn show(
 /// Registers an endpoint, or renews and changes what is registered.
 #[utoipa::path(
     put, path = "/v1/services/{name}/endpoints/{id}", operation_id = "register_endpoint", tag = "registry",
-    params(OneEndpoint, Conditions),
+    params(OneEndpoint, IfMatch, IfAbsent),
     request_body = Registration,
     responses(
         (status = 200, description = "It was registered before; its lease begins anew", body = EndpointAnswer, headers(("etag" = String, description = "The revision of its last change"))),
@@ -104,7 +104,7 @@ pub(super) async fn register(
 /// Changes state or weight; what is left out stays.
 #[utoipa::path(
     patch, path = "/v1/services/{name}/endpoints/{id}", operation_id = "adjust_endpoint", tag = "registry",
-    params(OneEndpoint, Conditions),
+    params(OneEndpoint, IfMatch),
     request_body = Adjustment,
     responses((status = 200, description = "As it is now", body = EndpointAnswer, headers(("etag" = String, description = "The revision of its last change"))), OfEndpoint, Adjusting, Reading, Guarded),
     security(("bearer" = ["infrar:registry:write"]), ("bearer" = ["infrar:endpoints:own"])),
@@ -125,7 +125,7 @@ pub(super) async fn adjust(
 /// Has an endpoint finish what it has.
 #[utoipa::path(
     post, path = "/v1/services/{name}/endpoints/{id}/drain", operation_id = "drain_endpoint", tag = "registry",
-    params(OneEndpoint, Conditions),
+    params(OneEndpoint, IfMatch),
     responses((status = 200, description = "As it is now", body = EndpointAnswer, headers(("etag" = String, description = "The revision of its last change"))), OfEndpoint, Adjusting, Guarded),
     security(("bearer" = ["infrar:registry:write"]), ("bearer" = ["infrar:endpoints:own"])),
 )]
@@ -161,7 +161,7 @@ async fn change(
 /// Takes a registered endpoint away.
 #[utoipa::path(
     delete, path = "/v1/services/{name}/endpoints/{id}", operation_id = "remove_endpoint", tag = "registry",
-    params(OneEndpoint, Conditions),
+    params(OneEndpoint, IfMatch),
     responses((status = 204, description = "It is gone"), OfEndpoint, Changing, Guarded),
     security(("bearer" = ["infrar:registry:write"]), ("bearer" = ["infrar:endpoints:own"])),
 )]
@@ -274,7 +274,7 @@ pub(super) async fn export(
 /// Replaces the project. What was registered and finds no place in it any more goes.
 #[utoipa::path(
     put, path = "/v1/project", operation_id = "import_project", tag = "project",
-    params(Conditions),
+    params(IfMatch, IfAbsent),
     request_body = ProjectDocument,
     responses((status = 204, description = "It is in force", headers(("etag" = String))), Replacing, Reading, Guarded),
     security(("bearer" = ["infrar:project:write"])),
