@@ -252,7 +252,8 @@ async fn schemathesis_finds_the_control_plane_to_be_what_its_document_says() {
             .arg("--config-file")
             .arg(repository().join("tests/foreign/schemathesis.toml"))
             .args(["run", &format!("{url}/openapi.json"), "--url", &url, "--no-color"])
-            .args(["--header", &format!("authorization: Bearer {}", token.trim())]),
+            // It knows this header again by this spelling alone.
+            .args(["--header", &format!("Authorization: Bearer {}", token.trim())]),
     )
     .await;
     assert!(
