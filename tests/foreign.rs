@@ -233,7 +233,11 @@ async fn schemathesis_finds_the_control_plane_to_be_what_its_document_says() {
     shop.infrar("control", &[&arguments[..], &rates[..]].concat());
     shop.ready(shop.admin).await;
 
-    let told = fs::read_to_string(shop.path("control.log")).expect("its log");
+    // It says so after it listens.
+    let log = shop.path("control.log");
+    let told = || fs::read_to_string(&log).unwrap_or_default();
+    shop.until("the first admin is told", async || told().contains("infrar token get")).await;
+    let told = told();
     let secret = told.lines().find_map(|line| line.trim().strip_prefix("client_secret"));
     shop.write("admin", secret.expect("the first admin credential").trim());
     let url = format!("http://{listen}");

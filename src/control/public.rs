@@ -127,8 +127,9 @@ impl Shared {
         headers: &HeaderMap,
         body: Body,
     ) -> Result<TokenReply, TokenRefusal> {
-        self.rates.public(peer)?;
         let body = self.intake.read(body, peer).await?;
+        // Whoever sends slowly has the intake's places alone, and takes nothing from its neighbours here.
+        self.rates.public(peer)?;
         let question = Question::read(headers, &body)?;
         let Proof { caller, hold } = self.at_desk(|desk| desk.caller(&question, peer));
         if !hold.is_zero() {
