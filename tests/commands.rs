@@ -299,3 +299,263 @@ fn shown_by(welcome: &str, command: &str) -> String {
     let at = lines.iter().position(|line| *line == command).unwrap_or_default();
     lines[..at].last().copied().unwrap_or_default().trim_start_matches("# ").to_owned()
 }
+
+/// Writes down the first admin's secret, which is told once.
+async fn keep_admin_secret(folder: &Folder, control: &Infrar) {
+    let mark = "client_secret  ";
+    until("it is told", async || control.log().contains(mark)).await;
+    let log = control.log();
+    let secret = log.lines().find_map(|line| line.trim().strip_prefix(mark));
+    folder.write("secrets/admin", secret.expect("it was told"));
+}
+
+/// A control plane with a project of its own, and whoever may change it.
+struct Plane {
+    folder: Folder,
+    control: Infrar,
+    url: String,
+    token: String,
+}
+
+const PROJECT: &str = "project: shop\nservices:\n  data:\n    scopes: [use]\n    endpoints: [{ id: home, url: \
+                       'https://data.example', provider: azure, region: eastus }]\n  reports: { scopes: [use] }\n\
+                       permissions: { web: { data: [use] } }\nidentities: { web: { client_secret_file: secrets/web } }\n";
+
+impl Plane {
+    async fn start() -> Self {
+        let folder = Folder::new();
+        folder.write("secrets/web", "the caller's secret\n");
+        folder.write("shop.yaml", PROJECT);
+        let [at] = free_ports().map(|at| at.to_string());
+        let mut control = Self::control(&folder, &at, &["--project", "shop.yaml"]);
+        control.ready(at.parse().unwrap()).await;
+        keep_admin_secret(&folder, &control).await;
+        let mut plane = Self { folder, control, url: format!("http://{at}"), token: String::new() };
+        plane.token = plane.new_token();
+        plane
+    }
+
+    fn control(folder: &Folder, at: &str, more: &[&str]) -> Infrar {
+        let usual = ["control", "--listen", at, "--data-dir", "kept"];
+        Infrar::start(folder, "control", &[&usual[..], more].concat())
+    }
+
+    fn new_token(&self) -> String {
+        let get = [
+            "token",
+            "get",
+            "--client-id",
+            "infrar-admin",
+            "--client-secret-file",
+            "secrets/admin",
+        ];
+        let (code, token, said) = self.run(&get);
+        assert_eq!(code, Some(0), "{said}");
+        token.trim().to_owned()
+    }
+
+    fn run(&self, arguments: &[&str]) -> (Option<i32>, String, String) {
+        let variables = [("INFRAR_CONTROL_URL", &*self.url), ("INFRAR_TOKEN", &*self.token)];
+        let known = if self.token.is_empty() { &variables[..1] } else { &variables };
+        whole(&self.folder.path(""), known, arguments)
+    }
+
+    /// What a command prints that succeeds.
+    fn says(&self, arguments: &[&str]) -> String {
+        let (code, out, said) = self.run(arguments);
+        assert_eq!(code, Some(0), "{arguments:?}: {said}");
+        out
+    }
+
+    async fn kill(&mut self) {
+        self.control.kill().await;
+    }
+}
+
+#[tokio::test]
+async fn a_project_goes_out_and_in_and_a_difference_is_told_before_it_is_made() {
+    let plane = Plane::start().await;
+    let exported = plane.says(&["project", "export"]);
+    plane.folder.write("exported.yaml", &exported);
+    assert_eq!(
+        plane.says(&["project", "diff", "exported.yaml"]),
+        "nothing changes\n",
+        "{exported}"
+    );
+    let before = plane.says(&["services", "list", "--json"]);
+    assert!(plane.says(&["project", "import", "exported.yaml"]).starts_with("nothing changes"));
+    assert_eq!(plane.says(&["services", "list", "--json"]), before, "the same revision");
+
+    plane.folder.write("new.yaml", &PROJECT.replace("data.example", "data2.example"));
+    let difference = plane.says(&["project", "diff", "new.yaml"]);
+    let line = "~ services.data.endpoints.home.url: \"https://data.example\" -> \"https://data2.example\"\n";
+    assert_eq!(difference, line);
+    assert_eq!(
+        plane.says(&["services", "list", "--json"]),
+        before,
+        "nothing was changed by asking"
+    );
+    let imported = plane.says(&["project", "import", "new.yaml"]);
+    assert!(
+        imported.starts_with(line) && imported.contains("in force since revision"),
+        "{imported}"
+    );
+    assert!(plane.says(&["services", "show", "data"]).contains("data2.example"));
+
+    plane.folder.write("other.yaml", &PROJECT.replace("project: shop", "project: bank"));
+    let (code, _, said) = plane.run(&["project", "import", "other.yaml"]);
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("project-renamed"), "{said}");
+    plane.folder.write("broken.yaml", "project: shop\nservises: {}\n");
+    let (code, _, said) = plane.run(&["project", "import", "broken.yaml"]);
+    assert_eq!(code, Some(2), "{said}");
+    assert!(said.contains("services"), "{said}");
+}
+
+#[tokio::test]
+async fn an_endpoint_is_registered_kept_drained_and_removed_by_hand_and_each_step_is_printed() {
+    let plane = Plane::start().await;
+    let watching = ["services", "watch", "--control", &plane.url, "--token", &plane.token];
+    let watch = Infrar::start(&plane.folder, "watch", &watching);
+    let register = |more: &[&'static str]| {
+        let east = [
+            "services",
+            "register",
+            "data",
+            "east",
+            "--url",
+            "https://east.data.example",
+            "--place",
+            "aws_us_east_1",
+        ];
+        [&east[..], more].concat()
+    };
+    // The watch begins at the revision of its first question: it is asked until it has told of something.
+    until("the watch tells of it", async || {
+        let said = plane.says(&register(&[]));
+        assert!(
+            said.contains("east of data: active at https://east.data.example, for 30 s"),
+            "{said}"
+        );
+        if watch.log().contains("east of data is active at https://east.data.example") {
+            return true;
+        }
+        plane.says(&["services", "remove", "data", "east"]);
+        false
+    })
+    .await;
+    let said = plane.says(&["services", "drain", "data", "east"]);
+    assert!(said.contains("draining"), "{said}");
+    until("the watch tells of it", async || watch.log().contains("east of data is draining")).await;
+    assert_eq!(plane.says(&["services", "remove", "data", "east"]), "east of data is removed\n");
+    until("the watch tells of it", async || watch.log().contains("east of data is gone")).await;
+    let (code, _, said) = plane.run(&["services", "remove", "data", "east"]);
+    assert_eq!(code, Some(1), "{said}");
+    let (code, _, said) = plane.run(&["services", "remove", "data", "home"]);
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("owned-by-project"), "{said}");
+
+    let reach = ["--control", &plane.url, "--token", &plane.token];
+    let keep = [&register(&["--keep", "--ttl", "5s"])[..], &reach].concat();
+    let mut keep = Infrar::start(&plane.folder, "keep", &keep);
+    let is_there = || plane.says(&["services", "show", "data"]).contains("east.data.example");
+    until("it is there", async || is_there()).await;
+    let begun = tokio::time::Instant::now();
+    while begun.elapsed() < std::time::Duration::from_secs(7) {
+        assert!(is_there(), "{}", keep.log());
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    }
+    keep.signal("INT");
+    assert_eq!(keep.ended().await.code(), Some(0), "{}", keep.log());
+    assert!(!is_there());
+}
+
+#[tokio::test]
+async fn a_backup_of_a_running_control_plane_is_restored_with_its_keys_and_its_endpoints() {
+    use std::os::unix::fs::PermissionsExt;
+    let mut plane = Plane::start().await;
+    let east = ["services", "register", "data", "east", "--url", "https://east.data.example"];
+    plane.says(&[&east[..], &["--place", "aws_us_east_1", "--ttl", "1h"]].concat());
+    let said = plane.says(&["backup", "copy.db", "--data-dir", "kept"]);
+    assert!(said.contains("private keys") && said.contains("0600"), "{said}");
+    let mode = std::fs::metadata(plane.folder.path("copy.db")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+
+    // What is there is never overwritten, and what is not there is no store.
+    let (code, _, said) = plane.run(&["backup", "copy.db", "--data-dir", "kept"]);
+    assert_eq!(
+        (code, said.contains("copy.db exists already; choose another name")),
+        (Some(2), true),
+        "{said}"
+    );
+    let (code, _, said) = plane.run(&["backup", "other.db", "--data-dir", "nowhere"]);
+    assert_eq!((code, said.contains("--data-dir")), (Some(2), true), "{said}");
+    assert!(!plane.folder.path("nowhere").exists() && !plane.folder.path("other.db").exists());
+    let (code, _, said) = plane.run(&["restore", "copy.db", "--data-dir", "kept"]);
+    assert_eq!((code, said.contains("stop the control plane")), (Some(2), true), "{said}");
+    let (code, _, said) = plane.run(&["restore", "missing.db", "--data-dir", "new"]);
+    assert_eq!((code, said.contains("missing.db")), (Some(2), true), "{said}");
+    plane.folder.write("torn.db", "SQLite format 3\0 and then nothing of the kind");
+    let (code, _, said) = plane.run(&["restore", "torn.db", "--data-dir", "new"]);
+    assert_eq!((code, said.contains("restore a backup")), (Some(2), true), "{said}");
+
+    // The disk is lost; the backup is put in its place, in an empty directory.
+    plane.kill().await;
+    let (code, _, said) = plane.run(&["restore", "copy.db", "--data-dir", "kept"]);
+    assert_eq!((code, said.contains("is not empty")), (Some(2), true), "{said}");
+    std::fs::rename(plane.folder.path("kept"), plane.folder.path("lost")).unwrap();
+    let said = plane.says(&["restore", "copy.db", "--data-dir", "kept"]);
+    assert!(said.contains("Start `infrar control`"), "{said}");
+    let mode =
+        std::fs::metadata(plane.folder.path("kept/registry.db")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let at = plane.url.trim_start_matches("http://").to_owned();
+    plane.control = Plane::control(&plane.folder, &at, &[]);
+    plane.control.ready(at.parse().unwrap()).await;
+    // A token from before is good, for the keys are the same ones and no other has come; so is the admin's secret.
+    let shown = plane.says(&["services", "show", "data"]);
+    assert!(shown.contains("east.data.example") && shown.contains("data.example"), "{shown}");
+    let keys = support::get(at.parse().unwrap(), &at, "/.well-known/jwks.json").await;
+    assert_eq!(keys.body.matches("\"kid\"").count(), 1, "{keys:?}");
+    let before = plane.token.clone();
+    plane.token = String::new();
+    plane.token = plane.new_token();
+    assert_ne!(plane.token, before);
+    let listed: serde_json::Value =
+        serde_json::from_str(&plane.says(&["services", "list", "--json"])).unwrap();
+    assert!(listed["revision"].as_u64().unwrap() > 1_000_000, "{listed}");
+}
+
+#[tokio::test]
+async fn proxies_are_listed_with_the_revision_they_serve() {
+    let app = Origin::plain("here").await;
+    let pair = support::Pair::open(app.at, "", "").await;
+    let folder = &pair.folder;
+    keep_admin_secret(folder, &pair.processes.control).await;
+    let url = format!("http://{}", pair.control);
+    let here = folder.path("");
+    let ask = |token: &str, arguments: &[&str]| {
+        let (code, out, said) =
+            whole(&here, &[("INFRAR_CONTROL_URL", &url), ("INFRAR_TOKEN", token)], arguments);
+        assert_eq!(code, Some(0), "{said}");
+        out
+    };
+    let token = ask(
+        "",
+        &["token", "get", "--client-id", "infrar-admin", "--client-secret-file", "secrets/admin"],
+    );
+    let both = |revision: &str| {
+        let listed = ask(token.trim(), &["proxies"]);
+        let row = |who: &str| {
+            let row = listed.lines().find(|line| line.starts_with(who));
+            row.is_some_and(|row| {
+                row.contains(&format!("  {revision}  ")) && row.contains("current")
+            })
+        };
+        row("web ") && row("data ")
+    };
+    until("both are listed", async || both("1")).await;
+    let project = folder.read("project.yaml");
+    folder.write("project.yaml", &project.replace("scopes: [use]", "scopes: [use, more]"));
+    until("both serve the next one", async || both("2")).await;
+}

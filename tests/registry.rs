@@ -1,6 +1,12 @@
 //! Stories of the registry: endpoints come, are looked after and go; every change is told as what it changes; and what
 //! cannot be is refused with its reason.
-#![expect(clippy::unwrap_used, clippy::panic, reason = "the helpers of a test may fail it")]
+#![expect(
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    clippy::wildcard_enum_match_arm,
+    reason = "a story may fail"
+)]
 
 use std::{
     collections::BTreeMap,
@@ -10,6 +16,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::{FutureExt, future::BoxFuture};
 use http::StatusCode;
 use infrar::{
     api::{
@@ -17,10 +24,12 @@ use infrar::{
         Patch, ProxyReport, Registration, Source, Told, Watch,
     },
     control::{Control, Identities, Identity, Running, Settings},
+    discovery::{self, Directory, Passes},
     model::{
         AuthMethod, EndpointId, EndpointState, Enforcement, NetworkMode, Networking, Project,
         Service, ServiceName,
     },
+    runtime::{Supervisor, open_files},
 };
 use secrecy::SecretString;
 use tokio::time::{sleep, timeout};
@@ -202,7 +211,7 @@ async fn an_endpoint_that_is_not_heard_of_is_gone_within_its_lease_and_one_that_
     let mut watch = plane.watch().await;
     let begun = tokio::time::Instant::now();
     let (client, bearer, at) = (plane.client.clone(), plane.data.clone(), data.clone());
-    let heart = tokio::time::timeout(LONG, async move {
+    let heart = timeout(LONG, async move {
         loop {
             client.heartbeat(&bearer, &at, &id("alive")).await.unwrap();
             sleep(Duration::from_secs(1)).await;
@@ -392,4 +401,116 @@ async fn requests_that_make_no_sense_are_told_what_would() {
     )
     .await;
     assert_eq!(status, StatusCode::PRECONDITION_FAILED);
+}
+
+#[tokio::test]
+async fn a_watcher_that_fell_behind_is_told_what_it_missed_or_to_begin_anew() {
+    let folder = tempfile::tempdir().unwrap();
+    let plane = Plane::start(folder.path()).await;
+    let mut behind = plane.catalog().await;
+    for n in 0..3 {
+        let registration = registration(&format!("https://n{n}.data.example"));
+        plane.register(&format!("n{n}"), &registration).await.unwrap();
+    }
+    let end = plane.catalog().await;
+    // What is still known is told in its order, and leads to what is in force.
+    let mut watch = plane.client.watch(&plane.admin, behind.revision).await.unwrap();
+    while behind.revision < end.revision {
+        match timeout(LONG, watch.next()).await.unwrap().unwrap().unwrap() {
+            Told::Change(change) => behind = change.apply(&behind).unwrap(),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(behind, end);
+    // After a restart nobody can tell what came between, nor ever of a past that is not this one's.
+    plane.running.shutdown().await;
+    let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let settings = Settings::new(listen, folder.path().join("data"));
+    let running = Control::start(settings, Some((project(), identities()))).await.unwrap();
+    let client = client(&running);
+    let data = Credential { client_id: name("data"), secret: "data".to_owned().into() };
+    let data = client.token(&data, CONTROL_AUDIENCE, None).await.unwrap().access_token;
+    let mut watch = client.watch(&data, 1).await.unwrap();
+    let told = timeout(LONG, watch.next()).await.unwrap().unwrap().unwrap();
+    let Told::Resync(standing) = told else { panic!("{told:?}") };
+    assert_eq!(standing.revision, end.revision);
+    // What it is told from here on follows on what the catalog says.
+    let mut caught_up = client.catalog(&data, None).await.unwrap().unwrap().0;
+    let (endpoint, host) = (id("late"), "https://late.data.example");
+    client.register(&data, &name("data"), &endpoint, &registration(host)).await.unwrap();
+    match timeout(LONG, watch.next()).await.unwrap().unwrap().unwrap() {
+        Told::Change(change) => caught_up = change.apply(&caught_up).unwrap(),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(caught_up, client.catalog(&data, None).await.unwrap().unwrap().0);
+    let mut ahead = client.watch(&data, end.revision + 100).await.unwrap();
+    let told = timeout(LONG, ahead.next()).await.unwrap().unwrap().unwrap();
+    assert!(matches!(told, Told::Resync(_)), "{told:?}");
+}
+
+/// The same bearer for ever.
+struct Pass(SecretString);
+
+impl Passes for Pass {
+    fn bearer(
+        &self,
+    ) -> BoxFuture<'static, Result<SecretString, Box<dyn std::error::Error + Send + Sync>>> {
+        std::future::ready(Ok(self.0.clone())).boxed()
+    }
+
+    fn refused(&self, _: &SecretString) {}
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thousand_that_come_back_at_once_are_caught_up_within_five_seconds() {
+    let folder = tempfile::tempdir().unwrap();
+    // Both ends of each connection are in this process, and a control plane takes half of its connections from one address.
+    let count = (open_files() / 4).min(1000);
+    let start = async |listen: SocketAddr, project: Project| {
+        let settings = Settings {
+            connections: 4 * count,
+            ..Settings::new(listen, folder.path().join("data"))
+        };
+        Control::start(settings, Some((project, identities()))).await.unwrap()
+    };
+    let running = start((Ipv4Addr::LOCALHOST, 0).into(), project()).await;
+    let at = running.local_addr();
+    let client = client(&running);
+    let data = Credential { client_id: name("data"), secret: "data".to_owned().into() };
+    let bearer = client.token(&data, CONTROL_AUDIENCE, None).await.unwrap().access_token;
+    let supervisor = Supervisor::new(tokio::runtime::Handle::current());
+    let passes = Arc::new(Pass(bearer));
+    let directories: Vec<Arc<Directory>> = (0..count).map(|_| Arc::default()).collect();
+    for directory in &directories {
+        let following =
+            discovery::Registry::new(client.clone(), passes.clone(), Arc::clone(directory));
+        supervisor.spawn_until_end("follower", following.follow());
+    }
+    let all_have = async |revision| {
+        let mut arrived = Vec::new();
+        for directory in &directories {
+            let mut changes = directory.changes();
+            while directory.load().is_none_or(|catalog| catalog.revision < revision) {
+                timeout(LONG, changes.changed()).await.unwrap().unwrap();
+            }
+            arrived.push(tokio::time::Instant::now());
+        }
+        arrived
+    };
+    all_have(1).await;
+    // A change reaches all.
+    let mut edited = project();
+    edited.services.remove("reports");
+    let begun = tokio::time::Instant::now();
+    running.replace(edited.clone(), &identities()).await.unwrap();
+    all_have(2).await;
+    eprintln!("a change at the last of {count}: {:?}", begun.elapsed());
+
+    running.shutdown().await;
+    edited.services.insert(name("late"), Arc::default());
+    let _running = start(at, edited).await;
+    let begun = tokio::time::Instant::now();
+    all_have(3).await;
+    eprintln!("caught up, the last of {count}: {:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
 }

@@ -1,5 +1,6 @@
 //! One file per subcommand. Alone here may anything print or end the process.
 
+mod backup;
 mod ca;
 mod check;
 pub mod completions;
@@ -37,6 +38,7 @@ use crate::{
     net,
     proxy::StartError,
     runtime::{Side, Supervisor, report_panics},
+    store::StoreError,
     telemetry::{self, Format, LogError},
 };
 
@@ -69,6 +71,8 @@ enum Command {
     Services(services::Services),
     Project(project::Project),
     Proxies(proxies::Proxies),
+    Backup(backup::Backup),
+    Restore(backup::Restore),
     Token(token::Token),
     Completions(completions::Completions),
     Man(completions::Man),
@@ -94,6 +98,8 @@ impl Cli {
             | Command::Services(_)
             | Command::Project(_)
             | Command::Proxies(_)
+            | Command::Backup(_)
+            | Command::Restore(_)
             | Command::Token(_)
             | Command::Completions(_)
             | Command::Man(_) => self.log_format.unwrap_or_default(),
@@ -163,6 +169,8 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Services(services) => services.run().await?,
         Command::Project(project) => project.run().await?,
         Command::Proxies(proxies) => proxies.run().await?,
+        Command::Backup(backup) => backup.run().await?,
+        Command::Restore(restore) => restore.run().await?,
         Command::Token(token) => return token.run().await,
         Command::Completions(completions) => completions.run(Cli::command())?,
         Command::Man(man) => man.run(Cli::command())?,
@@ -181,6 +189,7 @@ fn fail(error: &anyhow::Error) -> ExitCode {
             || cause.is::<net::BindError>()
             || cause.is::<net::BindErrors>()
             || matches!(cause.downcast_ref(), Some(LogError::Level(_)))
+            || cause.downcast_ref::<StoreError>().is_some_and(|error| !error.is_temporary())
             || cause.is::<Usage>()
             || cause.is::<StartError>()
             || cause.is::<net::TlsError>()

@@ -11,11 +11,12 @@ use crate::{
         book::Key,
         keys::entry,
         project::{self, Imported, Past},
-        registry::{Registry, hex, sha256},
+        registry::Registry,
         reject::Rejection,
     },
     identity::KeptKey,
     model::{Project, ServiceName},
+    runtime::{hex, sha256},
     store::Write,
 };
 

@@ -132,18 +132,27 @@ impl Book {
     pub(super) fn after(&self, revision: u64, writes: &[Write]) -> Result<Self, BookError> {
         let mut next = self.clone();
         next.revision = revision;
+        next.apply(writes)?;
+        Ok(next)
+    }
+
+    /// Takes `writes` over, as ones of its own revision.
+    ///
+    /// # Errors
+    /// [`BookError`]; what came before the write that is not understood is taken over then.
+    pub(super) fn apply(&mut self, writes: &[Write]) -> Result<(), BookError> {
         let mut touched = BTreeSet::new();
         for Write { key, value } in writes {
-            next.place(key, value.as_deref(), revision)?;
+            self.place(key, value.as_deref(), self.revision)?;
             let endpoint = named(key, "endpoint/").or_else(|| named(key, "adjusted/"));
             touched.extend(endpoint.map(|(service, _)| service));
         }
         if writes.iter().any(|write| write.key == Key::Project.text()) {
-            next.compose_all();
+            self.compose_all();
         } else {
-            touched.iter().for_each(|service| next.compose(service));
+            touched.iter().for_each(|service| self.compose(service));
         }
-        Ok(next)
+        Ok(())
     }
 
     /// Puts one entry where it belongs. Entries of a kind that this release does not know are left alone.

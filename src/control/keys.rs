@@ -7,7 +7,10 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 use secrecy::{ExposeSecret, SecretString};
-use tokio::time::{Duration, MissedTickBehavior, interval};
+use tokio::{
+    sync::Mutex,
+    time::{Duration, MissedTickBehavior, interval},
+};
 
 use crate::{
     control::{
@@ -37,6 +40,9 @@ pub(super) struct Keys {
     mint: Arc<Mint>,
     registry: Arc<Registry>,
     clock: Clock,
+    /// Held from the making of a key until the store has it or it is forgotten: following the store in between would
+    /// forget it too early.
+    busy: Mutex<()>,
 }
 
 impl Keys {
@@ -49,7 +55,10 @@ impl Keys {
         registry: Arc<Registry>,
         clock: Clock,
     ) -> Result<Arc<Self>, KeysError> {
-        let keys = Arc::new(Self { mint, registry, clock });
+        let keys = Arc::new(Self { mint, registry, clock, busy: Mutex::default() });
+        if keys.are_strangers()? {
+            keys.follow()?;
+        }
         keys.publish().await?;
         Ok(keys)
     }
@@ -59,6 +68,7 @@ impl Keys {
     /// # Errors
     /// [`KeysError`]; the old keys then stay in force.
     pub(super) async fn rotate(&self) -> Result<String, KeysError> {
+        let _busy = self.busy.lock().await;
         self.mint.rotate(self.clock.now())?;
         self.publish().await?;
         // Another replica's, when that was faster.
@@ -74,7 +84,10 @@ impl Keys {
             let tended = tokio::select! {
                 _now = look.tick() => self.look().await,
                 changed = versions.changed() => match changed {
-                    Ok(()) => self.follow().map_err(KeysError::from),
+                    Ok(()) => {
+                        let _busy = self.busy.lock().await;
+                        self.follow().map_err(KeysError::from)
+                    }
                     Err(_gone) => return,
                 },
             };
@@ -86,8 +99,18 @@ impl Keys {
     }
 
     async fn look(&self) -> Result<(), KeysError> {
+        let _busy = self.busy.lock().await;
         self.mint.tend(self.clock.now())?;
         self.publish().await
+    }
+
+    /// Whether the store has keys, and none of them is here: this folder is new, or of another store's past. What lies in
+    /// it no verifier of this store knows, and a first key would sign at once.
+    fn are_strangers(&self) -> Result<bool, MintError> {
+        let version = self.registry.current();
+        let known = version.book.keys();
+        let ours = self.mint.kept()?;
+        Ok(!known.is_empty() && ours.iter().all(|key| !known.contains_key(&key.name)))
     }
 
     /// Has the store agree with what is here, as far as it does not know better; afterwards this is what the store has.

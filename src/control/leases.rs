@@ -114,7 +114,10 @@ impl Leases {
             .filter_map(|key| named(key, "endpoint/"))
             .map(|(service, id)| Target { service, id })
             .collect();
-        for Target { service, id } in &ended {
+        let version = registry.current();
+        // A registration that was refused leaves a lease of nothing.
+        let there = ended.iter().filter(|one| version.book.leased(&one.service, &one.id).is_some());
+        for Target { service, id } in there {
             tracing::info!(%service, endpoint = %id, "an endpoint was not heard of for the time of its lease");
         }
         let gone = registry.change(move |draft| endpoints::expire(draft, &ended)).await;

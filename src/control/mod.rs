@@ -35,4 +35,4 @@ pub use book::BookError;
 pub use identities::{Identities, Identity};
 pub use project::{document, identities};
 pub use registry::RegistryError;
-pub use serve::{Control, ControlError, Replaced, Running, Settings, TlsFiles};
+pub use serve::{Control, ControlError, Replaced, Running, Settings, TlsFiles, usual_store};

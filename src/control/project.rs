@@ -9,10 +9,11 @@ use crate::{
     control::{
         Identities, Identity,
         book::{self, Book, Key},
-        registry::{Draft, hex, sha256},
+        registry::Draft,
         reject::Rejection,
     },
     model::{EndpointId, Project, ServiceName},
+    runtime::{hex, sha256},
     store::Write,
 };
 

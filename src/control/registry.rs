@@ -10,7 +10,6 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use aws_lc_rs::digest::{SHA256, digest};
 use bytes::Bytes;
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -28,6 +27,7 @@ use crate::{
         reject::Rejection,
     },
     model::{Project, ScopeSet, ServiceName},
+    runtime::{hex, sha256},
     store::{CommitError, Since, State, Store, StoreError, Write},
 };
 
@@ -144,18 +144,6 @@ fn secrets(book: &Book) -> BTreeMap<ServiceName, [u8; 32]> {
         .collect()
 }
 
-/// SHA-256, as an array.
-pub(super) fn sha256(bytes: &[u8]) -> [u8; 32] {
-    let mut out = [0; 32];
-    out.copy_from_slice(digest(&SHA256, bytes).as_ref());
-    out
-}
-
-/// In hexadecimal.
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 /// The next version as far as it has been decided.
 pub(super) struct Draft {
     book: Book,
@@ -183,13 +171,12 @@ impl Draft {
     /// Adds writes; what is decided after this sees them.
     ///
     /// # Errors
-    /// [`Rejection::Internal`] for a write that nobody could read again; it is not added.
+    /// [`Rejection::Internal`] for a write that nobody could read again.
     pub(super) fn add(&mut self, writes: Vec<Write>) -> Result<(), Rejection> {
-        let next = self.book.after(self.book.revision, &writes).map_err(|error| {
+        self.book.apply(&writes).map_err(|error| {
             tracing::error!(error = &error as &dyn std::error::Error, "a change made no sense");
             Rejection::Internal
         })?;
-        self.book = next;
         self.hosts = None;
         self.writes.extend(writes);
         Ok(())

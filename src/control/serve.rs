@@ -190,6 +190,12 @@ pub struct TlsFiles {
     pub key_file: PathBuf,
 }
 
+/// Where the registry is kept when nobody says.
+#[must_use]
+pub fn usual_store(data_dir: &Path) -> Location {
+    Location::Sqlite(data_dir.join("registry.db"))
+}
+
 /// What the control plane needs.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -231,7 +237,7 @@ impl Settings {
             listen,
             public_url: None,
             tls: None,
-            store: Location::Sqlite(data_dir.join("registry.db")),
+            store: usual_store(&data_dir),
             data_dir,
             token_lifetime: usual.lifetime,
             key_lead: usual.lead,
@@ -309,7 +315,7 @@ impl Control {
         supervisor.spawn_until_end("control-accept", door.open(listener));
         let revision = shared.registry.current().revision;
         tracing::info!(%local_addr, issuer, revision, "the control plane answers");
-        Ok(Running { local_addr, issuer, shared, supervisor, data_dir, first_admin })
+        Ok(Running { local_addr, issuer, shared, supervisor, data_dir, first_admin, store })
     }
 }
 
@@ -342,6 +348,7 @@ pub struct Running {
     shared: Arc<Shared>,
     supervisor: Supervisor,
     first_admin: Option<SecretString>,
+    store: Store,
     #[expect(dead_code, reason = "the directory is ours until this is dropped")]
     data_dir: fs::File,
 }
@@ -424,6 +431,7 @@ impl Running {
                 "the control plane ended late"
             );
         }
+        self.store.clone().close().await;
     }
 }
 

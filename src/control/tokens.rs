@@ -18,13 +18,10 @@ use url::{Url, form_urlencoded};
 
 use crate::{
     api::TokenReply,
-    control::{
-        registry::{Version, sha256},
-        reject::TokenRefusal,
-        throttle::Throttle,
-    },
+    control::{registry::Version, reject::TokenRefusal, throttle::Throttle},
     identity::{Mint, Strictness},
     model::{Scope, ScopeSet, ServiceName},
+    runtime::sha256,
 };
 
 /// What stands behind a service's name in `resource=https://NAME.infrar.internal`.

@@ -15,7 +15,10 @@ use uuid::Uuid;
 
 use crate::{
     api::{Adjustment, Client, ClientError, ProxyReport, Registration},
-    discovery::{Directory, Passes, registry::with_pass},
+    discovery::{
+        Directory, Passes,
+        registry::{Outage, chain, with_pass},
+    },
     model::{EndpointId, EndpointState, Place, ServiceName},
 };
 
@@ -237,8 +240,8 @@ type Failure = Box<dyn std::error::Error + Send + Sync>;
 struct Told {
     stage: Option<Stage>,
     pause: Option<Duration>,
-    /// What it last refused; told once.
-    reported: Option<String>,
+    /// Why it is not registered, as far as the log has told.
+    outage: Outage,
 }
 
 impl Told {
@@ -246,7 +249,7 @@ impl Told {
         if now == Stage::Here && self.stage != Some(Stage::Here) {
             tracing::info!(endpoint = %endpoint.id, "this endpoint is registered");
         }
-        *self = Self { stage: Some(now), pause: None, reported: None };
+        *self = Self { stage: Some(now), pause: None, outage: Outage::default() };
     }
 
     /// How long to wait before it is tried again.
@@ -260,10 +263,8 @@ impl Told {
             self.stage = None;
             return Duration::ZERO;
         }
-        let text = failure.to_string();
-        if self.reported.as_ref() != Some(&text) {
+        if self.outage.is_news(chain(&**failure), Instant::now()) {
             tracing::warn!(endpoint = %endpoint.id, error = &**failure, "this endpoint is not registered");
-            self.reported = Some(text);
         }
         if refusal.is_some_and(|error| !error.is_temporary()) {
             return REFUSED.mul_f64(fastrand::f64().mul_add(0.5, 0.5));

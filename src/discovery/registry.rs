@@ -205,14 +205,14 @@ where
 
 /// The reasons that the log has told in an outage.
 #[derive(Default)]
-struct Outage {
+pub(super) struct Outage {
     reasons: Vec<String>,
     since: Option<Instant>,
 }
 
 impl Outage {
     /// Whether the log does not say so yet, or said it long ago. Reasons that take turns are told once each.
-    fn is_news(&mut self, reason: String, now: Instant) -> bool {
+    pub(super) fn is_news(&mut self, reason: String, now: Instant) -> bool {
         if self.since.is_none_or(|since| now.duration_since(since) >= REMIND) {
             (self.since, self.reasons) = (Some(now), Vec::new());
         }
@@ -225,7 +225,7 @@ impl Outage {
 }
 
 /// An error with all its causes, as one text.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
     causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
