@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Brings what tests/foreign.rs drives: the clients of other languages (Python's HTTP, gRPC and WebSocket libraries) into
+# Brings what tests/foreign.rs drives: the clients of other languages (Python's HTTP, gRPC and WebSocket libraries, and schemathesis) into
 # target/foreign, and the servers and tools beside them (nginx, promtool, h2load, curl, openssl) as Debian packages; and
 # PostgreSQL, which tests/store.rs starts.
 # `.ci/run` calls it; run it yourself to have those stories told instead of skipped. As root it installs packages that

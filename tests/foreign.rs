@@ -1,7 +1,7 @@
 //! Other people's clients and servers, through the real binary: a control plane, a caller's sidecar and a callee's.
 //!
 //! Nothing here is ours but the proxies between: curl, Python's requests, httpx, aiohttp, grpcio and websockets call; aiohttp,
-//! grpcio and nginx answer; h2load loads and promtool reads. `scripts/foreign-clients.sh` brings them all. A story whose client is missing
+//! grpcio and nginx answer; h2load loads, promtool reads, and schemathesis asks the control plane everything that its document says. `scripts/foreign-clients.sh` brings them all. A story whose client is missing
 //! says so and is skipped; under `CI=true` it fails instead.
 #![expect(clippy::expect_used, clippy::panic, reason = "the helpers of a test may fail it")]
 
@@ -24,7 +24,7 @@ use tokio::{
 };
 
 /// Long enough for a debug build on a busy machine; nothing waits for it when all is well.
-const PATIENCE: Duration = Duration::from_secs(90);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 #[tokio::test]
 async fn requests_calls_by_name_with_nothing_but_http_proxy() {
@@ -206,6 +206,66 @@ async fn promtool_finds_nothing_to_mend_in_the_metrics() {
         output.status.success() && said.is_empty(),
         "{}\n{metrics}",
         String::from_utf8_lossy(&said)
+    );
+}
+
+#[tokio::test]
+async fn schemathesis_finds_the_control_plane_to_be_what_its_document_says() {
+    let Some(python) = foreign_python() else { return };
+    let [listen] = free_ports();
+    let mut shop = Shop {
+        folder: tempfile::tempdir().expect("a temporary folder"),
+        python,
+        outbound: listen,
+        port: listen,
+        admin: listen,
+        nginx: "localhost:1".to_owned(),
+        running: Vec::new(),
+    };
+    shop.write("secrets/web-application", "the caller's secret\n");
+    shop.write("secrets/data-intelligence", "the callee's secret\n");
+    shop.write("project.yaml", &project(listen, "localhost:1"));
+    let (project, data, listen) =
+        (shop.path("project.yaml"), shop.path("control"), listen.to_string());
+    // Nobody asks so often; that it is refused then is told by tests/api.rs.
+    let rates = ["--read-rate", "0", "--write-rate", "0"];
+    let arguments = ["control", "--project", &project, "--listen", &listen, "--data-dir", &data];
+    shop.infrar("control", &[&arguments[..], &rates[..]].concat());
+    shop.ready(shop.admin).await;
+
+    // It says so after it listens.
+    let log = shop.path("control.log");
+    let told = || fs::read_to_string(&log).unwrap_or_default();
+    shop.until("the first admin is told", async || told().contains("infrar token get")).await;
+    let told = told();
+    let secret = told.lines().find_map(|line| line.trim().strip_prefix("client_secret"));
+    shop.write("admin", secret.expect("the first admin credential").trim());
+    let url = format!("http://{listen}");
+    let token = output(
+        Command::new(env!("CARGO_BIN_EXE_infrar"))
+            .args(["token", "get", "--control", &url, "--client-id", "infrar-admin"])
+            .args(["--client-secret-file", &shop.path("admin")]),
+    )
+    .await;
+    let token = String::from_utf8(token.stdout).expect("text");
+    assert!(!token.trim().is_empty(), "no token\n{}", shop.logs());
+
+    let output = output(
+        Command::new(shop.python.with_file_name("schemathesis"))
+            .current_dir(shop.folder.path())
+            .arg("--config-file")
+            .arg(repository().join("tests/foreign/schemathesis.toml"))
+            .args(["run", &format!("{url}/openapi.json"), "--url", &url, "--no-color"])
+            // It knows this header again by this spelling alone.
+            .args(["--header", &format!("Authorization: Bearer {}", token.trim())]),
+    )
+    .await;
+    assert!(
+        output.status.success(),
+        "{}\n{}\n{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+        shop.logs()
     );
 }
 

@@ -4,6 +4,7 @@ mod client;
 mod events;
 mod operations;
 mod patch;
+mod shapes;
 mod types;
 
 pub use client::{Client, ClientError, ClientSettings, Watch};

@@ -4,9 +4,10 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::{
-    api::Catalog,
+    api::{Catalog, shapes},
     model::{
         Endpoint, EndpointId, Enforcement, Issuer, Networking, Project, ScopeSet, Service,
         ServiceName,
@@ -30,7 +31,7 @@ pub enum PatchError {
 }
 
 /// `GET /v1/watch`: the data of one `change` event; its `id` is the revision too.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Change {
     /// The revision that it leads to; it follows on the one before.
     pub revision: u64,
@@ -41,7 +42,7 @@ pub struct Change {
 }
 
 /// `GET /v1/watch`: the data of a `resync` or `current` event.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Standing {
     /// The revision that is current.
     pub revision: u64,
@@ -59,7 +60,7 @@ pub enum Told {
 }
 
 /// One thing that is different.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Patch {
     /// What is true for the whole project, all of it.
@@ -67,31 +68,40 @@ pub enum Patch {
     /// A service, with its endpoints; `None`: it is gone.
     Service {
         /// Its name.
+        #[schema(value_type = shapes::ServiceName)]
         name: ServiceName,
         /// What is now said about it.
+        #[schema(value_type = Option<shapes::Service>)]
         service: Option<Box<Service>>,
     },
     /// An endpoint of a service that stays; `None`: it is gone.
     Endpoint {
         /// The service.
+        #[schema(value_type = shapes::ServiceName)]
         service: ServiceName,
         /// The endpoint.
+        #[schema(value_type = shapes::EndpointId)]
         id: EndpointId,
         /// What is now said about it.
+        #[schema(value_type = Option<shapes::Endpoint>)]
         endpoint: Option<Box<Endpoint>>,
     },
 }
 
 /// A project without its services.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Settings {
     /// How places reach each other.
+    #[schema(value_type = shapes::Networking)]
     pub networking: Networking,
     /// Caller → callee → scopes.
+    #[schema(value_type = BTreeMap<shapes::ServiceName, BTreeMap<shapes::ServiceName, Vec<shapes::Scope>>>)]
     pub permissions: BTreeMap<ServiceName, BTreeMap<ServiceName, ScopeSet>>,
     /// Further issuers whose tokens callees accept.
+    #[schema(value_type = Vec<shapes::Issuer>)]
     pub issuers: Vec<Issuer>,
     /// Whether a missing grant refuses.
+    #[schema(value_type = shapes::Enforcement)]
     pub mode: Enforcement,
 }
 

@@ -5,11 +5,15 @@ use std::{collections::BTreeMap, time::Duration};
 use secrecy::SecretString;
 use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
+use utoipa::ToSchema;
 use uuid::Uuid;
 
-use crate::model::{
-    AuthMethod, Endpoint, EndpointState, Origin, Place, Project, ScopeSet, Service, ServiceName,
-    Zone,
+use crate::{
+    api::shapes,
+    model::{
+        AuthMethod, Endpoint, EndpointState, Origin, Place, Project, ScopeSet, Service,
+        ServiceName, Zone,
+    },
 };
 
 /// The audience of tokens for the control plane's own API.
@@ -35,18 +39,19 @@ pub const PROJECT_WRITE: &str = "infrar:project:write";
 pub const KEYS_WRITE: &str = "infrar:keys:write";
 
 /// `GET /v1/catalog`: one version of everything a proxy needs to know.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Catalog {
     /// Rises with every change; never reused by one control plane's data directory.
     pub revision: u64,
     /// The `iss` of the project's own tokens; empty for a proxy that runs from a file alone.
     pub issuer: String,
     /// The project itself.
+    #[schema(value_type = shapes::Project)]
     pub project: Project,
 }
 
 /// `GET /v1/services`: every service in brief, by name.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ServiceList {
     /// The revision that was read.
     pub revision: u64,
@@ -55,63 +60,78 @@ pub struct ServiceList {
 }
 
 /// One row of [`ServiceList`].
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ServiceSummary {
     /// The service.
+    #[schema(value_type = shapes::ServiceName)]
     pub name: ServiceName,
     /// How many endpoints it has.
     pub endpoints: usize,
     /// How many of them are active.
     pub active: usize,
     /// Where they are, each place once.
+    #[schema(value_type = Vec<shapes::Place>)]
     pub places: Vec<Place>,
     /// The scopes that exist at it.
+    #[schema(value_type = Vec<shapes::Scope>)]
     pub scopes: ScopeSet,
 }
 
 /// `GET /v1/services/{name}`: one service in full.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ServiceAnswer {
     /// The revision that was read.
     pub revision: u64,
     /// The service.
+    #[schema(value_type = shapes::ServiceName)]
     pub name: ServiceName,
     /// Everything that is said about it.
     #[serde(flatten)]
+    #[schema(value_type = shapes::Service)]
     pub service: Service,
     /// Who may call it, and with which scopes.
+    #[schema(value_type = BTreeMap<shapes::ServiceName, Vec<shapes::Scope>>)]
     pub callers: BTreeMap<ServiceName, ScopeSet>,
 }
 
 /// `PUT /v1/services/{name}/endpoints/{id}`: registers an endpoint, or renews and changes what is registered. It is gone when
 /// its lease ends, unless it is renewed before.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Registration {
     /// The address in mode `public`, and the host, SNI and certificate name in every mode.
+    #[schema(value_type = shapes::Origin)]
     pub url: Origin,
     /// The address in mode `vpn`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<shapes::Origin>)]
     pub internal_url: Option<Origin>,
     /// The address in mode `private_peering`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<shapes::Origin>)]
     pub private_url: Option<Origin>,
     /// Provider and region.
+    #[schema(value_type = shapes::Place)]
     pub place: Place,
     /// Availability zone, where it is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<shapes::Zone>)]
     pub zone: Option<Zone>,
     /// How a caller proves itself.
     #[serde(default)]
+    #[schema(value_type = shapes::AuthMethod)]
     pub auth_method: AuthMethod,
     /// Share among unequal weights.
     #[serde(default = "usual_weight")]
+    #[schema(maximum = 1_000_000)]
     pub weight: u32,
     /// Whether it takes part in the choice.
     #[serde(default)]
+    #[schema(value_type = shapes::EndpointState)]
     pub state: EndpointState,
     /// How long it stays without a heartbeat, in seconds: 5 to 3600.
     #[serde(default = "usual_ttl")]
+    #[schema(minimum = 5, maximum = 3600)]
     pub ttl_seconds: u64,
 }
 
@@ -124,19 +144,21 @@ fn usual_ttl() -> u64 {
 }
 
 /// `PATCH /v1/services/{name}/endpoints/{id}`: changes what is said; what is left out stays.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Adjustment {
     /// Whether it takes part in the choice.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<shapes::EndpointState>)]
     pub state: Option<EndpointState>,
     /// Share among unequal weights.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(maximum = 1_000_000)]
     pub weight: Option<u32>,
 }
 
 /// Where an endpoint comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Source {
     /// The project; it stays until the project says otherwise.
@@ -146,11 +168,12 @@ pub enum Source {
 }
 
 /// The answer to everything that is done with one endpoint. Its ETag is the revision of its last change.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct EndpointAnswer {
     /// The revision that was read, or that the change led to.
     pub revision: u64,
     /// The service.
+    #[schema(value_type = shapes::ServiceName)]
     pub service: ServiceName,
     /// Where it comes from.
     pub source: Source,
@@ -158,11 +181,12 @@ pub struct EndpointAnswer {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_in: Option<u64>,
     /// The endpoint.
+    #[schema(value_type = shapes::Endpoint)]
     pub endpoint: Endpoint,
 }
 
 /// `POST /v1/services/{name}/endpoints/{id}/heartbeat`: the lease begins anew.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Heartbeat {
     /// The revision in force.
     pub revision: u64,
@@ -171,26 +195,31 @@ pub struct Heartbeat {
 }
 
 /// `PUT /v1/proxies/{instance}`: a proxy tells which revision it serves.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ProxyReport {
     /// The revision that its newest requests walk by.
     pub revision: u64,
     /// Where it runs, where that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<shapes::Place>)]
     pub place: Option<Place>,
     /// `sidecar`, `edge` or `dev`.
+    #[schema(max_length = 16)]
     pub role: String,
     /// Its release.
+    #[schema(max_length = 64)]
     pub version: String,
 }
 
 /// `GET /v1/proxies`: who serves which revision.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ProxyList {
     /// The revision in force.
     pub revision: u64,
     /// Every proxy that was heard of in the last two minutes.
+    // Not the type's own form: to its report nothing may be added when it is sent, and here three keys are.
+    #[schema(value_type = Vec<shapes::ProxyRow>)]
     pub proxies: Vec<ProxyRow>,
 }
 
@@ -209,22 +238,25 @@ pub struct ProxyRow {
 }
 
 /// `GET` and `PUT /v1/project`: the project as it was written, without what was registered beside it and without secrets.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ProjectDocument {
     /// What every proxy may know.
+    #[schema(value_type = shapes::Project)]
     pub project: Project,
     /// Who may ask for tokens.
+    #[schema(value_type = BTreeMap<shapes::ServiceName, IdentityDocument>)]
     pub identities: BTreeMap<ServiceName, IdentityDocument>,
 }
 
 /// How one identity proves itself.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(untagged, deny_unknown_fields)]
 pub enum IdentityDocument {
     /// By a shared secret, of which only the digest travels and is kept.
     Secret {
         /// SHA-256 of the secret, in hexadecimal.
+        #[schema(pattern = "^[0-9a-fA-F]{64}$")]
         client_secret_sha256: String,
     },
     /// By an OIDC token of its platform.
@@ -257,7 +289,7 @@ pub struct TokenAnswer {
 }
 
 /// The token endpoint's answer on the wire (RFC 6749 §5.1). It holds a secret: no `Debug`.
-#[derive(Serialize, Deserialize)]
+#[derive(Serialize, Deserialize, ToSchema)]
 pub struct TokenReply {
     /// The bearer.
     pub access_token: String,
@@ -293,7 +325,7 @@ fn seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D:
 }
 
 /// The token endpoint's refusal on the wire (RFC 6749 §5.2).
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct OauthRefusal {
     /// `invalid_client`, `invalid_scope`, `invalid_target` …
     pub error: String,

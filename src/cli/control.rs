@@ -44,6 +44,13 @@ pub(crate) struct ControlArgs {
     /// Where keys and, without --store, the registry are kept.
     #[arg(long, env = "INFRAR_DATA_DIR", default_value = "./.infrar/control", value_name = "DIR")]
     data_dir: PathBuf,
+    /// Reads per second of one caller, twice as many at once; 0: no limit. Heartbeats and reports of proxies count as reads.
+    /// Whoever proves nothing (tokens, keys, probes) has 500 per second for each address, and no limit with 0.
+    #[arg(long, env = "INFRAR_READ_RATE", default_value_t = 2_000, value_name = "PER SECOND")]
+    read_rate: u32,
+    /// Changes per second of one caller, five times as many at once; 0: no limit.
+    #[arg(long, env = "INFRAR_WRITE_RATE", default_value_t = 100, value_name = "PER SECOND")]
+    write_rate: u32,
     /// How long a new key is published before it signs. For tests: below the ten minutes for which verifiers keep a key
     /// set, the first token of a new key makes each of them fetch it.
     #[arg(long, hide = true, value_name = "DURATION")]
@@ -63,6 +70,8 @@ impl ControlArgs {
         let mut signals = Signals::listen().context("signals cannot be listened to")?;
         let mut settings = control::Settings::new(self.listen, self.data_dir.clone());
         settings.public_url.clone_from(&self.public_url);
+        settings.read_rate = self.read_rate;
+        settings.write_rate = self.write_rate;
         if let Some(lead) = self.key_lead {
             settings.key_lead = lead.unsigned_abs();
         }

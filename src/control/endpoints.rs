@@ -100,6 +100,9 @@ pub(super) fn change(
     let Target { service, id } = target;
     let book = draft.book();
     let (endpoint, source, _) = found(book, target)?;
+    if adjustment.weight.is_some_and(|weight| weight > HEAVIEST) {
+        return Err(Rejection::BadRequest { detail: format!("weight is at most {HEAVIEST}") });
+    }
     precondition.holds(book, target)?;
     let mut changed = endpoint.clone();
     adjust(&mut changed, adjustment);

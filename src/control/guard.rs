@@ -23,13 +23,8 @@ pub(super) struct Guard<'a> {
 }
 
 impl Guard<'_> {
-    /// Accepts a request that carries a token of our own for `infrar-control` with `scope`, as long as the token's
-    /// identity is there and has that right: a token outlives neither.
-    pub(super) fn admit(
-        &self,
-        headers: &HeaderMap,
-        scope: &'static str,
-    ) -> Result<OwnClaims, Rejection> {
+    /// Who asks with a token of our own for `infrar-control`, as long as the token's identity is there.
+    pub(super) fn who(&self, headers: &HeaderMap) -> Result<OwnClaims, Rejection> {
         let token = bearer(headers)?;
         let checked = self.mint.check(&token, self.issuer, CONTROL_AUDIENCE, self.now);
         let claims = checked.map_err(|error| {
@@ -40,15 +35,25 @@ impl Guard<'_> {
                 Rejection::TokenInvalid
             }
         })?;
-        if !self.version.knows(&claims.sub) {
-            return Err(Rejection::IdentityGone { name: claims.sub });
-        }
-        let carried = scope.parse::<Scope>().is_ok_and(|scope| claims.scopes.contains(&scope));
-        if carried && may(self.version, &claims.sub, scope) {
+        if self.version.knows(&claims.sub) {
             Ok(claims)
         } else {
-            Err(Rejection::ScopeMissing { scope })
+            Err(Rejection::IdentityGone { name: claims.sub })
         }
+    }
+}
+
+/// Lets those pass whose token carries `scope`, as long as they have that right: a token does not outlive it.
+pub(super) fn admit(
+    version: &Version,
+    claims: &OwnClaims,
+    scope: &'static str,
+) -> Result<(), Rejection> {
+    let carried = scope.parse::<Scope>().is_ok_and(|scope| claims.scopes.contains(&scope));
+    if carried && may(version, &claims.sub, scope) {
+        Ok(())
+    } else {
+        Err(Rejection::ScopeMissing { scope })
     }
 }
 

@@ -7,8 +7,10 @@
 //! It does not read `project.yaml` and watches no file: whoever runs it passes a checked project and, later,
 //! the next one.
 
+mod asked;
 mod begin;
 mod book;
+mod contract;
 mod endpoints;
 mod guard;
 mod identities;
@@ -19,6 +21,8 @@ mod leases;
 mod operations;
 mod project;
 mod proxies;
+mod public;
+mod rates;
 mod registry;
 mod reject;
 mod router;

@@ -4,65 +4,82 @@ use std::{sync::Arc, time::Duration};
 
 use axum::{
     body::Body,
-    extract::{Path, State},
+    extract::State,
     response::{IntoResponse, Response},
 };
 use http::{
     HeaderMap, HeaderValue, StatusCode,
-    header::{ETAG, HeaderName, IF_MATCH, IF_NONE_MATCH},
+    header::{CONTENT_TYPE, ETAG, HeaderName, IF_MATCH, IF_NONE_MATCH},
 };
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
-use uuid::Uuid;
 
 use crate::{
     api::{
-        Adjustment, CATALOG_READ, ENDPOINTS_OWN, Heartbeat, PROJECT_WRITE, ProjectDocument,
-        ProxyList, ProxyReport, REGISTRY_WRITE, Registration,
+        Adjustment, CATALOG_READ, ENDPOINTS_OWN, EndpointAnswer, Heartbeat, PROJECT_WRITE,
+        ProjectDocument, ProxyList, ProxyReport, REGISTRY_WRITE, Registration,
     },
     control::{
+        asked::{BODY_LIMIT, IfAbsent, IfMatch, Instance, OneEndpoint, Reader, Writer},
+        contract::{
+            Adjusting, Changing, Guarded, Malformed, OfEndpoint, OfService, Reading, Registering,
+            Replacing,
+        },
         endpoints::{self, Precondition, Target},
         project::{self, Past},
         registry::Version,
         reject::{Rejection, json},
         router::Shared,
-        services,
     },
     identity::OwnClaims,
     model::{EndpointState, ServiceName},
 };
 
 type App = State<Arc<Shared>>;
-type Named = Path<(String, String)>;
 
-/// The largest body that is taken, and the largest project.
-const BODY_LIMIT: usize = 16 * 1024;
+/// The largest project that is taken.
 const PROJECT_LIMIT: usize = 32 * 1024 * 1024;
 /// How long a body may take to arrive.
 const BODY_TIME: Duration = Duration::from_secs(5);
 
-/// `GET /v1/services/{name}/endpoints/{id}`.
+/// One endpoint.
+#[utoipa::path(
+    get, path = "/v1/services/{name}/endpoints/{id}", operation_id = "show_endpoint", tag = "registry",
+    params(OneEndpoint),
+    responses((status = 200, description = "The endpoint", body = EndpointAnswer, headers(("etag" = String, description = "The revision of its last change"))), OfEndpoint, Guarded),
+    security(("bearer" = ["infrar:catalog:read"])),
+)]
 pub(super) async fn show(
     State(shared): App,
-    headers: HeaderMap,
-    path: Named,
+    Reader(claims): Reader,
+    target: Target,
 ) -> Result<Response, Rejection> {
-    shared.admit(&headers, CATALOG_READ)?;
-    let target = target(path)?;
+    shared.admit(&claims, CATALOG_READ)?;
     answer(&shared, &target, StatusCode::OK).await
 }
 
-/// `PUT /v1/services/{name}/endpoints/{id}`.
+/// Registers an endpoint, or renews and changes what is registered.
+#[utoipa::path(
+    put, path = "/v1/services/{name}/endpoints/{id}", operation_id = "register_endpoint", tag = "registry",
+    params(OneEndpoint, IfMatch, IfAbsent),
+    request_body = Registration,
+    responses(
+        (status = 200, description = "It was registered before; its lease begins anew", body = EndpointAnswer, headers(("etag" = String, description = "The revision of its last change"))),
+        (status = 201, description = "It is registered", body = EndpointAnswer, headers(("etag" = String, description = "The revision of its last change"))),
+        OfService, Registering, Reading, Guarded,
+    ),
+    security(("bearer" = ["infrar:registry:write"]), ("bearer" = ["infrar:endpoints:own"])),
+)]
 pub(super) async fn register(
     State(shared): App,
+    Writer(claims): Writer,
     headers: HeaderMap,
-    path: Named,
+    target: Target,
     body: Body,
 ) -> Result<Response, Rejection> {
-    let target = target(path)?;
-    let claims = shared.may_change(&headers, &target.service)?;
-    let registration: Registration = read(body, BODY_LIMIT).await?;
+    shared.may_change(&claims, &target.service)?;
+    let registration: Registration = read(&headers, body, BODY_LIMIT).await?;
     let faults = endpoints::faults(&registration);
     if !faults.is_empty() {
         return Err(Rejection::BadRequest { detail: faults.join("; ") });
@@ -84,38 +101,52 @@ pub(super) async fn register(
     told(&shared.registry.current(), &target, status, Some(ttl))
 }
 
-/// `PATCH /v1/services/{name}/endpoints/{id}`.
+/// Changes state or weight; what is left out stays.
+#[utoipa::path(
+    patch, path = "/v1/services/{name}/endpoints/{id}", operation_id = "adjust_endpoint", tag = "registry",
+    params(OneEndpoint, IfMatch),
+    request_body = Adjustment,
+    responses((status = 200, description = "As it is now", body = EndpointAnswer, headers(("etag" = String, description = "The revision of its last change"))), OfEndpoint, Adjusting, Reading, Guarded),
+    security(("bearer" = ["infrar:registry:write"]), ("bearer" = ["infrar:endpoints:own"])),
+)]
 pub(super) async fn adjust(
     State(shared): App,
+    Writer(claims): Writer,
     headers: HeaderMap,
-    path: Named,
+    target: Target,
     body: Body,
 ) -> Result<Response, Rejection> {
-    let target = target(path)?;
     // Only from those who may is a body waited for.
-    shared.may_change(&headers, &target.service)?;
-    let adjustment: Adjustment = read(body, BODY_LIMIT).await?;
-    change(&shared, &headers, target, adjustment).await
+    shared.may_change(&claims, &target.service)?;
+    let adjustment: Adjustment = read(&headers, body, BODY_LIMIT).await?;
+    change(&shared, &claims, &headers, target, adjustment).await
 }
 
-/// `POST /v1/services/{name}/endpoints/{id}/drain`.
+/// Has an endpoint finish what it has.
+#[utoipa::path(
+    post, path = "/v1/services/{name}/endpoints/{id}/drain", operation_id = "drain_endpoint", tag = "registry",
+    params(OneEndpoint, IfMatch),
+    responses((status = 200, description = "As it is now", body = EndpointAnswer, headers(("etag" = String, description = "The revision of its last change"))), OfEndpoint, Adjusting, Guarded),
+    security(("bearer" = ["infrar:registry:write"]), ("bearer" = ["infrar:endpoints:own"])),
+)]
 pub(super) async fn drain(
     State(shared): App,
+    Writer(claims): Writer,
     headers: HeaderMap,
-    path: Named,
+    target: Target,
 ) -> Result<Response, Rejection> {
-    let target = target(path)?;
+    shared.may_change(&claims, &target.service)?;
     let adjustment = Adjustment { state: Some(EndpointState::Draining), weight: None };
-    change(&shared, &headers, target, adjustment).await
+    change(&shared, &claims, &headers, target, adjustment).await
 }
 
 async fn change(
     shared: &Shared,
+    claims: &OwnClaims,
     headers: &HeaderMap,
     target: Target,
     adjustment: Adjustment,
 ) -> Result<Response, Rejection> {
-    let claims = shared.may_change(headers, &target.service)?;
     let precondition = precondition(headers)?;
     let wanted = target.clone();
     shared
@@ -127,14 +158,20 @@ async fn change(
     answer(shared, &target, StatusCode::OK).await
 }
 
-/// `DELETE /v1/services/{name}/endpoints/{id}`.
+/// Takes a registered endpoint away.
+#[utoipa::path(
+    delete, path = "/v1/services/{name}/endpoints/{id}", operation_id = "remove_endpoint", tag = "registry",
+    params(OneEndpoint, IfMatch),
+    responses((status = 204, description = "It is gone"), OfEndpoint, Changing, Guarded),
+    security(("bearer" = ["infrar:registry:write"]), ("bearer" = ["infrar:endpoints:own"])),
+)]
 pub(super) async fn remove(
     State(shared): App,
+    Writer(claims): Writer,
     headers: HeaderMap,
-    path: Named,
+    target: Target,
 ) -> Result<Response, Rejection> {
-    let target = target(path)?;
-    let claims = shared.may_change(&headers, &target.service)?;
+    shared.may_change(&claims, &target.service)?;
     let precondition = precondition(&headers)?;
     let wanted = target.clone();
     shared.registry.change(move |draft| endpoints::remove(draft, &wanted, &precondition)).await?;
@@ -143,14 +180,19 @@ pub(super) async fn remove(
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
-/// `POST /v1/services/{name}/endpoints/{id}/heartbeat`.
+/// Keeps a lease.
+#[utoipa::path(
+    post, path = "/v1/services/{name}/endpoints/{id}/heartbeat", operation_id = "heartbeat", tag = "registry",
+    params(OneEndpoint),
+    responses((status = 200, description = "The lease begins anew", body = Heartbeat), OfEndpoint, Guarded),
+    security(("bearer" = ["infrar:registry:write"]), ("bearer" = ["infrar:endpoints:own"])),
+)]
 pub(super) async fn heartbeat(
     State(shared): App,
-    headers: HeaderMap,
-    path: Named,
+    Reader(claims): Reader,
+    target: Target,
 ) -> Result<Response, Rejection> {
-    let target = target(path)?;
-    shared.may_change(&headers, &target.service)?;
+    shared.may_change(&claims, &target.service)?;
     let version = shared.registry.current();
     let Target { service, id } = &target;
     let leased = version
@@ -162,38 +204,66 @@ pub(super) async fn heartbeat(
     Ok(json(StatusCode::OK, "application/json", &answer))
 }
 
-/// `PUT /v1/proxies/{instance}`.
+/// Tells which revision a proxy serves.
+#[utoipa::path(
+    put, path = "/v1/proxies/{instance}", operation_id = "report", tag = "proxies",
+    params(Instance),
+    request_body = ProxyReport,
+    responses((status = 204, description = "It is heard"), Malformed, Reading, Guarded),
+    security(("bearer" = ["infrar:catalog:read"])),
+)]
 pub(super) async fn report(
     State(shared): App,
+    Reader(claims): Reader,
     headers: HeaderMap,
-    Path(instance): Path<String>,
+    Instance { instance }: Instance,
     body: Body,
 ) -> Result<Response, Rejection> {
-    let claims = shared.admit(&headers, CATALOG_READ)?;
-    let instance: Uuid = instance
-        .parse()
-        .map_err(|_text| Rejection::BadRequest { detail: "an instance is a UUID".to_owned() })?;
-    let report: ProxyReport = read(body, BODY_LIMIT).await?;
-    if report.role.len() > 16 || report.version.len() > 64 {
+    shared.admit(&claims, CATALOG_READ)?;
+    let report: ProxyReport = read(&headers, body, BODY_LIMIT).await?;
+    let short = |text: &str, most| text.chars().count() <= most;
+    if !short(&report.role, 16) || !short(&report.version, 64) {
         return Err(Rejection::BadRequest {
-            detail: "role has at most 16 bytes, version 64".to_owned(),
+            detail: "role has at most 16 characters, version 64".to_owned(),
         });
+    }
+    if i64::try_from(report.revision).is_err() {
+        return Err(Rejection::BadRequest { detail: "no revision is so large".to_owned() });
     }
     shared.proxies.hear(instance, claims.sub, report);
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
-/// `GET /v1/proxies`.
-pub(super) async fn proxies(State(shared): App, headers: HeaderMap) -> Result<Response, Rejection> {
-    shared.admit(&headers, CATALOG_READ)?;
+/// Who serves which revision.
+#[utoipa::path(
+    get, path = "/v1/proxies", operation_id = "list_proxies", tag = "proxies",
+    responses((status = 200, description = "Those heard of lately", body = ProxyList), Guarded),
+    security(("bearer" = ["infrar:catalog:read"])),
+)]
+pub(super) async fn proxies(
+    State(shared): App,
+    Reader(claims): Reader,
+) -> Result<Response, Rejection> {
+    shared.admit(&claims, CATALOG_READ)?;
     let proxies = shared.proxies.list().await?;
     let list = ProxyList { revision: shared.registry.current().revision, proxies };
     Ok(json(StatusCode::OK, "application/json", &list))
 }
 
-/// `GET /v1/project`.
-pub(super) async fn export(State(shared): App, headers: HeaderMap) -> Result<Response, Rejection> {
-    shared.admit(&headers, PROJECT_WRITE)?;
+/// The project, without what was registered beside it and without secrets.
+#[utoipa::path(
+    get, path = "/v1/project", operation_id = "export_project", tag = "project",
+    responses(
+        (status = 200, description = "As it was written", body = ProjectDocument, headers(("etag" = String))),
+        Guarded,
+    ),
+    security(("bearer" = ["infrar:project:write"])),
+)]
+pub(super) async fn export(
+    State(shared): App,
+    Reader(claims): Reader,
+) -> Result<Response, Rejection> {
+    shared.admit(&claims, PROJECT_WRITE)?;
     let version = shared.registry.current();
     let document = version.book.document().ok_or(Rejection::NoProject)?;
     let mut answer = json(StatusCode::OK, "application/json", document);
@@ -201,14 +271,22 @@ pub(super) async fn export(State(shared): App, headers: HeaderMap) -> Result<Res
     Ok(answer)
 }
 
-/// `PUT /v1/project`.
+/// Replaces the project. What was registered and finds no place in it any more goes.
+#[utoipa::path(
+    put, path = "/v1/project", operation_id = "import_project", tag = "project",
+    params(IfMatch, IfAbsent),
+    request_body = ProjectDocument,
+    responses((status = 204, description = "It is in force", headers(("etag" = String))), Replacing, Reading, Guarded),
+    security(("bearer" = ["infrar:project:write"])),
+)]
 pub(super) async fn import(
     State(shared): App,
+    Writer(claims): Writer,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Rejection> {
-    let claims = shared.admit(&headers, PROJECT_WRITE)?;
-    let document: ProjectDocument = read(body, PROJECT_LIMIT).await?;
+    shared.admit(&claims, PROJECT_WRITE)?;
+    let document: ProjectDocument = read(&headers, body, PROJECT_LIMIT).await?;
     let wanted = precondition(&headers)?;
     let revision = shared
         .registry
@@ -231,18 +309,14 @@ pub(super) async fn import(
 
 impl Shared {
     /// Lets those pass who may change endpoints of `service`: of its own name, or of any.
-    fn may_change(
-        &self,
-        headers: &HeaderMap,
-        service: &ServiceName,
-    ) -> Result<OwnClaims, Rejection> {
-        match self.admit(headers, REGISTRY_WRITE) {
+    fn may_change(&self, claims: &OwnClaims, service: &ServiceName) -> Result<(), Rejection> {
+        match self.admit(claims, REGISTRY_WRITE) {
             Err(Rejection::ScopeMissing { .. }) => {}
             outcome => return outcome,
         }
-        let claims = self.admit(headers, ENDPOINTS_OWN)?;
+        self.admit(claims, ENDPOINTS_OWN)?;
         if claims.sub == *service {
-            return Ok(claims);
+            return Ok(());
         }
         Err(Rejection::ScopeMissing { scope: REGISTRY_WRITE })
     }
@@ -279,16 +353,22 @@ fn dated(answer: &mut Response, revision: u64) {
     }
 }
 
-fn target(Path((service, id)): Named) -> Result<Target, Rejection> {
-    let service = services::name(&service)?;
-    let id = id.parse().map_err(|error: crate::model::NameError| Rejection::BadRequest {
-        detail: format!("the endpoint's id: {error}"),
-    })?;
-    Ok(Target { service, id })
+/// Whether the body is said to be JSON, or nothing is said about it.
+fn is_json(headers: &HeaderMap) -> bool {
+    let Some(kind) = headers.get(CONTENT_TYPE) else { return true };
+    let kind = kind.to_str().ok().and_then(|kind| kind.split(';').next());
+    kind.is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json"))
 }
 
 /// The body, as JSON of one form; what is wrong with it is said with its place.
-async fn read<T: DeserializeOwned>(body: Body, limit: usize) -> Result<T, Rejection> {
+async fn read<T: DeserializeOwned>(
+    headers: &HeaderMap,
+    body: Body,
+    limit: usize,
+) -> Result<T, Rejection> {
+    if !is_json(headers) {
+        return Err(Rejection::MediaType);
+    }
     let cut = |detail: &str| Rejection::BadRequest { detail: detail.to_owned() };
     let whole = timeout(BODY_TIME, Limited::new(body, limit).collect()).await;
     let whole = whole.map_err(|_elapsed| cut("the body did not arrive in time"))?;

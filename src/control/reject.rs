@@ -8,10 +8,12 @@ use http::{
     header::{CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE},
 };
 use serde::Serialize;
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::{
     api::OauthRefusal,
+    control::rates::Wait,
     model::{EndpointId, ScopeError, ServiceName},
     store::StoreError,
 };
@@ -59,6 +61,10 @@ pub(super) enum Rejection {
     NoProject,
     #[error("the body is larger than is taken here")]
     BodyTooLarge,
+    #[error("the body is JSON: content-type: application/json")]
+    MediaType,
+    #[error("asked too often; ask again in {wait} s")]
+    TooOften { wait: u64 },
     #[error("the store does not take it right now; nothing was changed")]
     StoreUnavailable,
     #[error("there is nothing at this path")]
@@ -74,46 +80,41 @@ pub(super) enum Rejection {
 }
 
 impl Rejection {
-    /// Status, code and title. No wildcard arm: a new variant must choose its answer here.
-    fn verdict(&self) -> (StatusCode, &'static str, &'static str) {
+    /// No wildcard arm: a new variant must choose its answer here.
+    fn code(&self) -> Code {
         match self {
-            Self::BadRequest { .. } => (StatusCode::BAD_REQUEST, "bad-request", "Bad request"),
-            Self::TokenMissing => (StatusCode::UNAUTHORIZED, "token-missing", "Token missing"),
-            Self::TokenInvalid | Self::IdentityGone { .. } => {
-                (StatusCode::UNAUTHORIZED, "token-invalid", "Token invalid")
-            }
-            Self::TokenExpired => (StatusCode::UNAUTHORIZED, "token-expired", "Token expired"),
-            Self::ScopeMissing { .. } => (StatusCode::FORBIDDEN, "scope-missing", "Scope missing"),
-            Self::UnknownService { .. } => {
-                (StatusCode::NOT_FOUND, "unknown-service", "Unknown service")
-            }
-            Self::UnknownEndpoint { .. } => {
-                (StatusCode::NOT_FOUND, "unknown-endpoint", "Unknown endpoint")
-            }
-            Self::HostTaken { .. } => (StatusCode::CONFLICT, "host-taken", "Host taken"),
-            Self::OwnedByProject { .. } => {
-                (StatusCode::CONFLICT, "owned-by-project", "Owned by the project")
-            }
-            Self::RevisionMismatch { .. } => {
-                (StatusCode::PRECONDITION_FAILED, "revision-mismatch", "Revision mismatch")
-            }
-            Self::Reserved { .. } => (StatusCode::BAD_REQUEST, "reserved-name", "Reserved name"),
-            Self::Renamed { .. } => (StatusCode::CONFLICT, "project-renamed", "Project renamed"),
-            Self::NoProject => (StatusCode::SERVICE_UNAVAILABLE, "not-ready", "No project yet"),
-            Self::BodyTooLarge => {
-                (StatusCode::PAYLOAD_TOO_LARGE, "body-too-large", "Body too large")
-            }
-            Self::StoreUnavailable => {
-                (StatusCode::SERVICE_UNAVAILABLE, "store-unavailable", "Store unavailable")
-            }
-            Self::NotFound => (StatusCode::NOT_FOUND, "not-found", "Not found"),
-            Self::Method => {
-                (StatusCode::METHOD_NOT_ALLOWED, "method-not-allowed", "Method not allowed")
-            }
-            Self::Overloaded => (StatusCode::SERVICE_UNAVAILABLE, "overloaded", "Overloaded"),
-            Self::Deadline => (StatusCode::GATEWAY_TIMEOUT, "deadline", "Deadline"),
-            Self::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "internal", "Internal error"),
+            Self::BadRequest { .. } => Code::BadRequest,
+            Self::TokenMissing => Code::TokenMissing,
+            Self::TokenInvalid | Self::IdentityGone { .. } => Code::TokenInvalid,
+            Self::TokenExpired => Code::TokenExpired,
+            Self::ScopeMissing { .. } => Code::ScopeMissing,
+            Self::UnknownService { .. } => Code::UnknownService,
+            Self::UnknownEndpoint { .. } => Code::UnknownEndpoint,
+            Self::HostTaken { .. } => Code::HostTaken,
+            Self::OwnedByProject { .. } => Code::OwnedByProject,
+            Self::RevisionMismatch { .. } => Code::RevisionMismatch,
+            Self::Reserved { .. } => Code::ReservedName,
+            Self::Renamed { .. } => Code::ProjectRenamed,
+            Self::NoProject => Code::NotReady,
+            Self::BodyTooLarge => Code::BodyTooLarge,
+            Self::MediaType => Code::UnsupportedMediaType,
+            Self::TooOften { .. } => Code::RateLimited,
+            Self::StoreUnavailable => Code::StoreUnavailable,
+            Self::NotFound => Code::NotFound,
+            Self::Method => Code::MethodNotAllowed,
+            Self::Overloaded => Code::Overloaded,
+            Self::Deadline => Code::Deadline,
+            Self::Internal => Code::Internal,
         }
+    }
+
+    /// When to come again, in seconds.
+    fn retry_after(&self) -> Option<u64> {
+        if let Self::TooOften { wait } = self {
+            return Some(*wait);
+        }
+        let soon = matches!(self, Self::Overloaded | Self::StoreUnavailable | Self::NoProject);
+        soon.then_some(1)
     }
 
     /// RFC 6750 §3: what kind of token would be accepted.
@@ -136,6 +137,8 @@ impl Rejection {
             | Self::Renamed { .. }
             | Self::NoProject
             | Self::BodyTooLarge
+            | Self::MediaType
+            | Self::TooOften { .. }
             | Self::StoreUnavailable
             | Self::NotFound
             | Self::Method
@@ -143,6 +146,97 @@ impl Rejection {
             | Self::Deadline
             | Self::Internal => None,
         }
+    }
+}
+
+/// What a refusal is called, for programs: stable, whatever its sentence says. The contract names these too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Code {
+    BadRequest,
+    TokenMissing,
+    TokenInvalid,
+    TokenExpired,
+    ScopeMissing,
+    UnknownService,
+    UnknownEndpoint,
+    HostTaken,
+    OwnedByProject,
+    RevisionMismatch,
+    ReservedName,
+    ProjectRenamed,
+    NotReady,
+    BodyTooLarge,
+    UnsupportedMediaType,
+    RateLimited,
+    StoreUnavailable,
+    NotFound,
+    MethodNotAllowed,
+    Overloaded,
+    Deadline,
+    Internal,
+}
+
+impl Code {
+    /// Status, code and title.
+    fn verdict(self) -> (StatusCode, &'static str, &'static str) {
+        match self {
+            Self::BadRequest => (StatusCode::BAD_REQUEST, "bad-request", "Bad request"),
+            Self::TokenMissing => (StatusCode::UNAUTHORIZED, "token-missing", "Token missing"),
+            Self::TokenInvalid => (StatusCode::UNAUTHORIZED, "token-invalid", "Token invalid"),
+            Self::TokenExpired => (StatusCode::UNAUTHORIZED, "token-expired", "Token expired"),
+            Self::ScopeMissing => (StatusCode::FORBIDDEN, "scope-missing", "Scope missing"),
+            Self::UnknownService => (StatusCode::NOT_FOUND, "unknown-service", "Unknown service"),
+            Self::UnknownEndpoint => {
+                (StatusCode::NOT_FOUND, "unknown-endpoint", "Unknown endpoint")
+            }
+            Self::HostTaken => (StatusCode::CONFLICT, "host-taken", "Host taken"),
+            Self::OwnedByProject => {
+                (StatusCode::CONFLICT, "owned-by-project", "Owned by the project")
+            }
+            Self::RevisionMismatch => {
+                (StatusCode::PRECONDITION_FAILED, "revision-mismatch", "Revision mismatch")
+            }
+            Self::ReservedName => (StatusCode::BAD_REQUEST, "reserved-name", "Reserved name"),
+            Self::ProjectRenamed => (StatusCode::CONFLICT, "project-renamed", "Project renamed"),
+            Self::NotReady => (StatusCode::SERVICE_UNAVAILABLE, "not-ready", "No project yet"),
+            Self::BodyTooLarge => {
+                (StatusCode::PAYLOAD_TOO_LARGE, "body-too-large", "Body too large")
+            }
+            Self::UnsupportedMediaType => (
+                StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                "unsupported-media-type",
+                "Unsupported media type",
+            ),
+            Self::RateLimited => (StatusCode::TOO_MANY_REQUESTS, "rate-limited", "Rate limited"),
+            Self::StoreUnavailable => {
+                (StatusCode::SERVICE_UNAVAILABLE, "store-unavailable", "Store unavailable")
+            }
+            Self::NotFound => (StatusCode::NOT_FOUND, "not-found", "Not found"),
+            Self::MethodNotAllowed => {
+                (StatusCode::METHOD_NOT_ALLOWED, "method-not-allowed", "Method not allowed")
+            }
+            Self::Overloaded => (StatusCode::SERVICE_UNAVAILABLE, "overloaded", "Overloaded"),
+            Self::Deadline => (StatusCode::GATEWAY_TIMEOUT, "deadline", "Deadline"),
+            Self::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "internal", "Internal error"),
+        }
+    }
+
+    pub(super) fn status(self) -> StatusCode {
+        self.verdict().0
+    }
+
+    pub(super) fn as_str(self) -> &'static str {
+        self.verdict().1
+    }
+
+    pub(super) fn title(self) -> &'static str {
+        self.verdict().2
+    }
+}
+
+impl From<Wait> for Rejection {
+    fn from(Wait(wait): Wait) -> Self {
+        Self::TooOften { wait }
     }
 }
 
@@ -160,39 +254,51 @@ fn alternatives(nearest: &[ServiceName]) -> String {
 }
 
 /// The body of a refusal (RFC 9457).
-#[derive(Serialize)]
-struct Problem<'a> {
+#[derive(Serialize, ToSchema)]
+pub(super) struct Problem {
+    /// `urn:infrar:problem:` and the code.
+    #[schema(pattern = "^urn:infrar:problem:[a-z-]+$")]
     r#type: String,
-    title: &'a str,
+    /// The same for every refusal of this code.
+    title: &'static str,
+    /// The answer's status.
+    #[schema(minimum = 400, maximum = 599)]
     status: u16,
+    /// What is wrong this time, for people.
     detail: String,
-    code: &'a str,
-    request_id: String,
+    /// What is wrong, for programs: stable.
+    code: &'static str,
+    /// This refusal, as the log names it.
+    request_id: Uuid,
+    /// Names near to one that is not known.
     #[serde(skip_serializing_if = "Option::is_none")]
-    nearest: Option<&'a [ServiceName]>,
+    #[schema(value_type = Option<Vec<String>>)]
+    nearest: Option<Vec<ServiceName>>,
 }
 
 impl IntoResponse for Rejection {
     fn into_response(self) -> Response {
-        let (status, code, title) = self.verdict();
+        let (status, code, title) = self.code().verdict();
+        let (challenge, retry_after) = (self.challenge(), self.retry_after());
+        let detail = self.to_string();
         let nearest =
-            if let Self::UnknownService { nearest, .. } = &self { Some(&**nearest) } else { None };
+            if let Self::UnknownService { nearest, .. } = self { Some(nearest) } else { None };
         let problem = Problem {
             r#type: format!("urn:infrar:problem:{code}"),
             title,
             status: status.as_u16(),
-            detail: self.to_string(),
+            detail,
             code,
-            request_id: Uuid::now_v7().to_string(),
+            request_id: Uuid::now_v7(),
             nearest,
         };
-        tracing::debug!(code, request_id = problem.request_id, detail = problem.detail, "refused");
+        tracing::debug!(code, request_id = %problem.request_id, detail = problem.detail, "refused");
         let mut answer = json(status, "application/problem+json", &problem);
-        if let Some(challenge) = self.challenge().and_then(|text| text.parse().ok()) {
+        if let Some(challenge) = challenge.and_then(|text| text.parse().ok()) {
             answer.headers_mut().insert(WWW_AUTHENTICATE, challenge);
         }
-        if matches!(self, Self::Overloaded | Self::StoreUnavailable | Self::NoProject) {
-            answer.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+        if let Some(seconds) = retry_after {
+            answer.headers_mut().insert(RETRY_AFTER, seconds.into());
         }
         answer
     }
@@ -221,8 +327,16 @@ pub(super) enum TokenRefusal {
     ScopeSyntax(#[source] ScopeError),
     #[error("permissions do not grant {caller} the scopes {missing} at {callee}")]
     ScopeNotGranted { caller: ServiceName, callee: String, missing: String },
+    #[error("asked too often from this address; ask again in {} s", .0.0)]
+    TooOften(Wait),
     #[error("the token could not be signed")]
     Signing,
+}
+
+impl From<Wait> for TokenRefusal {
+    fn from(wait: Wait) -> Self {
+        Self::TooOften(wait)
+    }
 }
 
 impl TokenRefusal {
@@ -240,6 +354,8 @@ impl TokenRefusal {
             Self::ScopeSyntax(_) | Self::ScopeNotGranted { .. } => {
                 (StatusCode::BAD_REQUEST, "invalid_scope")
             }
+            // The token endpoint has no code of its own for that; this one is RFC 6749 §4.1.2.1's.
+            Self::TooOften(_) => (StatusCode::TOO_MANY_REQUESTS, "temporarily_unavailable"),
             Self::Signing => (StatusCode::INTERNAL_SERVER_ERROR, "server_error"),
         }
     }
@@ -257,6 +373,9 @@ impl IntoResponse for TokenRefusal {
         if matches!(self, Self::Client) {
             let challenge = HeaderValue::from_static("Basic realm=\"infrar\", charset=\"UTF-8\"");
             headers.insert(WWW_AUTHENTICATE, challenge);
+        }
+        if let Self::TooOften(Wait(seconds)) = self {
+            headers.insert(RETRY_AFTER, seconds.into());
         }
         answer
     }

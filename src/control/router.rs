@@ -1,45 +1,40 @@
 //! Method and path → operation: the one table of the control plane, and what holds for all of it.
 
-use std::{
-    any::Any,
-    net::{IpAddr, SocketAddr},
-    sync::Arc,
-    time::Duration,
-};
+use std::{any::Any, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{
-    BoxError, Extension, Router,
-    body::Body,
+    BoxError, Router,
     error_handling::HandleErrorLayer,
-    extract::{Path, Query, State},
+    extract::State,
+    middleware::from_fn,
     response::{IntoResponse, Response},
-    routing::{get, post, put},
 };
-use http::{
-    HeaderMap, HeaderValue, StatusCode,
-    header::{CACHE_CONTROL, PRAGMA},
-};
-use serde::{Deserialize, Serialize};
-use serde_json::json as literal;
-use tokio::time::{Instant, sleep};
+use http::{HeaderMap, StatusCode};
+use serde::Serialize;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tower::{ServiceBuilder, limit::GlobalConcurrencyLimitLayer};
 use tower_http::catch_panic::CatchPanicLayer;
+use utoipa::ToSchema;
+use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
-    api::{CATALOG_READ, KEYS_WRITE, TokenReply},
+    api::{CATALOG_READ, Catalog, KEYS_WRITE, ServiceAnswer, ServiceList},
     control::{
-        guard::Guard,
+        asked::{From, KnownCatalog, LastEvent, Named, Public, Reader, Writer, bounded},
+        contract::{self, Guarded, Malformed, OfService},
+        guard::{self, Guard},
         intake::Intake,
         keys::{Keys, KeysError},
         leases::Leases,
         operations,
         proxies::Proxies,
+        public::{self, Pages},
+        rates::Rates,
         registry::Registry,
-        reject::{Rejection, TokenRefusal, json},
+        reject::{Rejection, json},
         services::{self, Watcher},
         throttle::Throttle,
-        tokens::{Desk, Proof, Question},
     },
     identity::{Mint, OwnClaims},
     runtime::Clock,
@@ -49,9 +44,6 @@ use crate::{
 const CONCURRENCY: usize = 1024;
 /// How long an answer may take to begin.
 const DEADLINE: Duration = Duration::from_secs(10);
-/// How long others may keep the key set; shorter than the lead of a new key.
-const JWKS_CACHE: &str = "public, max-age=300";
-
 /// What the operations share.
 pub(super) struct Shared {
     pub(super) registry: Arc<Registry>,
@@ -61,6 +53,7 @@ pub(super) struct Shared {
     pub(super) keys: Arc<Keys>,
     pub(super) intake: Intake,
     pub(super) throttle: Throttle,
+    pub(super) rates: Rates,
     pub(super) clock: Clock,
     /// Cancelled when the control plane ends.
     pub(super) end: CancellationToken,
@@ -72,7 +65,7 @@ pub(super) struct Peer(pub(super) SocketAddr);
 
 type App = State<Arc<Shared>>;
 
-/// The table.
+/// The table. Every route stands in the document too: `routes!` makes both.
 pub(super) fn router(shared: Arc<Shared>) -> Router {
     let limits = ServiceBuilder::new()
         .layer(HandleErrorLayer::new(too_much))
@@ -80,76 +73,81 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
         // The layer is applied to each route; a plain limit would be one per route.
         .layer(GlobalConcurrencyLimitLayer::new(CONCURRENCY))
         .timeout(DEADLINE);
-    Router::new()
-        .route("/v1/keys/rotate", post(rotate))
-        .route("/v1/catalog", get(catalog))
-        .route("/v1/watch", get(watch))
-        .route("/v1/services", get(list))
-        .route("/v1/services/{name}", get(show))
-        .route(
-            "/v1/services/{name}/endpoints/{id}",
-            get(operations::show)
-                .put(operations::register)
-                .patch(operations::adjust)
-                .delete(operations::remove),
-        )
-        .route("/v1/services/{name}/endpoints/{id}/heartbeat", post(operations::heartbeat))
-        .route("/v1/services/{name}/endpoints/{id}/drain", post(operations::drain))
-        .route("/v1/proxies", get(operations::proxies))
-        .route("/v1/proxies/{instance}", put(operations::report))
-        .route("/v1/project", get(operations::export).put(operations::import))
+    let small = OpenApiRouter::with_openapi(contract::basis())
+        .routes(routes!(rotate))
+        .routes(routes!(catalog))
+        .routes(routes!(watch))
+        .routes(routes!(list))
+        .routes(routes!(show))
+        .routes(routes!(
+            operations::show,
+            operations::register,
+            operations::adjust,
+            operations::remove
+        ))
+        .routes(routes!(operations::heartbeat))
+        .routes(routes!(operations::drain))
+        .routes(routes!(operations::proxies))
+        .routes(routes!(operations::report))
+        .layer(from_fn(bounded));
+    let (router, document) = small
+        .routes(routes!(operations::export, operations::import))
         .layer(limits)
         // Below the limits. What comes to the token endpoint slowly is limited by the intake, with a share for each
         // address; what answers out of memory needs no limit, and a busy control plane is alive.
-        .route("/oauth2/token", post(token))
-        .route("/.well-known/jwks.json", get(jwks))
-        .route("/.well-known/openid-configuration", get(discovery))
-        .route("/.well-known/oauth-authorization-server", get(discovery))
-        .route("/livez", get(async || "ok\n"))
-        .route("/readyz", get(ready))
-        .fallback(async || Rejection::NotFound)
-        .method_not_allowed_fallback(async || Rejection::Method)
+        .routes(routes!(public::token))
+        .merge(public::memory().layer(from_fn(bounded)))
+        .split_for_parts();
+    let pages = Pages::new(&contract::finish(document, shared.registry.issuer()));
+    router
+        .fallback(async |_: Public| Rejection::NotFound)
+        .method_not_allowed_fallback(async |_: Public| Rejection::Method)
+        .layer(axum::Extension(Arc::new(pages)))
         .layer(CatchPanicLayer::custom(panicked))
         .with_state(shared)
 }
 
-async fn token(
+/// Everything a proxy needs to know.
+#[utoipa::path(
+    get, path = "/v1/catalog", operation_id = "catalog", tag = "catalog",
+    params(KnownCatalog),
+    responses(
+        (status = 200, description = "The catalog", body = Catalog, headers(("etag" = String), ("cache-control" = String))),
+        (status = 304, description = "It is the one that is known", headers(("etag" = String), ("cache-control" = String))),
+        Guarded,
+    ),
+    security(("bearer" = ["infrar:catalog:read"])),
+)]
+async fn catalog(
     State(shared): App,
-    Extension(Peer(peer)): Extension<Peer>,
+    Reader(claims): Reader,
     headers: HeaderMap,
-    body: Body,
-) -> Response {
-    match shared.grant(peer.ip(), &headers, body).await {
-        Ok(reply) => {
-            let mut answer = json(StatusCode::OK, "application/json", &reply);
-            // RFC 6749 §5.1.
-            answer.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-            answer.headers_mut().insert(PRAGMA, HeaderValue::from_static("no-cache"));
-            answer
-        }
-        Err(refusal) => refusal.into_response(),
-    }
-}
-
-async fn catalog(State(shared): App, headers: HeaderMap) -> Result<Response, Rejection> {
-    shared.admit(&headers, CATALOG_READ)?;
+) -> Result<Response, Rejection> {
+    shared.admit(&claims, CATALOG_READ)?;
     services::catalog(&shared.registry.current(), &headers)
 }
 
-#[derive(Deserialize)]
-struct From {
-    from: Option<u64>,
-}
-
+/// Every change, in its order.
+///
+/// Server-sent events (WHATWG HTML §9.2), without end: `change` (its data a `Change`, its `id` the revision), `resync` and
+/// `current` (a `Standing`). After `resync` the catalog must be fetched. A browser's `last-event-id` counts before `from`.
+#[utoipa::path(
+    get, path = "/v1/watch", operation_id = "watch", tag = "catalog",
+    params(From, LastEvent),
+    responses(
+        (status = 200, description = "The stream", body = String, content_type = "text/event-stream",
+            headers(("cache-control" = String))),
+        Malformed, Guarded,
+    ),
+    security(("bearer" = ["infrar:catalog:read"])),
+)]
 async fn watch(
     State(shared): App,
+    Reader(claims): Reader,
     headers: HeaderMap,
-    query: Result<Query<From>, axum::extract::rejection::QueryRejection>,
+    From { from }: From,
 ) -> Result<Response, Rejection> {
-    let claims = shared.admit(&headers, CATALOG_READ)?;
-    let Query(From { from }) = query.map_err(|_source| Rejection::BadRequest {
-        detail: "from is a revision: a whole number".to_owned(),
-    })?;
+    shared.admit(&claims, CATALOG_READ)?;
     // A browser's reconnect says where it was (WHATWG HTML §9.2.4).
     let last = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse().ok());
     let left = claims.exp.saturating_sub(shared.clock.unix_seconds());
@@ -158,33 +156,47 @@ async fn watch(
     Ok(services::watch(&shared.registry, last.or(from), watcher))
 }
 
-async fn list(State(shared): App, headers: HeaderMap) -> Result<Response, Rejection> {
-    shared.admit(&headers, CATALOG_READ)?;
+/// Every service in brief.
+#[utoipa::path(
+    get, path = "/v1/services", operation_id = "list_services", tag = "catalog",
+    responses((status = 200, description = "By name", body = ServiceList), Guarded),
+    security(("bearer" = ["infrar:catalog:read"])),
+)]
+async fn list(State(shared): App, Reader(claims): Reader) -> Result<Response, Rejection> {
+    shared.admit(&claims, CATALOG_READ)?;
     services::list(&shared.registry.current())
 }
 
+/// One service in full.
+#[utoipa::path(
+    get, path = "/v1/services/{name}", operation_id = "show_service", tag = "catalog",
+    params(Named),
+    responses((status = 200, description = "The service", body = ServiceAnswer), OfService, Guarded),
+    security(("bearer" = ["infrar:catalog:read"])),
+)]
 async fn show(
     State(shared): App,
-    headers: HeaderMap,
-    Path(name): Path<String>,
+    Reader(claims): Reader,
+    Named { name }: Named,
 ) -> Result<Response, Rejection> {
-    shared.admit(&headers, CATALOG_READ)?;
+    shared.admit(&claims, CATALOG_READ)?;
     services::show(&shared.registry.current(), &name)
 }
 
-async fn jwks(State(shared): App) -> Response {
-    let keys = shared.mint.jwks(shared.clock.now());
-    let mut answer = json(StatusCode::OK, "application/jwk-set+json", &keys);
-    answer.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static(JWKS_CACHE));
-    answer
+#[derive(Serialize, ToSchema)]
+struct Rotated {
+    /// The new key's id in the key set.
+    kid: String,
 }
 
-async fn rotate(State(shared): App, headers: HeaderMap) -> Result<Response, Rejection> {
-    #[derive(Serialize)]
-    struct Rotated {
-        kid: String,
-    }
-    let claims = shared.admit(&headers, KEYS_WRITE)?;
+/// Publishes a new signing key, which signs after the lead.
+#[utoipa::path(
+    post, path = "/v1/keys/rotate", operation_id = "rotate_keys", tag = "keys",
+    responses((status = 200, description = "The new key", body = Rotated), Guarded),
+    security(("bearer" = ["infrar:keys:write"])),
+)]
+async fn rotate(State(shared): App, Writer(claims): Writer) -> Result<Response, Rejection> {
+    shared.admit(&claims, KEYS_WRITE)?;
     let kid = shared.keys.rotate().await.map_err(|error| {
         tracing::error!(error = &error as &dyn std::error::Error, "the keys were not rotated");
         match error {
@@ -196,71 +208,17 @@ async fn rotate(State(shared): App, headers: HeaderMap) -> Result<Response, Reje
     Ok(json(StatusCode::OK, "application/json", &Rotated { kid }))
 }
 
-/// RFC 8414 §2, and what OpenID Connect Discovery 1.0 §3 requires besides.
-async fn discovery(State(shared): App) -> Response {
-    let issuer = shared.registry.issuer();
-    let document = literal!({
-        "issuer": issuer,
-        "token_endpoint": format!("{issuer}/oauth2/token"),
-        "jwks_uri": format!("{issuer}/.well-known/jwks.json"),
-        "grant_types_supported": ["client_credentials"],
-        "token_endpoint_auth_methods_supported": ["client_secret_basic", "client_secret_post"],
-        // No authorization endpoint: there are no people here, only services.
-        "response_types_supported": [],
-        "subject_types_supported": ["public"],
-        "id_token_signing_alg_values_supported": ["ES256"],
-    });
-    json(StatusCode::OK, "application/json", &document)
-}
-
-async fn ready(State(shared): App) -> Response {
-    // Keys are there from the start; a project may have to be imported first.
-    if shared.end.is_cancelled() {
-        (StatusCode::SERVICE_UNAVAILABLE, "ending\n").into_response()
-    } else if shared.registry.current().book.project().is_none() {
-        (StatusCode::SERVICE_UNAVAILABLE, "there is no project yet\n").into_response()
-    } else {
-        "ok\n".into_response()
-    }
-}
-
 impl Shared {
-    pub(super) fn admit(
-        &self,
-        headers: &HeaderMap,
-        scope: &'static str,
-    ) -> Result<OwnClaims, Rejection> {
+    /// Who asks, when they prove it.
+    pub(super) fn guard(&self, headers: &HeaderMap) -> Result<OwnClaims, Rejection> {
         let version = self.registry.current();
         let (mint, issuer) = (&self.mint, self.registry.issuer());
-        Guard { version: &version, mint, issuer, now: self.clock.now() }.admit(headers, scope)
+        Guard { version: &version, mint, issuer, now: self.clock.now() }.who(headers)
     }
 
-    /// A token for whoever asks from `peer`.
-    async fn grant(
-        &self,
-        peer: IpAddr,
-        headers: &HeaderMap,
-        body: Body,
-    ) -> Result<TokenReply, TokenRefusal> {
-        let body = self.intake.read(body, peer).await?;
-        let question = Question::read(headers, &body)?;
-        let Proof { caller, hold } = self.at_desk(|desk| desk.caller(&question, peer));
-        if !hold.is_zero() {
-            sleep(hold).await;
-        }
-        let caller = caller?;
-        // What is in force now counts, not what was when the question came.
-        self.at_desk(|desk| desk.grant(&caller, &question))
-    }
-
-    fn at_desk<T>(&self, ask: impl FnOnce(&Desk<'_>) -> T) -> T {
-        ask(&Desk {
-            version: &self.registry.current(),
-            issuer: self.registry.issuer(),
-            mint: &self.mint,
-            throttle: &self.throttle,
-            now: self.clock.now(),
-        })
+    /// Whether they may.
+    pub(super) fn admit(&self, claims: &OwnClaims, scope: &'static str) -> Result<(), Rejection> {
+        guard::admit(&self.registry.current(), claims, scope)
     }
 }
 

@@ -37,6 +37,7 @@ use crate::{
         leases::Leases,
         project::{self, Past},
         proxies::Proxies,
+        rates::Rates,
         registry::Registry,
         reject::Rejection,
         router::{Peer, Shared, router},
@@ -61,6 +62,9 @@ const STALL: Duration = Duration::from_secs(10);
 const STREAMS: u32 = 32;
 /// How long requests may finish after the end was asked for.
 const DRAIN: Duration = Duration::from_secs(5);
+/// Questions and changes per second of one caller.
+const READ_RATE: u32 = 2_000;
+const WRITE_RATE: u32 = 100;
 /// How often the certificate files are looked at.
 const CERTIFICATE_LOOK: Duration = Duration::from_secs(10);
 
@@ -215,6 +219,10 @@ pub struct Settings {
     pub connections: usize,
     /// How long what is written to a connection may get nowhere before that is closed.
     pub stall: Duration,
+    /// Questions per second of one caller that cost no commit; 0: no limit, and none for addresses either.
+    pub read_rate: u32,
+    /// Changes per second of one caller; 0: no limit.
+    pub write_rate: u32,
     /// What time it is.
     pub clock: Clock,
 }
@@ -236,6 +244,8 @@ impl Settings {
             key_period: usual.period,
             connections: CONNECTIONS.min(open_files() / 4 * 3),
             stall: STALL,
+            read_rate: READ_RATE,
+            write_rate: WRITE_RATE,
             clock: Clock::system(),
         }
     }
@@ -283,6 +293,7 @@ impl Control {
             keys,
             intake: Intake::new(),
             throttle: Throttle::new(),
+            rates: Rates::new(settings.read_rate, settings.write_rate),
             clock: settings.clock,
             end: supervisor.token(),
         });

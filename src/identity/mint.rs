@@ -16,7 +16,10 @@ use std::{
     fs, io,
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -26,6 +29,7 @@ use jsonwebtoken::{
     Algorithm, DecodingKey, EncodingKey, Header, Validation, decode, decode_header, encode,
     jwk::{Jwk, JwkSet, PublicKeyUse, ThumbprintHash},
 };
+use quick_cache::sync::Cache;
 use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256};
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize};
@@ -33,7 +37,7 @@ use uuid::Uuid;
 
 use crate::{
     model::{ScopeSet, ServiceName},
-    runtime::{PrivateFault, clear_leftovers, read_private, write_private},
+    runtime::{PrivateFault, clear_leftovers, read_private, sha256, write_private},
 };
 
 /// The `typ` of our tokens (RFC 9068 §2.1).
@@ -44,6 +48,9 @@ const KEY_FILE_LIMIT: u64 = 64 * 1024;
 const CLOCK_SKEW: Duration = Duration::from_secs(300);
 /// The clock difference that is forgiven when our own tokens come back.
 const LEEWAY: Duration = Duration::from_secs(30);
+
+/// Own tokens whose signature need not be verified again; the least used go first.
+const KNOWN: usize = 16 * 1024;
 
 /// Why a key or token could not be made, kept or accepted.
 #[derive(Debug, thiserror::Error)]
@@ -181,6 +188,10 @@ pub struct Mint {
     /// Sorted by `signs_from`; never empty.
     keys: ArcSwap<Vec<Arc<Key>>>,
     changing: Mutex<()>,
+    /// Tokens whose signature was found good under the keys of a round, by the SHA-256 of their text.
+    known: Cache<[u8; 32], (u64, Arc<OwnClaims>)>,
+    /// Counts the changes of the keys.
+    round: AtomicU64,
 }
 
 impl std::fmt::Debug for Mint {
@@ -214,7 +225,13 @@ impl Mint {
             keys.push(Arc::new(Key::make(&settings.folder, now)?));
         }
         keys.sort_by_key(|key| key.signs_from);
-        let mint = Self { settings, keys: ArcSwap::from_pointee(keys), changing: Mutex::new(()) };
+        let mint = Self {
+            settings,
+            keys: ArcSwap::from_pointee(keys),
+            changing: Mutex::new(()),
+            known: Cache::new(KNOWN),
+            round: AtomicU64::new(0),
+        };
         mint.tend(now)?;
         Ok(mint)
     }
@@ -264,6 +281,40 @@ impl Mint {
         audience: &str,
         now: Timestamp,
     ) -> Result<OwnClaims, MintError> {
+        let round = self.round.load(Ordering::Acquire);
+        let mark = sha256(token.expose_secret().as_bytes());
+        let claims = match self.known.get(&mark) {
+            Some((found_in, claims)) if found_in == round => claims,
+            Some(_) | None => {
+                let claims = Arc::new(self.signed(token, issuer, audience)?);
+                self.known.insert(mark, (round, Arc::clone(&claims)));
+                claims
+            }
+        };
+        // One that is known may be meant for others.
+        if claims.iss != issuer || claims.aud != audience {
+            return Err(MintError::Invalid(
+                jsonwebtoken::errors::ErrorKind::InvalidAudience.into(),
+            ));
+        }
+        if claims.exp <= sub(now, LEEWAY).as_second() {
+            return Err(MintError::Expired);
+        }
+        if claims.nbf > add(now, LEEWAY).as_second() {
+            return Err(MintError::Invalid(
+                jsonwebtoken::errors::ErrorKind::ImmatureSignature.into(),
+            ));
+        }
+        Ok(OwnClaims::clone(&claims))
+    }
+
+    /// What a token says that one of our keys has signed, whenever it is good.
+    fn signed(
+        &self,
+        token: &SecretString,
+        issuer: &str,
+        audience: &str,
+    ) -> Result<OwnClaims, MintError> {
         use jsonwebtoken::errors::ErrorKind;
         let refuse = |kind: ErrorKind| MintError::Invalid(kind.into());
         let token = token.expose_secret();
@@ -278,18 +329,10 @@ impl Mint {
         validation.set_issuer(&[issuer]);
         validation.set_audience(&[audience]);
         validation.set_required_spec_claims(&["exp", "aud", "iss", "sub"]);
-        // Compared below with the `now` that was passed.
+        // Compared by whoever asks, with its `now`.
         validation.validate_exp = false;
-        let claims =
-            decode::<OwnClaims>(token, &key.decoding, &validation).map_err(MintError::Invalid)?;
-        let claims = claims.claims;
-        if claims.exp <= sub(now, LEEWAY).as_second() {
-            return Err(MintError::Expired);
-        }
-        if claims.nbf > add(now, LEEWAY).as_second() {
-            return Err(refuse(ErrorKind::ImmatureSignature));
-        }
-        Ok(claims)
+        let claims = decode::<OwnClaims>(token, &key.decoding, &validation);
+        Ok(claims.map_err(MintError::Invalid)?.claims)
     }
 
     /// The public keys that a verifier needs now and until its next look.
@@ -345,7 +388,7 @@ impl Mint {
         }
         keys.sort_by_key(|key| key.signs_from);
         let staying: Vec<PathBuf> = keys.iter().map(|key| key.path.clone()).collect();
-        self.keys.store(Arc::new(keys));
+        self.put(Arc::new(keys));
         for key in before.iter().filter(|key| !staying.contains(&key.path)) {
             fs::remove_file(&key.path)
                 .map_err(|source| MintError::Storage { path: key.path.clone(), source })?;
@@ -385,13 +428,19 @@ impl Mint {
         let keys = self.keys.load_full();
         let retired = self.retired(&keys, now);
         if retired > 0 {
-            self.keys.store(Arc::new(keys.iter().skip(retired).cloned().collect()));
+            self.put(Arc::new(keys.iter().skip(retired).cloned().collect()));
             for key in keys.iter().take(retired) {
                 fs::remove_file(&key.path)
                     .map_err(|source| MintError::Storage { path: key.path.clone(), source })?;
             }
         }
         Ok(())
+    }
+
+    fn put(&self, keys: Arc<Vec<Arc<Key>>>) {
+        self.keys.store(keys);
+        // After the keys: whoever still verified by the old ones has found nothing for the new round.
+        self.round.fetch_add(1, Ordering::Release);
     }
 
     fn change(&self) -> MutexGuard<'_, ()> {
@@ -421,7 +470,7 @@ impl Mint {
         let mut grown = keys.as_ref().clone();
         grown.push(Arc::new(key));
         grown.sort_by_key(|key| key.signs_from);
-        self.keys.store(Arc::new(grown));
+        self.put(Arc::new(grown));
         Ok(id)
     }
 
