@@ -26,11 +26,11 @@ use crate::{
     control::{
         asked::Public,
         contract::{Anybody, Foreign, NoToken, TokenForm},
-        registry::sha256,
         reject::{TokenRefusal, json},
         router::{Peer, Shared},
         tokens::{Desk, Proof, Question},
     },
+    runtime::sha256,
 };
 
 /// How long others may keep the key set; shorter than the lead of a new key.
