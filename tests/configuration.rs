@@ -801,10 +801,10 @@ project.yaml:27:35: permissions.web-application.data-intelligence[1]: found \"ad
 project.yaml:28:14: permissions.web-application.reports: found \"read\"; write a list: [first, second]
 project.yaml:30:42: identities.web-application.client_secret_file: found \"secrets/none\", which does not exist; write the path of a file this user may read
 project.yaml:31:45: identities.background-workers.client_secret_file: found \"empty\", which is empty; put the secret there
-project.yaml:32:10: identities.other: found no proof; write either client_secret_file, or issuer and subject
-project.yaml:33:10: identities.nothing: found no proof; write either client_secret_file, or issuer and subject
-project.yaml:34:9: identities.half: found issuer; write either client_secret_file, or issuer and subject
-project.yaml:35:10: identities.wrong: found a single value or list; write a map; its keys are client_secret_file, issuer, subject
+project.yaml:32:10: identities.other: found no proof; write client_secret_file, client_secret_sha256, or issuer and subject
+project.yaml:33:10: identities.nothing: found no proof; write client_secret_file, client_secret_sha256, or issuer and subject
+project.yaml:34:9: identities.half: found issuer; write client_secret_file, client_secret_sha256, or issuer and subject
+project.yaml:35:10: identities.wrong: found a single value or list; write a map; its keys are client_secret_file, client_secret_sha256, issuer, subject
 project.yaml:37:28: issuers[0].jwks_uri: found \"https://…@x.example\"; write a URL, such as https://issuer.example/keys
 project.yaml:38:5: issuers[1]: found no keys; write either jwks_uri or jwks_file
 project.yaml:38:5: issuers[1]: found this issuer a second time; keep one entry per issuer
@@ -845,7 +845,7 @@ inbound:
   - listen: 127.0.0.1:2
     app: ftp://127.0.0.1
     tls: auto
-    advertise: { url: \"https://me.example\" }
+    advertise: { url: \"http://me.example\", ttl: 1s }
   - listen: 127.0.0.1:3
     app: http://127.0.0.1:80
     tls: { cert_file: old.crt, key_file: old.key }
@@ -885,7 +885,8 @@ proxy.yaml:23:9: inbound[1].rules[3]: found neither public nor scopes; write eit
 proxy.yaml:24:17: inbound[1].rules[4].path: found \"/a%zz\"; write a path that can be compared (the path cannot be decoded)
 proxy.yaml:26:10: inbound[2].app: found \"ftp://127.0.0.1\"; write the application's address, such as http://127.0.0.1:8080 (h2c:// for HTTP/2 only)
 proxy.yaml:27:10: inbound[2].tls: found auto, which this release cannot do yet; write tls: { cert_file: …, key_file: … }, or platform where the cloud ends TLS
-proxy.yaml:28:16: inbound[2].advertise: found a registration, which this release cannot do yet; leave it out and list the endpoint in project.yaml
+proxy.yaml:28:23: inbound[2].advertise.url: found \"http://me.example\"; write https:// (tokens travel over TLS only)
+proxy.yaml:28:49: inbound[2].advertise.ttl: found \"1s\"; write 5s to 1h
 proxy.yaml:31:23: inbound[3].tls.cert_file: found \"old.crt\", which expired on Dec 31 00:00:00 2011 +00:00; write the path of a certificate that is still valid
 proxy.yaml:32:18: admin.listen: found \"0.0.0.0:15000\"; write a loopback address, and admin.probes for probes from elsewhere
 proxy.yaml:33:19: trust.ca_file: found \"/credentials/client-secret\", which holds no certificate; write the path of a certificate in PEM

@@ -195,6 +195,7 @@ impl Reader<'_> {
         let app = self.app(section, role, listen);
         let tls = self.tls(section, listen);
         self.not_yet(here);
+        let advertise = here.key("advertise").0.and_then(|node| self.advertise(node));
         let rules = here.key("rules").0;
         let rules =
             rules.map(|rules| rules.items().iter().filter_map(|rule| self.rule(rule)).collect());
@@ -206,7 +207,7 @@ impl Reader<'_> {
             rules,
             forward_authorization: here.key("forward_authorization").flag().unwrap_or(true),
             token_cache: here.key("token_cache").parse().unwrap_or(TOKEN_CACHE),
-            advertise: here.key("advertise").0.and_then(|node| self.advertise(node)),
+            advertise,
         })
     }
 
