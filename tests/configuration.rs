@@ -987,10 +987,10 @@ fn a_proxy_has_one_registry_and_that_is_checked_too() {
 #[test]
 fn a_file_that_is_too_large_or_no_text_is_refused() {
     let machine = Machine::new();
-    let large = format!("project: shop\n#{}\n", "x".repeat(1 << 20));
+    let large = format!("project: shop\n#{}\n", "x".repeat(32 << 20));
     assert_eq!(
         machine.wrong_project(&large),
-        "project.yaml: found a file which cannot be read: it is larger than 1 MiB; name a YAML file this user may read"
+        "project.yaml: found a file which cannot be read: it is larger than 32 MiB; name a YAML file this user may read"
     );
     fs::write(machine.path("project.yaml"), [0xff, 0xfe, 0x00]).unwrap();
     let faults = config::load_project(&machine.path("project.yaml")).map(|_| ()).unwrap_err();

@@ -280,7 +280,8 @@ async fn a_kept_snapshot_that_is_not_what_was_written_is_refused_by_name() {
         "caller.yaml",
         &settings.replace("state_dir: caller", "state_dir: caller, max_snapshot_age: 1s"),
     );
-    tokio::time::sleep(Duration::from_millis(1_100)).await;
+    // Ages are counted in whole seconds.
+    tokio::time::sleep(Duration::from_millis(2_100)).await;
     stage.caller = Pair::start_proxy(&stage.folder, "caller");
     until("it is refused", async || {
         stage.caller.log().contains("older than control.max_snapshot_age allows")

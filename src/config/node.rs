@@ -13,8 +13,8 @@ use serde::de::{
 
 use super::fault::{Fault, Position, Source, quoted};
 
-/// The largest file that is read, in bytes: a project of thousands of endpoints stays far below it.
-pub(super) const MAX_TEXT_BYTES: usize = 1 << 20;
+/// The largest file that is read, in bytes: room for a hundred thousand endpoints.
+pub(super) const MAX_TEXT_BYTES: usize = 32 << 20;
 /// The deepest nesting; the deepest that a correct file needs is 8.
 const MAX_DEPTH: usize = 24;
 /// The most keys of one map. Keys are searched one after the other, so this also bounds the time.
@@ -283,7 +283,7 @@ impl Builder<'_> {
     fn run(&mut self, text: &str) -> Result<(), Box<Fault>> {
         if text.len() > MAX_TEXT_BYTES {
             let found = format!("{} bytes", text.len());
-            return Err(self.fault_at(None, found, "keep the file below 1 MiB"));
+            return Err(self.fault_at(None, found, "keep the file below 32 MiB"));
         }
         // The pull interface, because the push one recurses with the depth of the text.
         let mut parser = Parser::new_from_str(text.strip_prefix('\u{feff}').unwrap_or(text));
