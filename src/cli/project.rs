@@ -61,7 +61,7 @@ impl Form {
         match self.reach.client()?.project(self.bearer.secret()?).await {
             Ok((document, at)) => Ok((Some(document), at)),
             Err(ClientError::Refused { code, .. }) if code == "not-ready" => Ok((None, None)),
-            Err(error) => Err(error.into()),
+            Err(error) => self.reach.advised(Err(error)),
         }
     }
 }
@@ -96,7 +96,8 @@ async fn import(wanted: &ProjectDocument, form: &Form) -> anyhow::Result<String>
     let (found, at) = form.found().await?;
     let steps = steps(found.as_ref(), wanted)?;
     let client = form.reach.client()?;
-    let revision = client.import(form.bearer.secret()?, wanted, at).await?;
+    let revision = client.import(form.bearer.secret()?, wanted, at).await;
+    let revision = form.reach.advised(revision)?;
     Ok(if form.json {
         serde_json::to_string_pretty(&json!({ "revision": revision, "changes": steps }))?
     } else {
@@ -106,7 +107,8 @@ async fn import(wanted: &ProjectDocument, form: &Form) -> anyhow::Result<String>
 }
 
 async fn export(form: &Form) -> anyhow::Result<String> {
-    let (document, _) = form.reach.client()?.project(form.bearer.secret()?).await?;
+    let answer = form.reach.client()?.project(form.bearer.secret()?).await;
+    let (document, _) = form.reach.advised(answer)?;
     if form.json {
         return Ok(serde_json::to_string_pretty(&document)?);
     }

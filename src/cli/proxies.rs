@@ -21,7 +21,8 @@ impl Proxies {
     /// # Errors
     /// Whatever keeps it from an answer.
     pub(crate) async fn run(self) -> anyhow::Result<()> {
-        let list = self.reach.client()?.proxies(self.bearer.secret()?).await?;
+        let list = self.reach.client()?.proxies(self.bearer.secret()?).await;
+        let list = self.reach.advised(list)?;
         let text = if self.json { serde_json::to_string_pretty(&list)? } else { listed(&list) };
         Ok(print(&tame(&text))?)
     }

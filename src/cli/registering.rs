@@ -92,7 +92,8 @@ impl Register {
             ttl_seconds: self.ttl.unsigned_abs().as_secs(),
         };
         let (client, bearer) = (self.form.reach.client()?, self.form.bearer.secret()?);
-        let answer = client.register(bearer, &self.service, &self.id, &registration).await?;
+        let answer = client.register(bearer, &self.service, &self.id, &registration).await;
+        let answer = self.form.reach.advised(answer)?;
         show(&answer, self.form.json)?;
         if self.keep {
             self.keep(&client, bearer, &registration).await?;
@@ -137,14 +138,16 @@ impl One {
         let draining = Adjustment { state: Some(EndpointState::Draining), weight: None };
         let client = self.form.reach.client()?;
         let bearer = self.form.bearer.secret()?;
-        let answer = client.adjust(bearer, &self.service, &self.id, &draining, None).await?;
+        let answer = client.adjust(bearer, &self.service, &self.id, &draining, None).await;
+        let answer = self.form.reach.advised(answer)?;
         show(&answer, self.form.json)
     }
 
     /// Takes it away.
     pub(super) async fn remove(self) -> anyhow::Result<()> {
         let client = self.form.reach.client()?;
-        client.remove(self.form.bearer.secret()?, &self.service, &self.id, None).await?;
+        let bearer = self.form.bearer.secret()?;
+        self.form.reach.advised(client.remove(bearer, &self.service, &self.id, None).await)?;
         if self.form.json {
             return Ok(());
         }
@@ -152,27 +155,52 @@ impl One {
     }
 }
 
-/// Prints every change until Ctrl-C.
+/// Prints every change until Ctrl-C, whoever of the control planes is lost meanwhile.
 pub(super) async fn watch(form: Form) -> anyhow::Result<()> {
     let (client, bearer) = (form.reach.client()?, form.bearer.secret()?);
-    let Some((catalog, _)) = client.catalog(bearer, None).await? else {
+    let answer = form.reach.advised(client.catalog(bearer, None).await)?;
+    let Some((catalog, _)) = answer else {
         bail!("the control plane answered a question that was not asked");
     };
     let mut revision = catalog.revision;
     loop {
-        let mut watch = client.watch(bearer, revision).await?;
-        while let Some(told) = watch.next().await? {
-            revision = match &told {
-                Told::Change(change) => change.revision,
-                Told::Resync(standing) => standing.revision,
-                Told::Current(_) => continue,
-            };
-            let text = if form.json { as_json(&told)? } else { sentences(&told) };
-            print(&tame(&text))?;
+        match follow(&form, &client, bearer, &mut revision).await {
+            Ok(()) => {}
+            Err(error) => match error.downcast_ref::<ClientError>() {
+                Some(lost) if lost.is_temporary() => {
+                    tracing::warn!(error = &*error, "the control plane is not heard; trying again");
+                }
+                Some(_) | None => return Err(error),
+            },
         }
-        // The control plane ended the stream: with the token, or because it restarts.
-        sleep(Duration::from_secs(1)).await;
+        sleep(AGAIN).await;
     }
+}
+
+/// Between two tries to hear a control plane.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// Prints what one stream says, until it ends: with the token, or because the control plane ends.
+async fn follow(
+    form: &Form,
+    client: &Client,
+    bearer: &SecretString,
+    revision: &mut u64,
+) -> anyhow::Result<()> {
+    let mut watch = match client.watch(bearer, *revision).await {
+        Err(error) if error.is_temporary() => return Err(error.into()),
+        answer => form.reach.advised(answer)?,
+    };
+    while let Some(told) = watch.next().await? {
+        *revision = match &told {
+            Told::Change(change) => change.revision,
+            Told::Resync(standing) => standing.revision,
+            Told::Current(_) => continue,
+        };
+        let text = if form.json { as_json(&told)? } else { sentences(&told) };
+        print(&tame(&text))?;
+    }
+    Ok(())
 }
 
 fn as_json(told: &Told) -> serde_json::Result<String> {

@@ -33,7 +33,7 @@ enum Verb {
     Register(Box<registering::Register>),
     /// Let an endpoint finish what it has and give it nothing new.
     Drain(registering::One),
-    /// Take an endpoint away that was registered.
+    /// Take an endpoint away that was registered. A sidecar that is alive registers its own again: drain that one instead.
     Remove(registering::One),
     /// Print every change as it comes, until Ctrl-C.
     Watch {

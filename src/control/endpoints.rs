@@ -17,7 +17,7 @@ use crate::{
 /// The shortest and the longest lease, in seconds.
 const TTL: std::ops::RangeInclusive<u64> = 5..=3600;
 /// Shares beyond this are no shares.
-const HEAVIEST: u32 = 1_000_000;
+pub(super) const HEAVIEST: u32 = 1_000_000;
 
 /// Which endpoint, of which service.
 #[derive(Clone, Debug)]
@@ -182,7 +182,7 @@ fn found<'a>(book: &'a Book, target: &Target) -> Result<(&'a Endpoint, Source, u
 }
 
 /// What is wrong with a registration in itself; every fault at once.
-pub(super) fn faults(registration: &Registration) -> Vec<String> {
+pub(super) fn faults(id: &EndpointId, registration: &Registration) -> Vec<String> {
     let mut faults = Vec::new();
     if !TTL.contains(&registration.ttl_seconds) {
         faults.push(format!("ttl_seconds is {} to {}", TTL.start(), TTL.end()));
@@ -190,20 +190,24 @@ pub(super) fn faults(registration: &Registration) -> Vec<String> {
     if registration.weight > HEAVIEST {
         faults.push(format!("weight is at most {HEAVIEST}"));
     }
-    let open = |origin: &Origin| origin.scheme() == Scheme::Http && !origin.host().is_loopback();
-    let addresses = [
-        ("url", Some(&registration.url)),
-        ("internal_url", registration.internal_url.as_ref()),
-        ("private_url", registration.private_url.as_ref()),
-    ];
-    if registration.auth_method != AuthMethod::None {
-        for (key, _) in addresses.into_iter().filter(|(_, origin)| origin.is_some_and(open)) {
-            faults.push(format!(
-                "{key} begins with https:// (tokens travel over TLS only), or auth_method is none"
-            ));
-        }
-    }
+    let endpoint = endpoint(id, registration);
+    faults.extend(plaintext(&endpoint).map(|key| {
+        format!("{key} begins with https:// (tokens travel over TLS only), or auth_method is none")
+    }));
     faults
+}
+
+/// The keys of addresses to which tokens would travel in plaintext.
+pub(super) fn plaintext(endpoint: &Endpoint) -> impl Iterator<Item = &'static str> {
+    let open = |origin: &Origin| origin.scheme() == Scheme::Http && !origin.host().is_loopback();
+    let wants_token = endpoint.auth_method != AuthMethod::None;
+    let addresses = [
+        ("url", Some(&endpoint.url)),
+        ("internal_url", endpoint.internal_url.as_ref()),
+        ("private_url", endpoint.private_url.as_ref()),
+    ];
+    let open = addresses.map(|(key, origin)| (key, wants_token && origin.is_some_and(open)));
+    open.into_iter().filter(|(_, open)| *open).map(|(key, _)| key)
 }
 
 fn endpoint(id: &EndpointId, registration: &Registration) -> Endpoint {

@@ -72,7 +72,7 @@ impl Keys {
         self.mint.rotate(self.clock.now())?;
         self.publish().await?;
         // Another replica's, when that was faster.
-        Ok(self.mint.rotate(self.clock.now())?)
+        Ok(self.mint.coming(self.clock.now()))
     }
 
     /// Rotates when it is time and follows what other replicas do, until dropped.
@@ -152,7 +152,11 @@ pub(super) fn entry(key: &KeptKey) -> Write {
 fn differences(book: &Book, ours: &[KeptKey], mint: &Mint, now: Timestamp) -> Vec<Write> {
     let known = book.keys();
     let waiting = known.keys().any(|name| mint.is_waiting(name, now));
-    let newest = known.keys().filter_map(|name| KeptKey::signs_from(name)).max();
+    // One for a time far ahead is of a clock that was wrong: nobody waits for it.
+    let near = |name: &&String| {
+        mint.is_waiting(name, now) || KeptKey::signs_from(name).is_some_and(|from| from <= now)
+    };
+    let newest = known.keys().filter(near).filter_map(|name| KeptKey::signs_from(name)).max();
     let new = ours.iter().filter(|key| {
         let second = waiting && mint.is_waiting(&key.name, now);
         // An older one that is not known was forgotten by another replica.

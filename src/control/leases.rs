@@ -6,7 +6,10 @@
 use std::{
     collections::HashMap,
     mem,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -17,6 +20,7 @@ use crate::{
         book::{Key, named},
         endpoints::{self, Target},
         registry::Registry,
+        reject::Rejection,
     },
     store::{Store, StoreError},
 };
@@ -29,6 +33,8 @@ pub(super) struct Leases {
     store: Store,
     /// Heartbeats that the store has not been told of.
     heard: Mutex<HashMap<String, Duration>>,
+    /// Whether the store has not answered lately.
+    away: AtomicBool,
 }
 
 /// Where the lease of an endpoint lies: where the endpoint itself does.
@@ -44,7 +50,7 @@ fn kept_for(ttl_seconds: u64) -> Duration {
 
 impl Leases {
     pub(super) fn new(store: Store) -> Self {
-        Self { store, heard: Mutex::default() }
+        Self { store, heard: Mutex::default(), away: AtomicBool::new(false) }
     }
 
     /// Begins a lease before its endpoint is there: whatever happens between, no endpoint is without one.
@@ -56,9 +62,16 @@ impl Leases {
     }
 
     /// Notes a heartbeat; the store is told within a second.
-    pub(super) fn heartbeat(&self, target: &Target, ttl_seconds: u64) {
+    ///
+    /// # Errors
+    /// [`Rejection::StoreUnavailable`] when the store does not answer us: another replica may be heard by it.
+    pub(super) fn heartbeat(&self, target: &Target, ttl_seconds: u64) -> Result<(), Rejection> {
+        if self.away.load(Ordering::Relaxed) {
+            return Err(Rejection::StoreUnavailable);
+        }
         let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
         heard.insert(lease_of(target), kept_for(ttl_seconds));
+        Ok(())
     }
 
     /// What is left of a lease, in seconds, as its owner was promised it.
@@ -90,6 +103,7 @@ impl Leases {
                 tracing::warn!(error, "leases are not looked after; none ends meanwhile");
             }
             away = looked.is_err();
+            self.away.store(away, Ordering::Relaxed);
         }
     }
 
@@ -105,7 +119,11 @@ impl Leases {
 
     async fn look(&self, registry: &Registry) -> Result<(), StoreError> {
         self.tell().await?;
-        let lapsed = self.store.lapsed().await?;
+        let mut lapsed = self.store.lapsed().await?;
+        // Heard of since.
+        lapsed.retain(|key| {
+            !self.heard.lock().unwrap_or_else(PoisonError::into_inner).contains_key(key)
+        });
         if lapsed.is_empty() {
             return Ok(());
         }
@@ -122,6 +140,12 @@ impl Leases {
         }
         let gone = registry.change(move |draft| endpoints::expire(draft, &ended)).await;
         if gone.is_ok() {
+            // One that has registered anew meanwhile has a lease of its own.
+            let version = registry.current();
+            lapsed.retain(|key| {
+                named(key, "endpoint/")
+                    .is_none_or(|(service, id)| version.book.leased(&service, &id).is_none())
+            });
             self.store.forget(lapsed).await?;
         }
         Ok(())

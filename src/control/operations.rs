@@ -18,7 +18,7 @@ use tokio::time::timeout;
 use crate::{
     api::{
         Adjustment, CATALOG_READ, ENDPOINTS_OWN, EndpointAnswer, Heartbeat, PROJECT_WRITE,
-        ProjectDocument, ProxyList, ProxyReport, REGISTRY_WRITE, Registration,
+        ProjectDocument, ProxyList, ProxyReport, REGISTRY_WRITE, Registration, Source,
     },
     control::{
         asked::{BODY_LIMIT, IfAbsent, IfMatch, Instance, OneEndpoint, Reader, Writer},
@@ -80,7 +80,7 @@ pub(super) async fn register(
 ) -> Result<Response, Rejection> {
     shared.may_change(&claims, &target.service)?;
     let registration: Registration = read(&headers, body, BODY_LIMIT).await?;
-    let faults = endpoints::faults(&registration);
+    let faults = endpoints::faults(&target.id, &registration);
     if !faults.is_empty() {
         return Err(Rejection::BadRequest { detail: faults.join("; ") });
     }
@@ -149,6 +149,12 @@ async fn change(
 ) -> Result<Response, Rejection> {
     let precondition = precondition(headers)?;
     let wanted = target.clone();
+    // What the project itself says is not for the service alone to change.
+    let found = shared.registry.current();
+    let of_project = found.book.endpoint(&target.service, &target.id);
+    if of_project.is_some_and(|(_, source, _)| source == Source::Project) {
+        shared.admit(claims, REGISTRY_WRITE)?;
+    }
     shared
         .registry
         .change(move |draft| endpoints::change(draft, &wanted, &adjustment, &precondition))
@@ -199,7 +205,7 @@ pub(super) async fn heartbeat(
         .book
         .leased(service, id)
         .ok_or_else(|| Rejection::UnknownEndpoint { service: service.clone(), id: id.clone() })?;
-    shared.leases.heartbeat(&target, leased.ttl_seconds);
+    shared.leases.heartbeat(&target, leased.ttl_seconds)?;
     let answer = Heartbeat { revision: version.revision, expires_in: leased.ttl_seconds };
     Ok(json(StatusCode::OK, "application/json", &answer))
 }
@@ -329,7 +335,8 @@ async fn answer(
 ) -> Result<Response, Rejection> {
     let version = shared.registry.current();
     let left = match version.book.leased(&target.service, &target.id) {
-        Some(_) => shared.leases.left_of(target).await?,
+        // The change is made, whether the store can be asked for this or not.
+        Some(_) => shared.leases.left_of(target).await.ok().flatten(),
         None => None,
     };
     told(&version, target, status, left)

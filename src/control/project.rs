@@ -1,6 +1,6 @@
 //! The project as a document: from the file that somebody wrote, or over the API; and which of two is the newer one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use secrecy::ExposeSecret;
 
@@ -9,6 +9,7 @@ use crate::{
     control::{
         Identities, Identity,
         book::{self, Book, Key},
+        endpoints::{HEAVIEST, plaintext},
         registry::Draft,
         reject::Rejection,
     },
@@ -129,29 +130,56 @@ fn homeless(book: &Book, document: &ProjectDocument) -> Vec<Write> {
         .collect()
 }
 
-/// What no project may be.
+/// What no project may be, whoever wrote it. A file is checked for more, with lines and columns, by whoever reads it.
 fn check(book: &Book, document: &ProjectDocument) -> Result<(), Rejection> {
     let ProjectDocument { project, identities } = document;
-    if let Some(name) = project.services.keys().find(|name| name.is_reserved()) {
+    let named = project.services.keys().chain(identities.keys()).chain(project.permissions.keys());
+    if let Some(name) = named.into_iter().find(|name| name.is_reserved()) {
         return Err(Rejection::Reserved { name: name.clone() });
     }
     let before = book.document().map(|document| &document.project.name);
     if let Some(before) = before.filter(|before| **before != project.name) {
         return Err(Rejection::Renamed { before: before.clone(), now: project.name.clone() });
     }
+    let mut faults = Vec::new();
+    let mut hosts = BTreeMap::new();
+    for (name, service) in &project.services {
+        let mut ids = BTreeSet::new();
+        for endpoint in &service.endpoints {
+            let at = format!("services.{name}.endpoints.{}", endpoint.id);
+            if !ids.insert(&endpoint.id) {
+                faults.push(format!("{at}: each endpoint of a service has an id of its own"));
+            }
+            if endpoint.weight > HEAVIEST {
+                faults.push(format!("{at}.weight is at most {HEAVIEST}"));
+            }
+            faults.extend(plaintext(endpoint).map(|key| {
+                format!("{at}.{key} begins with https:// (tokens travel over TLS only), or auth_method is none")
+            }));
+            let host = endpoint.url.host();
+            let owner = hosts.entry(host.to_string()).or_insert(name);
+            if !host.is_loopback() && *owner != name {
+                faults.push(format!(
+                    "{at}.url: the host belongs to {owner}; give each service its own"
+                ));
+            }
+        }
+    }
     for (name, identity) in identities {
         match identity {
             IdentityDocument::Secret { client_secret_sha256 }
                 if book::digest(client_secret_sha256).is_none() =>
             {
-                return Err(Rejection::BadRequest {
-                    detail: format!(
-                        "identities.{name}.client_secret_sha256 is a SHA-256 in hexadecimal"
-                    ),
-                });
+                faults.push(format!(
+                    "identities.{name}.client_secret_sha256 is a SHA-256 in hexadecimal"
+                ));
             }
             IdentityDocument::Secret { .. } | IdentityDocument::Workload { .. } => {}
         }
     }
-    Ok(())
+    if faults.is_empty() {
+        Ok(())
+    } else {
+        Err(Rejection::BadRequest { detail: faults.join("; ") })
+    }
 }

@@ -128,14 +128,15 @@ impl Shared {
         body: Body,
     ) -> Result<TokenReply, TokenRefusal> {
         let body = self.intake.read(body, peer).await?;
-        // Whoever sends slowly has the intake's places alone, and takes nothing from its neighbours here.
-        self.rates.public(peer)?;
-        let question = Question::read(headers, &body)?;
+        // Only failures count for the address: what neighbours do there turns nobody away who shows who it is.
+        let failed = |refusal| self.rates.public(peer).err().map_or(refusal, Into::into);
+        let question = Question::read(headers, &body).map_err(failed)?;
         let Proof { caller, hold } = self.at_desk(|desk| desk.caller(&question, peer));
         if !hold.is_zero() {
             sleep(hold).await;
         }
-        let caller = caller?;
+        let caller = caller.map_err(failed)?;
+        self.rates.read(&caller)?;
         // What is in force now counts, not what was when the question came.
         self.at_desk(|desk| desk.grant(&caller, &question))
     }
@@ -207,7 +208,7 @@ fn discovery(shared: &Shared) -> Response {
     get, path = "/livez", operation_id = "livez", tag = "probes",
     responses((status = 200, description = "It does", body = String), Anybody),
 )]
-async fn alive(_: Public) -> &'static str {
+async fn alive() -> &'static str {
     "ok\n"
 }
 
@@ -220,7 +221,7 @@ async fn alive(_: Public) -> &'static str {
         Anybody,
     ),
 )]
-async fn ready(State(shared): App, _: Public) -> Response {
+async fn ready(State(shared): App) -> Response {
     // Keys are there from the start; a project may have to be imported first.
     if shared.end.is_cancelled() {
         (StatusCode::SERVICE_UNAVAILABLE, "ending\n").into_response()

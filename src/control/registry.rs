@@ -85,7 +85,7 @@ impl Version {
 
     /// The digest that a caller's secret must have.
     pub(super) fn secret(&self, name: &ServiceName) -> Option<&[u8; 32]> {
-        self.secrets.get(name).or_else(|| self.book.admin(name))
+        self.book.admin(name).or_else(|| self.secrets.get(name))
     }
 
     /// Whether `name` may ask for tokens at all.
@@ -153,7 +153,9 @@ pub(super) struct Draft {
 }
 
 impl Draft {
-    fn new(book: Book) -> Self {
+    fn new(mut book: Book) -> Self {
+        // What is decided is dated as it will be: whoever is next in the batch finds it changed.
+        book.revision += 1;
         Self { book, writes: Vec::new(), hosts: None }
     }
 

@@ -65,7 +65,9 @@ pub(super) enum Rejection {
     MediaType,
     #[error("asked too often; ask again in {wait} s")]
     TooOften { wait: u64 },
-    #[error("the store does not take it right now; nothing was changed")]
+    #[error(
+        "the store does not answer right now; a change may have been made or not: look before it is asked for again"
+    )]
     StoreUnavailable,
     #[error("there is nothing at this path")]
     NotFound,

@@ -215,7 +215,9 @@ impl Follower {
             self.take_over(round, Instant::now());
             // One that begins again after a panic and has found nothing yet leaves what it had found before.
             if good || !layer.leads_somewhere() {
-                layer.put(self.found());
+                // As long as nothing was ever heard, the endpoints that the project has stay.
+                let silent = !good && layer.lies_over_endpoints(&self.settings.service);
+                layer.put(if silent { Found::default() } else { self.found() });
             }
             let again = pause.mul_f64(fastrand::f64().mul_add(0.5, 0.5));
             let wait = match (failed, ttl) {

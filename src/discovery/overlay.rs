@@ -215,6 +215,13 @@ impl Layer {
         self.directory.leads_somewhere(self.id)
     }
 
+    /// Whether the service has endpoints without what sources find.
+    pub(super) fn lies_over_endpoints(&self, service: &ServiceName) -> bool {
+        let base = self.directory.base();
+        let service = base.as_ref().and_then(|base| base.project.services.get(service));
+        service.is_some_and(|service| !service.endpoints.is_empty())
+    }
+
     /// Everything that the source found, in the place of what it found before.
     pub fn put(&self, found: Found) {
         let any = found.values().any(|it| !it.endpoints.is_empty());

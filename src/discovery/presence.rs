@@ -24,6 +24,8 @@ use crate::{
 
 /// How often a proxy is heard of at least.
 const REPORT: Duration = Duration::from_secs(30);
+/// How soon it is said again what was not heard, or is not true any more.
+const SOON: Duration = Duration::from_secs(3);
 /// How long a new revision waits to be reported, at most: a thousand proxies have it at the same moment.
 const SPREAD: Duration = Duration::from_millis(250);
 /// After a refusal that time alone does not mend.
@@ -140,10 +142,13 @@ impl Presence {
                 role: self.me.role.to_owned(),
                 version: env!("CARGO_PKG_VERSION").to_owned(),
             };
-            if let Err(error) = self.told(&report).await {
-                tracing::debug!(error = &*error, "which revision is served was not reported");
+            let told = self.told(&report).await;
+            if let Err(error) = &told {
+                tracing::debug!(error = &**error, "which revision is served was not reported");
             }
-            let again = Instant::now() + REPORT.mul_f64(fastrand::f64().mul_add(0.2, 0.8));
+            // Soon again when the control plane did not hear it, or when workers are not there yet.
+            let pause = if told.is_err() || report.revision < wanted { SOON } else { REPORT };
+            let again = Instant::now() + pause.mul_f64(fastrand::f64().mul_add(0.2, 0.8));
             tokio::select! {
                 changed = changes.changed() => if changed.is_err() { return },
                 () = sleep_until(again) => {}

@@ -14,8 +14,14 @@ use crate::{
     runtime::Backoff,
 };
 
-/// The catalog is asked for at least this often, whatever the stream says.
-const POLL: Duration = Duration::from_secs(60);
+/// The catalog is asked for at least this often, whatever the stream says: a difference that no revision shows, as after
+/// a store was set back, is found so.
+const POLL: Duration = Duration::from_secs(120);
+
+/// When it is asked for again: apart from others that began with us.
+fn ask_again() -> Duration {
+    POLL.mul_f64(fastrand::f64().mul_add(0.5, 0.5))
+}
 /// Pauses after failures.
 const RETRY: Backoff = Backoff::new(Duration::from_millis(200), LONGEST);
 /// The longest of them.
@@ -112,34 +118,35 @@ impl Registry {
         if lost.take().is_some() {
             tracing::info!(revision, "the control plane is followed again");
         }
+        let mut ask = Instant::now() + ask_again();
         loop {
-            match self.next(&mut watch).await? {
-                Heard::Told(Told::Change(change)) => {
-                    if !self.apply(&change, etag) {
-                        self.refresh(etag).await?;
-                    }
-                }
-                Heard::Told(Told::Current(standing)) if self.has(standing.revision) => {
+            match self.next(&mut watch, ask).await? {
+                // What was on its way while the whole was fetched is in it.
+                Heard::Told(Told::Change(change)) if self.revision() >= change.revision => {}
+                Heard::Told(Told::Change(change)) if self.apply(&change, etag) => {}
+                Heard::Told(Told::Current(standing)) if self.revision() >= standing.revision => {
                     self.directory.confirm();
                 }
-                Heard::Told(Told::Resync(_) | Told::Current(_)) | Heard::Nothing => {
+                Heard::Told(Told::Change(_) | Told::Resync(_) | Told::Current(_))
+                | Heard::Nothing => {
                     self.refresh(etag).await?;
+                    ask = Instant::now() + ask_again();
                 }
                 Heard::End => return Ok(()),
             }
         }
     }
 
-    /// Whether the snapshot in force is of this revision.
-    fn has(&self, revision: u64) -> bool {
-        self.directory.base().is_some_and(|catalog| catalog.revision == revision)
+    /// The revision of the snapshot in force; 0 without one.
+    fn revision(&self) -> u64 {
+        self.directory.base().map_or(0, |catalog| catalog.revision)
     }
 
     /// Puts in force what a change leads to; `false` when it does not follow on the snapshot in force.
     fn apply(&self, change: &Change, etag: &mut Option<String>) -> bool {
         let next = self.directory.base().map(|catalog| change.apply(&catalog));
         let Some(Ok(catalog)) = next else { return false };
-        tracing::info!(
+        tracing::debug!(
             revision = catalog.revision,
             changes = change.patches.len(),
             "a new snapshot is in force"
@@ -149,8 +156,9 @@ impl Registry {
         true
     }
 
-    async fn next(&self, watch: &mut Watch) -> Result<Heard, Interrupted> {
-        match timeout_at(Instant::now() + POLL, watch.next()).await {
+    /// What the stream says until `ask`.
+    async fn next(&self, watch: &mut Watch, ask: Instant) -> Result<Heard, Interrupted> {
+        match timeout_at(ask, watch.next()).await {
             Ok(Ok(Some(told))) => Ok(Heard::Told(told)),
             Ok(Ok(None)) => Ok(Heard::End),
             Ok(Err(error)) => Err(error.into()),

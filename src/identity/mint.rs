@@ -221,8 +221,10 @@ impl Mint {
             }
         }
         if keys.is_empty() {
-            // Nobody has cached anything yet, so the first key signs at once.
-            keys.push(Arc::new(Key::make(&settings.folder, now)?));
+            // Nobody has cached anything yet, so the first key signs at once; whichever comes next comes after it, were it
+            // in the same second.
+            let moment = sub(now, Duration::from_secs(1));
+            keys.push(Arc::new(Key::make(&settings.folder, moment)?));
         }
         keys.sort_by_key(|key| key.signs_from);
         let mint = Self {
@@ -383,7 +385,9 @@ impl Mint {
                 .map_err(|source| MintError::Storage { path: path.clone(), source })?;
             keys.push(Arc::new(Key::read(path)?));
         }
-        if keys.is_empty() {
+        let same = keys.len() == before.len()
+            && keys.iter().all(|key| before.iter().any(|known| Arc::ptr_eq(known, key)));
+        if keys.is_empty() || same {
             return Ok(());
         }
         keys.sort_by_key(|key| key.signs_from);
@@ -400,6 +404,14 @@ impl Mint {
     #[must_use]
     pub fn is_waiting(&self, name: &str, now: Timestamp) -> bool {
         moment(name).is_some_and(|(signs_from, _)| self.is_near(signs_from, now))
+    }
+
+    /// The id of the key that is about to sign, or that signs when none is.
+    #[must_use]
+    pub fn coming(&self, now: Timestamp) -> String {
+        let keys = self.keys.load_full();
+        let waiting = keys.iter().find(|key| self.waits(key, now));
+        waiting.map_or_else(|| self.signing(&keys, now).id.clone(), |key| key.id.clone())
     }
 
     /// Whether the key of this name is older than all that are still needed.
@@ -690,7 +702,7 @@ mod tests {
         let mint = mint(folder.path());
         let old = kid(&token(&mint, at(0)));
         let period = 30 * 86_400;
-        mint.tend(at(period - 15 * 60 - 1)).unwrap();
+        mint.tend(at(period - 15 * 60 - 2)).unwrap();
         assert_eq!(published(&mint, at(0)).len(), 1);
         mint.tend(at(period - 15 * 60)).unwrap();
         assert_eq!(kid(&token(&mint, at(period - 1))), old);
