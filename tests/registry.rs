@@ -273,6 +273,54 @@ async fn an_endpoint_of_the_project_is_adjusted_and_stays() {
 }
 
 #[tokio::test]
+async fn of_two_who_want_the_same_to_be_unchanged_one_comes_too_late() {
+    let folder = tempfile::tempdir().unwrap();
+    let plane = Plane::start(folder.path()).await;
+    let (data, home) = (name("data"), id("home"));
+    for round in 1..20 {
+        let (_, at) = plane.client.endpoint(&plane.admin, &data, &home).await.unwrap();
+        let weight = |weight| Adjustment { state: None, weight: Some(weight) };
+        // At once, so that they become one revision if they can.
+        let (a, b) = (weight(2 * round), weight(2 * round + 1));
+        let (a, b) = tokio::join!(
+            plane.client.adjust(&plane.admin, &data, &home, &a, at),
+            plane.client.adjust(&plane.admin, &data, &home, &b, at),
+        );
+        assert_eq!(u8::from(a.is_ok()) + u8::from(b.is_ok()), 1, "{a:?} {b:?}");
+    }
+}
+
+#[tokio::test]
+async fn what_the_project_says_of_an_endpoint_is_not_for_its_service_to_change() {
+    let folder = tempfile::tempdir().unwrap();
+    let plane = Plane::start(folder.path()).await;
+    let light = Adjustment { state: None, weight: Some(0) };
+    let outcome = plane.client.adjust(&plane.data, &name("data"), &id("home"), &light, None).await;
+    assert_eq!(refused(outcome), (403, "scope-missing".to_owned()));
+}
+
+#[tokio::test]
+async fn a_project_that_no_file_could_say_does_not_come_over_the_api_either() {
+    let folder = tempfile::tempdir().unwrap();
+    let plane = Plane::start(folder.path()).await;
+    let (good, _) = plane.client.project(&plane.admin).await.unwrap();
+    let import = async |document| refused(plane.client.import(&plane.admin, &document, None).await);
+    let mut one_host = good.clone();
+    one_host.project.services.insert(name("reports"), service("data.example"));
+    assert_eq!(import(one_host).await, (400, "bad-request".to_owned()));
+    let mut twice = good.clone();
+    let mut data = Service::clone(&service("data.example"));
+    data.endpoints.extend(data.endpoints.clone());
+    twice.project.services.insert(name("data"), Arc::new(data));
+    assert_eq!(import(twice).await, (400, "bad-request".to_owned()));
+    let mut reserved = good.clone();
+    let somebody = reserved.identities.values().next().cloned().unwrap();
+    reserved.identities.insert(name("infrar-admin"), somebody);
+    assert_eq!(import(reserved).await, (400, "reserved-name".to_owned()));
+    assert_eq!(plane.client.project(&plane.admin).await.unwrap().0, good);
+}
+
+#[tokio::test]
 async fn registered_endpoints_adjustments_and_revisions_survive_a_restart() {
     let folder = tempfile::tempdir().unwrap();
     let plane = Plane::start(folder.path()).await;
