@@ -13,7 +13,7 @@ use std::{
 use bytes::Bytes;
 use tokio::{
     sync::{mpsc, oneshot, watch},
-    time::{Duration, sleep},
+    time::{Duration, sleep, timeout},
 };
 
 use crate::{
@@ -35,6 +35,8 @@ use crate::{
 const QUEUE: usize = 4096;
 /// Changes that become one revision.
 const BATCH: usize = 256;
+/// How far a replica may be behind another, in time.
+const BEHIND: Duration = Duration::from_secs(2);
 /// How often a batch is decided anew because another replica was faster.
 const TURNS: usize = 16;
 /// When it is tried again to take over what others have committed.
@@ -259,6 +261,23 @@ impl Registry {
     /// The version in force and those that follow.
     pub(super) fn follow(&self) -> watch::Receiver<Arc<Version>> {
         self.current.subscribe()
+    }
+
+    /// Waits a moment for a revision that another replica has told of and this one has not heard of yet; never long, for
+    /// it may be of another store.
+    pub(super) async fn reach(&self, revision: u64) {
+        let mut versions = self.follow();
+        let there = versions.wait_for(|version| version.revision >= revision);
+        let _late = timeout(BEHIND, there).await;
+    }
+
+    /// The revision of an ETag of this store's catalogs.
+    pub(super) fn tagged(&self, tag: &str) -> Option<u64> {
+        let tag = tag.trim();
+        let tag = tag.strip_prefix("W/").unwrap_or(tag);
+        let (revision, store) = tag.strip_prefix('"')?.strip_suffix('"')?.split_once('-')?;
+        (*self.current().store == *store).then_some(())?;
+        revision.parse().ok()
     }
 
     /// What watchers are told.

@@ -124,6 +124,12 @@ async fn catalog(
     headers: HeaderMap,
 ) -> Result<Response, Rejection> {
     shared.admit(&claims, CATALOG_READ)?;
+    let known = headers
+        .get(http::header::IF_NONE_MATCH)
+        .and_then(|tag| shared.registry.tagged(tag.to_str().ok()?));
+    if let Some(revision) = known.filter(|known| *known > shared.registry.current().revision) {
+        shared.registry.reach(revision).await;
+    }
     services::catalog(&shared.registry.current(), &headers)
 }
 

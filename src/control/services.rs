@@ -72,6 +72,8 @@ struct Watching {
     registry: Arc<Registry>,
     versions: watch::Receiver<Arc<Version>>,
     seen: Option<u64>,
+    /// Whether it was waited for what another replica has told of.
+    waited: bool,
     /// When it next is told that the stream is alive.
     heartbeat: Instant,
 }
@@ -86,6 +88,12 @@ impl Watching {
             }
             let current = version.revision;
             drop(version);
+            // Another replica has told of more than this one has heard of.
+            if let Some(seen) = self.seen.filter(|seen| *seen > current && !self.waited) {
+                self.waited = true;
+                self.registry.reach(seen).await;
+                continue;
+            }
             let frames = self.seen.and_then(|seen| self.registry.journal().after(seen, current));
             self.seen = Some(current);
             match frames.as_deref() {
@@ -116,6 +124,7 @@ pub(super) fn watch(registry: &Arc<Registry>, from: Option<u64>, watcher: Watche
         registry: Arc::clone(registry),
         versions: registry.follow(),
         seen: from,
+        waited: false,
         heartbeat: Instant::now() + first,
     };
     let frames = stream::unfold(watching, |mut watching| async move {
