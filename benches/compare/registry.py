@@ -49,7 +49,7 @@ class Process:
 class Plane(Process):
     def __init__(self, text):
         self.port = port(); folder = f"d{self.port}"; private("project.yaml", text); private("web", "web's secret"); private("data", "data's secret")
-        super().__init__("control", "--project", "project.yaml", "--listen", f"127.0.0.1:{self.port}", "--data-dir", folder, ready=self.port)
+        super().__init__("control", "--project", "project.yaml", "--listen", f"127.0.0.1:{self.port}", "--data-dir", folder, "--read-rate", "0", "--write-rate", "0", ready=self.port)
         get = [BIN, "token", "get", "--control", f"http://127.0.0.1:{self.port}", "--client-id", "data", "--client-secret-file", "data"]
         self.token = sp.run(get, capture_output=True, text=True, check=True).stdout.strip()
     def connect(self):

@@ -7,7 +7,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use super::reach::{Bearer, Reach, print, tame};
+use super::reach::{Form, print, tame};
 use crate::{
     api::{ClientError, ProjectDocument},
     config::{self, ProjectFile},
@@ -44,25 +44,12 @@ enum Verb {
     },
 }
 
-#[derive(Debug, clap::Args)]
-struct Form {
-    /// As JSON.
-    #[arg(long)]
-    json: bool,
-    #[command(flatten)]
-    reach: Reach,
-    #[command(flatten)]
-    bearer: Bearer,
-}
-
-impl Form {
-    /// The project in force and when it was written; neither before the first one.
-    async fn found(&self) -> anyhow::Result<(Option<ProjectDocument>, Option<u64>)> {
-        match self.reach.client()?.project(self.bearer.secret()?).await {
-            Ok((document, at)) => Ok((Some(document), at)),
-            Err(ClientError::Refused { code, .. }) if code == "not-ready" => Ok((None, None)),
-            Err(error) => self.reach.advised(Err(error)),
-        }
+/// The project in force and when it was written; neither before the first one.
+async fn found(form: &Form) -> anyhow::Result<(Option<ProjectDocument>, Option<u64>)> {
+    match form.reach.client()?.project(form.bearer.secret()?).await {
+        Ok((document, at)) => Ok((Some(document), at)),
+        Err(ClientError::Refused { code, .. }) if code == "not-ready" => Ok((None, None)),
+        Err(error) => form.reach.advised(Err(error)),
     }
 }
 
@@ -77,7 +64,7 @@ impl Project {
             Verb::Export { form } => export(&form).await?,
             Verb::Diff { file, form } => {
                 let wanted = read(&file)?;
-                let (found, _) = form.found().await?;
+                let (found, _) = found(&form).await?;
                 let steps = steps(found.as_ref(), &wanted)?;
                 if form.json { as_json(&steps)? } else { told(&steps) }
             }
@@ -93,7 +80,7 @@ fn read(file: &Path) -> Result<ProjectDocument, config::Faults> {
 
 async fn import(wanted: &ProjectDocument, form: &Form) -> anyhow::Result<String> {
     // What is looked at here is what is replaced: nobody's change is lost in between.
-    let (found, at) = form.found().await?;
+    let (found, at) = found(form).await?;
     let steps = steps(found.as_ref(), wanted)?;
     let client = form.reach.client()?;
     let revision = client.import(form.bearer.secret()?, wanted, at).await;

@@ -1,18 +1,13 @@
 //! `infrar proxies`: who serves which revision.
 
-use super::reach::{Bearer, Reach, print, table, tame};
+use super::reach::{Form, print, table, tame};
 use crate::api::ProxyList;
 
 /// Which proxies there are, and which revision each serves.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Proxies {
-    /// As JSON.
-    #[arg(long)]
-    json: bool,
     #[command(flatten)]
-    reach: Reach,
-    #[command(flatten)]
-    bearer: Bearer,
+    form: Form,
 }
 
 impl Proxies {
@@ -21,9 +16,10 @@ impl Proxies {
     /// # Errors
     /// Whatever keeps it from an answer.
     pub(crate) async fn run(self) -> anyhow::Result<()> {
-        let list = self.reach.client()?.proxies(self.bearer.secret()?).await;
-        let list = self.reach.advised(list)?;
-        let text = if self.json { serde_json::to_string_pretty(&list)? } else { listed(&list) };
+        let list = self.form.reach.client()?.proxies(self.form.bearer.secret()?).await;
+        let list = self.form.reach.advised(list)?;
+        let text =
+            if self.form.json { serde_json::to_string_pretty(&list)? } else { listed(&list) };
         Ok(print(&tame(&text))?)
     }
 }

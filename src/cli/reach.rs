@@ -172,6 +172,18 @@ impl Bearer {
     }
 }
 
+/// What every command has that asks the control plane's API.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Form {
+    /// As JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+    #[command(flatten)]
+    pub(crate) bearer: Bearer,
+}
+
 /// Writes `text` and a line feed to stdout. Whoever stops reading (`| head`) is no fault.
 ///
 /// # Errors

@@ -7,24 +7,12 @@ use jiff::SignedDuration;
 use secrecy::SecretString;
 use tokio::time::{interval, sleep};
 
-use super::reach::{Bearer, Reach, print, tame};
+use super::reach::{Form, print, tame};
 use crate::{
     api::{Adjustment, Client, ClientError, EndpointAnswer, Patch, Registration, Source, Told},
     model::{AuthMethod, EndpointId, EndpointState, Origin, Place, ServiceName, Zone},
     runtime::{Signal, Signals},
 };
-
-/// How to reach the control plane, and how to print.
-#[derive(Debug, clap::Args)]
-pub(super) struct Form {
-    /// As JSON.
-    #[arg(long)]
-    json: bool,
-    #[command(flatten)]
-    reach: Reach,
-    #[command(flatten)]
-    bearer: Bearer,
-}
 
 /// Register an endpoint. It is gone when its time is over, unless it is registered again or kept.
 #[derive(Debug, clap::Args)]

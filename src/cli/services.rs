@@ -2,8 +2,10 @@
 
 use std::fmt::Write;
 
-use super::reach::{Bearer, Reach, print, table, tame};
-use super::registering;
+use super::{
+    reach::{Form, print, table, tame},
+    registering,
+};
 use crate::{
     api::{ServiceAnswer, ServiceList},
     model::{Endpoint, NetworkMode, ScopeSet, ServiceName},
@@ -38,19 +40,8 @@ enum Verb {
     /// Print every change as it comes, until Ctrl-C.
     Watch {
         #[command(flatten)]
-        form: registering::Form,
+        form: Form,
     },
-}
-
-#[derive(Debug, clap::Args)]
-struct Form {
-    /// As JSON.
-    #[arg(long)]
-    json: bool,
-    #[command(flatten)]
-    reach: Reach,
-    #[command(flatten)]
-    bearer: Bearer,
 }
 
 impl Services {

@@ -18,7 +18,7 @@ pub(super) const MAX_TEXT_BYTES: usize = 32 << 20;
 /// The deepest nesting; the deepest that a correct file needs is 8.
 const MAX_DEPTH: usize = 24;
 /// The most keys of one map. Keys are searched one after the other, so this also bounds the time.
-const MAX_KEYS: usize = 10_000;
+const MAX_KEYS: usize = 20_000;
 
 /// A value of a configuration, where it was written, and its path.
 #[derive(Clone, Debug)]
